@@ -46,7 +46,7 @@ class Vision:
     """Blocks of the source model; the tower holds only those that `feature_layer` needs."""
     num_heads: int = 16
     feature_layer: int = -2
-    """Which hidden state is the feature, as in Hugging Face's `hidden_states[i]`: 0 is the embeddings, -1 the last block."""
+    """The feature is Hugging Face's `hidden_states[feature_layer]`: 0 is the embeddings, -1 the last block's output."""
     activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
     """Hugging Face's SigLIP has the tanh approximation; the ancestor's vision library has exact GELU."""
     norm_eps: float = 1e-6
@@ -123,7 +123,7 @@ class Model:
     def __post_init__(self) -> None:
         _require(
             self.projector.grid <= self.vision.grid,
-            f"projector.visual_tokens {self.projector.visual_tokens} exceeds the image's {self.vision.num_patches} patches",
+            f"projector.visual_tokens ({self.projector.visual_tokens}) exceeds the patches ({self.vision.num_patches})",
         )
 
 
@@ -273,7 +273,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Grpo:
-    """Group relative policy optimisation with verifiable rewards; defaults as published for InfiMed-RL-3B's framework."""
+    """Group relative policy optimisation with verifiable rewards; the defaults are those of InfiMed-RL's framework."""
 
     steps: int = 100
     """Rollouts; each serves `prompts / update_prompts` updates."""

@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """Something the user gave cannot be used; the message says what, and what to do instead."""
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no error
+    """A run was stopped by Ctrl-C or SIGTERM after saving its state; the message says how to resume."""

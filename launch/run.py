@@ -1,0 +1,63 @@
+"""The one entry: `python launch/run.py COMMAND --help`.
+
+A user's mistake ends with one line and exit code 2 (`--debug` shows the traceback); an interrupted run that can be
+resumed ends with exit code 75. Heavy imports happen inside the commands, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from infimed_jax.errors import Interrupted, UserError
+from launch import commands
+
+EXIT_USER_ERROR = 2
+EXIT_RESUME_ME = 75  # EX_TEMPFAIL: schedulers take it for "run the same command again"
+
+
+def configure_jax() -> None:
+    """Environment that must stand before JAX is imported; what the user has set stays."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "infimed_jax" / "compiled"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every folder is given by path: nothing is looked up
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="launch/run.py", description=__doc__.splitlines()[0])
+    commands.add_commands(parser.add_subparsers(dest="command", required=True, metavar="COMMAND"))
+    args = parser.parse_args(arguments)
+    configure_jax()
+    try:
+        args.run(args)
+    except Interrupted as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        return EXIT_RESUME_ME
+    except KeyboardInterrupt:
+        print("\nInterrupted. Finished steps are kept.", file=sys.stderr)
+        return EXIT_RESUME_ME
+    except (UserError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"error: {describe(error)}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def describe(error: Exception) -> str:
+    """One line for an error that is the user's to mend."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"no space left on the disk of {error.filename or 'the output folder'}: free some and run the same command again"
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
