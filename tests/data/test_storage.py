@@ -1,0 +1,188 @@
+"""Prepared datasets: exact round trips, TFDS as the independent reader, and damage that is seen."""
+
+import dataclasses
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.storage import CorruptRecord, open_samples, write_samples
+from infimed_jax.errors import UserError
+
+
+def make_sample(number: int, **changes) -> Sample:
+    sample = Sample(
+        id=f"toy/train/{number}",
+        source="toy",
+        split="train",
+        kind="choice",
+        images=(b"\x00first\x00\x00", bytes([number % 256]) * 7),
+        turns=(Turn("user", (0, "\nwhat é <|im_end|> ", 1)), Turn("assistant", ("A",), reasoning="weil …")),
+        question="what",
+        options=("", "b\n"),
+        answer="A",
+        meta={"modality": "CT", "z": "", "a": "中文"},
+    )
+    return dataclasses.replace(sample, **changes)
+
+
+texts = st.text(max_size=12)
+turns = st.builds(
+    Turn,
+    role=st.just("assistant"),
+    content=st.lists(texts | st.just(0), max_size=3).map(tuple),
+    reasoning=texts,
+)
+samples = st.builds(
+    Sample,
+    id=st.text(min_size=1, max_size=8),
+    source=texts,
+    split=texts,
+    kind=st.sampled_from(["chat", "open", "yes_no"]),
+    images=st.lists(st.binary(max_size=9), min_size=1, max_size=3).map(tuple),
+    turns=st.lists(turns, min_size=1, max_size=3).map(tuple),
+    question=texts,
+    options=st.lists(texts, max_size=3).map(tuple),
+    answer=texts,
+    meta=st.dictionaries(texts, texts, max_size=3),
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(samples, min_size=1, max_size=7, unique_by=lambda s: s.id), st.integers(1, 3))
+def test_every_field_comes_back_exactly(tmp_path_factory, written, shard_size):
+    folder = tmp_path_factory.mktemp("set") / "d"
+    manifest = write_samples(folder, iter(written), name="toy", shard_size=shard_size)
+    read = open_samples(folder)
+    assert list(read) == written
+    assert read[-1] == written[-1]
+    assert [s["samples"] for s in manifest["shards"]] == [
+        min(shard_size, len(written) - i) for i in range(0, len(written), shard_size)
+    ]
+    assert manifest["images"] == sum(len(s.images) for s in written)
+
+
+def test_tfds_reads_it(tmp_path):
+    import tensorflow_datasets as tfds
+
+    written = [make_sample(i) for i in range(5)]
+    write_samples(tmp_path / "d", written, name="toy", shard_size=2)
+    builder = tfds.builder_from_directory(tmp_path / "d")
+    source = builder.as_data_source(split="samples")
+    assert len(source) == 5
+    assert builder.info.splits["samples"].num_examples == 5
+    for sample, row in zip(written, source, strict=True):
+        assert row["id"].decode() == sample.id
+        assert tuple(row["images"]) == sample.images
+        assert tuple(o.decode() for o in row["options"]) == sample.options
+        assert json.loads(row["meta"]) == sample.meta
+        assert json.loads(row["turns"])[0]["content"] == list(sample.turns[0].content)
+
+
+def test_writing_and_reading_import_no_tensorflow_or_torch(tmp_path):
+    program = (
+        "import sys; from infimed_jax.data import storage, sample as s\n"
+        f"x = s.Sample('a', 'b', 'c', 'chat', (), (s.Turn('user', ('q',)),)); f = {str(tmp_path / 'd')!r}\n"
+        "storage.write_samples(f, [x], name='toy'); assert storage.open_samples(f)[0] == x\n"
+        "sys.exit(sum(m in sys.modules for m in ('tensorflow', 'torch')))"
+    )
+    root = Path(__file__).resolve().parents[2]
+    assert subprocess.run([sys.executable, "-c", program], cwd=root, check=False).returncode == 0
+
+
+def test_fingerprint_is_of_content_and_order_not_of_shards(tmp_path):
+    a, b = make_sample(0), make_sample(1)
+    meta_reordered = dataclasses.replace(a, meta=dict(a.meta))
+    versions = {
+        "base": ([a, b], 4096),
+        "sharded": ([meta_reordered, b], 1),
+        "order": ([b, a], 4096),
+        "pixel": ([dataclasses.replace(a, images=(a.images[0], b"x")), b], 4096),
+        "text": ([a, dataclasses.replace(b, answer="B")], 4096),
+    }
+    prints = {
+        key: write_samples(tmp_path / key, rows, name="toy", shard_size=size)["fingerprint"]
+        for key, (rows, size) in versions.items()
+    }
+    assert prints["base"] == prints["sharded"]
+    assert len(set(prints.values())) == 4
+    assert open_samples(tmp_path / "base").fingerprint == prints["base"]
+
+
+def test_a_stopped_run_leaves_nothing(tmp_path):
+    def stops():
+        yield make_sample(0)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_samples(tmp_path / "d", stops(), name="toy")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no samples"),
+        ([make_sample(0), make_sample(0)], "occurs twice"),
+        ([make_sample(0, turns=())], "no turns"),
+        ([make_sample(0, turns=(Turn("user", (2,)),))], "image index 2"),
+        ([make_sample(0, turns=(Turn("user", (-1,)),))], "image index -1"),
+        ([make_sample(0, turns=(Turn("user", ("q",), reasoning="r"),))], "only assistant"),
+        ([make_sample(0, turns=(Turn("document", ("q",)),))], "cannot have a turn of role document"),
+        ([make_sample(0, answer="\ud800")], "not Unicode"),
+    ],
+)
+def test_contradictions_are_refused_by_name(tmp_path, rows, message):
+    with pytest.raises(UserError, match=message):
+        write_samples(tmp_path / "d", rows, name="toy")
+    assert not (tmp_path / "d").exists()
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path):
+    write_samples(tmp_path / "d", [make_sample(0)], name="toy")
+    with pytest.raises(UserError, match="exists already"):
+        write_samples(tmp_path / "d", [make_sample(1)], name="toy")
+    assert open_samples(tmp_path / "d")[0] == make_sample(0)
+
+
+def test_one_flipped_bit_costs_one_record(tmp_path):
+    written = [make_sample(i, images=(bytes([i]) * 3000, b"")) for i in range(20)]
+    manifest = write_samples(tmp_path / "d", written, name="toy")
+    file = tmp_path / "d" / manifest["shards"][0]["file"]
+    raw = bytearray(file.read_bytes())
+    raw[raw.index(b"toy/train/7") if b"toy/train/7" in raw else 2000] ^= 1
+    file.write_bytes(raw)
+    read = open_samples(tmp_path / "d")
+    bad = []
+    for number, sample in enumerate(written):
+        try:
+            assert read[number] == sample
+        except CorruptRecord as error:
+            assert f"record {number} of" in str(error)
+            bad.append(number)
+    assert len(bad) == 1
+
+
+def test_missing_pieces_are_named(tmp_path):
+    with pytest.raises(UserError, match="no prepared dataset"):
+        open_samples(tmp_path)
+    manifest = write_samples(tmp_path / "d", [make_sample(0)], name="toy")
+    (tmp_path / "d" / manifest["shards"][0]["file"]).unlink()
+    with pytest.raises(UserError, match="lacks its shard toy-samples"):
+        open_samples(tmp_path / "d")
+    (tmp_path / "d" / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
+    with pytest.raises(UserError, match="format 99"):
+        open_samples(tmp_path / "d")
+
+
+def test_survives_pickling_for_worker_processes(tmp_path):
+    write_samples(tmp_path / "d", [make_sample(i) for i in range(3)], name="toy")
+    read = open_samples(tmp_path / "d")
+    assert read[1] == make_sample(1)
+    assert pickle.loads(pickle.dumps(read))[2] == make_sample(2)
