@@ -1,0 +1,116 @@
+"""The GRPO objective: clipped policy gradient and a KL penalty, averaged over all completion tokens of an update.
+
+Sources: DeepSeekMath (arXiv 2402.03300) for the objective and the k3 estimator, DAPO (arXiv 2503.14476) for the
+asymmetric clip and the token mean, dual-clip PPO (arXiv 1912.09729) for the bound at negative advantages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from infimed_jax import config
+from infimed_jax.data.batch import Batch
+from infimed_jax.models import infimed
+from infimed_jax.train.step import LossFn
+
+LOG_RATIO_BOUND = 20.0
+"""|log ratio| beyond which exponentials are held: e^20 is finite in float32, and far outside every clip."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GrpoBatch:
+    """Packed completions with what the loss needs at each position t, which speaks of `tokens[b, t+1]`."""
+
+    batch: Batch
+    """`loss_weights` are 1 where t+1 is a completion token, else 0."""
+    old_logprobs: jax.Array
+    """f32[B,T]; of the policy that sampled: the training graph's, or, on-policy, what the sampler itself reported."""
+    reference_logprobs: jax.Array
+    """f32[B,T]; of the frozen reference; zeros, and not read, where `kl_coefficient` is 0."""
+    advantages: jax.Array
+    """f32[B,T]; the completion's advantage on each of its tokens."""
+
+
+def on_policy(grpo: config.Grpo) -> bool:
+    """Whether a rollout serves one update: then the old policy is the one being trained."""
+    return grpo.prompts == grpo.update_prompts
+
+
+def policy_loss(
+    new: Float[Array, "*shape"],
+    old: Float[Array, "*shape"],
+    advantages: Float[Array, "*shape"],
+    grpo: config.Grpo,
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"], Bool[Array, "*shape"]]:
+    """Loss a token, the probability ratio new / old, and where a clip decides (no gradient flows there)."""
+    ratio = jnp.exp(jnp.clip(new - old, -LOG_RATIO_BOUND, LOG_RATIO_BOUND))
+    plain = -advantages * ratio
+    bounded = -advantages * jnp.clip(ratio, 1.0 - grpo.clip_low, 1.0 + grpo.clip_high)
+    loss = jnp.maximum(plain, bounded)
+    clipped = bounded > plain
+    if grpo.dual_clip > 0:
+        ceiling = -advantages * grpo.dual_clip
+        dual = (advantages < 0) & (loss > ceiling)
+        loss = jnp.where(dual, ceiling, loss)
+        clipped = clipped | dual
+    return loss, ratio, clipped
+
+
+def k3(new: Float[Array, "*shape"], reference: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Estimate a token of KL(new || reference): r - log r - 1 with r = reference / new; never negative."""
+    log_ratio = jnp.clip(reference - new, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return jnp.expm1(log_ratio) - log_ratio  # expm1 keeps tiny divergences: exp(x) - x - 1 loses all below 1e-3
+
+
+def completion_logprobs(
+    params: Any, batch: Batch, model: config.Model, compute: infimed.Compute, temperature: float = 1.0
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Log-probability of `tokens[b, t+1]` and entropy at t where `loss_weights` is not 0, else 0; float32, nats.
+
+    The one function for old, new and reference log-probabilities. `temperature` is the sampler's: logits are linear
+    in the hidden state, so dividing that is the same.
+    """
+    hidden = infimed.hidden_states(params, batch, model, compute)
+    if temperature != 1.0:
+        hidden = hidden / temperature
+    targets = jnp.roll(batch.tokens, -1, axis=1)  # the last position has no successor, and weight 0
+    return infimed.token_logprobs(params, hidden, targets, batch.loss_weights, model, compute)
+
+
+def grpo_loss(model: config.Model, compute: infimed.Compute, grpo: config.Grpo) -> LossFn:
+    """`loss_fn(params, batch: GrpoBatch) -> (sum of the loss, sums)` for `train.step.make_train_step`.
+
+    Sums over completion tokens: `weight` (the divisor), `entropy`, `ratio`, `clip_fraction`, `kl` against the
+    reference, and, on-policy, `logprob_gap` (absolute difference to the sampler's). A piece of a batch without any
+    completion token is not computed at all, so rows of padding at a batch's end cost nothing.
+    """
+
+    def sums(params: Any, batch: GrpoBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        weights = batch.batch.loss_weights
+        new, entropy = completion_logprobs(params, batch.batch, model, compute, grpo.temperature)
+        old = jax.lax.stop_gradient(new) if on_policy(grpo) else batch.old_logprobs
+        loss, ratio, clipped = policy_loss(new, old, batch.advantages, grpo)
+        parts = {"entropy": entropy, "ratio": ratio, "clip_fraction": clipped}
+        if on_policy(grpo):
+            parts["logprob_gap"] = jnp.abs(new - batch.old_logprobs)
+        if grpo.kl_coefficient > 0:
+            parts["kl"] = k3(new, batch.reference_logprobs)
+            loss = loss + grpo.kl_coefficient * parts["kl"]
+        aux = {name: jnp.sum(weights * jax.lax.stop_gradient(part)) for name, part in parts.items()}
+        return jnp.sum(weights * loss), aux | {"weight": jnp.sum(weights)}
+
+    def loss_fn(params: Any, batch: GrpoBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        shapes = jax.eval_shape(sums, params, batch)
+
+        def nothing(params: Any, batch: GrpoBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+        return jax.lax.cond(jnp.any(batch.batch.loss_weights > 0), sums, nothing, params, batch)
+
+    return loss_fn

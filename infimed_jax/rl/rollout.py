@@ -1,0 +1,189 @@
+"""From samples to prompts, and from completions to training rows of one static shape."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from infimed_jax import config
+from infimed_jax.data.batch import Batch, Segment, build_row, stack_rows
+from infimed_jax.data.chat import Tokenizer, render_prompt
+from infimed_jax.data.images import decode_image
+from infimed_jax.data.prompts import QUESTION_KINDS, prompt_for
+from infimed_jax.data.sample import Sample
+from infimed_jax.errors import UserError
+from infimed_jax.rl.loss import GrpoBatch
+from infimed_jax.sampling.generate import Completion
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The samples that can be asked and rewarded."""
+
+    numbers: np.ndarray
+    """i64[n]; their places in the dataset."""
+    longest: int
+    """Tokens of the longest prompt, visual ones included."""
+    images: int
+    """Most images of a prompt."""
+    dropped: dict[str, int]
+    """Samples left out, by reason."""
+
+
+def questions(samples: Sequence[Sample], tokenizer: Tokenizer, settings: config.Config) -> Questions:
+    """Measure every prompt once. Raises UserError where nothing is left to ask."""
+    numbers, longest, images, dropped = [], 0, 0, Counter()
+    for number, sample in enumerate(samples):
+        if sample.kind not in QUESTION_KINDS or not sample.answer.strip():
+            dropped["no gold answer"] += 1
+            continue
+        if len(sample.images) > settings.data.images_per_row:
+            dropped["more images than data.images_per_row"] += 1
+            continue
+        length = len(_render(sample, tokenizer, settings))
+        if length > settings.grpo.max_prompt:
+            dropped["longer than grpo.max_prompt"] += 1
+            continue
+        numbers.append(number)
+        longest, images = max(longest, length), max(images, len(sample.images))
+    if not numbers:
+        raise UserError(f"no sample can be asked in GRPO: {dict(dropped) or 'the dataset is empty'}")
+    return Questions(np.array(numbers), longest, images, dict(dropped))
+
+
+def prompt_order(count: int, prompts: int, seed: int, step: int) -> np.ndarray:
+    """i64[prompts]: which of `count` questions rollout `step` asks; a pure function, every question once an epoch."""
+    places = np.arange(step * prompts, (step + 1) * prompts)
+    epochs = {e: np.random.default_rng((seed, e)).permutation(count) for e in np.unique(places // count)}
+    return np.array([epochs[place // count][place % count] for place in places])
+
+
+def render_prompts(samples: Sequence[Sample], tokenizer: Tokenizer, settings: config.Config) -> list[Segment]:
+    """Prompts up to the place where the reply begins; equal images share one decoded array."""
+    decoded: dict[bytes, np.ndarray] = {}
+
+    def pixels(sample: Sample) -> Iterator[np.ndarray]:
+        for data in sample.images:
+            digest = hashlib.sha256(data).digest()
+            if digest not in decoded:
+                decoded[digest] = decode_image(data, settings.model.vision.image_size)
+            yield decoded[digest]
+
+    return [_render(sample, tokenizer, settings, tuple(pixels(sample))) for sample in samples]
+
+
+def _render(
+    sample: Sample, tokenizer: Tokenizer, settings: config.Config, pixels: tuple[np.ndarray, ...] = ()
+) -> Segment:
+    asked = prompt_for(sample, reasoning=True)  # the reward reads a boxed answer, so the prompt must ask for one
+    return render_prompt(asked, tokenizer, settings.model.projector.visual_tokens, pixels, thinking=True)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The one shape of every update of a run, from bounds, so that one program serves them all.
+
+    Rows beyond the real ones are padding; `grpo_loss` computes no piece that is all padding.
+    """
+
+    context: int
+    """Tokens of a row."""
+    images: int
+    """Image slots of a row."""
+    piece: int
+    """Rows computed at once over all devices: `train.global_batch / train.micro_batches`."""
+    pieces: int
+    """Pieces of an update, run one after the other; the first ones hold the real rows."""
+
+    @property
+    def rows(self) -> int:
+        return self.piece * self.pieces
+
+
+def plan_layout(found: Questions, settings: config.Config) -> Layout:
+    """Rows that hold any `update_prompts * group_size` completions. Raises ConfigError where one does not fit a row."""
+    context, grpo = settings.data.context, settings.grpo
+    longest = found.longest + grpo.max_response
+    if longest > context:
+        raise config.ConfigError(
+            f"data.context {context} must hold the longest prompt ({found.longest} tokens) and grpo.max_response "
+            f"{grpo.max_response}: raise it to {longest}, or lower grpo.max_prompt or grpo.max_response"
+        )
+    # Next-fit closes a row only when the next completion finds no room, so a row holds at least `fit` of them:
+    # as many of the longest as its tokens allow, and no more than its image slots allow.
+    fit = context // longest
+    images = 0
+    if found.images:
+        prompts = min(1 + -(-(fit - 1) // grpo.group_size), settings.data.images_per_row // found.images)
+        fit = min(fit, (prompts - 1) * grpo.group_size + 1)
+        images = prompts * found.images
+    rows = -(-grpo.update_prompts * grpo.group_size // fit)
+    piece = settings.train.global_batch // settings.train.micro_batches
+    return Layout(context, images, piece, -(-rows // piece))
+
+
+def next_fit(segments: Sequence[Segment], layout: Layout) -> list[list[int]]:
+    """Numbers of the segments of each row, in order: completions of a prompt stay side by side, and share its image."""
+    bins: list[list[int]] = []
+    used, slots = 0, set()
+    for number, segment in enumerate(segments):
+        wanted = {id(image) for image in segment.pixels}
+        if not bins or used + len(segment) > layout.context or len(slots | wanted) > layout.images:
+            bins.append([])
+            used, slots = 0, set()
+        bins[-1].append(number)
+        used, slots = used + len(segment), slots | wanted
+    return bins
+
+
+def join(prompt: Segment, reply: np.ndarray) -> Segment:
+    """The training segment: prompt and completion tokens, with the loss on the latter."""
+    n = len(reply)
+    return Segment(
+        tokens=np.concatenate([prompt.tokens, reply]).astype(np.int32),
+        targets=np.concatenate([np.zeros(len(prompt)), np.ones(n)]).astype(np.float32),
+        visual=np.concatenate([prompt.visual, np.zeros(n, bool)]),
+        pixels=prompt.pixels,
+    )
+
+
+def training_rows(
+    prompts: Sequence[Segment],
+    completions: Sequence[Completion],
+    advantages: np.ndarray,
+    layout: Layout,
+    model: config.Model,
+) -> GrpoBatch:
+    """Completion i answers `prompts[i]` (one object a group) with `advantages[i]`; NumPy, `layout.rows` rows.
+
+    `old_logprobs` are the sampler's, `reference_logprobs` zeros. Row r stands at place `r % piece * pieces +
+    r // piece`: micro-batch j of the train step takes every `pieces`-th row from j on, so the first ones are full.
+    """
+    segments = [join(p, c.tokens) for p, c in zip(prompts, completions, strict=True)]
+    bins = next_fit(segments, layout)
+    if len(bins) > layout.rows:
+        raise ValueError(f"{len(bins)} rows of completions exceed the plan's {layout.rows}")
+    shape = dict(
+        context=layout.context,
+        images=layout.images,
+        visual_tokens=model.projector.visual_tokens,
+        image_size=model.vision.image_size,
+    )
+    sampled = np.zeros((layout.rows, layout.context), np.float32)
+    credit = np.zeros_like(sampled)
+    rows: list[Batch] = [build_row([], **shape)] * layout.rows
+    for r, numbers in enumerate(bins):
+        place = r % layout.piece * layout.pieces + r // layout.piece
+        rows[place] = build_row([segments[i] for i in numbers], **shape)
+        start = 0
+        for i in numbers:
+            end = start + len(segments[i]) - 1  # position t speaks of token t + 1
+            first = end - len(completions[i].tokens)
+            sampled[place, first:end] = completions[i].logprobs
+            credit[place, first:end] = advantages[i]
+            start = end + 1
+    return GrpoBatch(stack_rows(rows), sampled, np.zeros_like(sampled), credit)
