@@ -1,0 +1,45 @@
+"""How the model is computed, as opposed to what it is: precision, recomputation, kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+
+from infimed_jax import config
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Static (hashable) choices that every model function takes; each is a field of `config.Train`."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    remat: Literal["none", "dots", "full"] = "full"
+    attention: Literal["auto", "xla", "splash"] = "auto"
+    logit_chunk: int = 512
+
+    @classmethod
+    def of(cls, train: config.Train) -> Compute:
+        return cls(train.compute_dtype, train.remat, train.attention, train.logit_chunk)
+
+    @property
+    def implementation(self) -> str | None:
+        """What `ops.attention` calls its choice by platform is None."""
+        return None if self.attention == "auto" else self.attention
+
+
+def scan_blocks(body: Callable, block: nn.Module, x: Any, length: int, compute: Compute) -> Any:
+    """x after `length` blocks: `body(block, x) -> x`, its parameters stacked on axis 0, checkpointed as asked."""
+
+    def step(block: nn.Module, x: Any, _: None) -> tuple[Any, None]:
+        return body(block, x), None
+
+    if compute.remat != "none":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if compute.remat == "dots" else None
+        step = nn.remat(step, policy=policy, prevent_cse=False)
+    scan = nn.scan(step, variable_axes={"params": 0}, split_rngs={"params": True}, length=length)
+    x, _ = scan(block, x, None)
+    return x

@@ -1,0 +1,70 @@
+"""The one attention entry: a mask specification, a backend chosen by platform, no silent fallback."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from infimed_jax.ops.attention_splash import splash_attention
+from infimed_jax.ops.attention_xla import xla_attention
+
+log = logging.getLogger(__name__)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("query_segments", "key_segments", "query_positions", "key_positions"),
+    meta_fields=("causal",),
+)
+@dataclass(frozen=True)
+class Mask:
+    """Which keys a query sees; a specification, never a dense array. None means no restriction."""
+
+    causal: bool = False
+    """A key is seen only where its position is at most the query's; without positions, the index is the position."""
+    query_segments: Int[Array, "B T"] | None = None
+    """A query sees the keys of its own segment. Segment 0 is padding: it sees nothing and is not seen."""
+    key_segments: Int[Array, "B S"] | None = None
+    query_positions: Int[Array, "B T"] | None = None
+    key_positions: Int[Array, "B S"] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.query_segments is None) != (self.key_segments is None):
+            raise ValueError("Mask: give query_segments and key_segments, or neither")
+        if (self.query_positions is None) != (self.key_positions is None):
+            raise ValueError("Mask: give query_positions and key_positions, or neither")
+        if self.query_positions is not None and not self.causal:
+            raise ValueError("Mask: positions restrict nothing unless causal")
+
+
+_BACKENDS = {"xla": xla_attention, "splash": splash_attention}
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Mask,
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "B T N H"]:
+    """Softmax attention, scaled by 1/sqrt(H), N/K queries to a key head; a query that sees nothing returns zeros.
+
+    `implementation` is "xla", "splash" (TPU), or None: splash on TPU, else XLA; the choice is logged once.
+    Raises ValueError for an unknown name and for what the backend cannot do.
+    """
+    name = implementation or _platform_choice(jax.default_backend())
+    if name not in _BACKENDS:
+        raise ValueError(f"unknown attention implementation {name!r}; known: {', '.join(_BACKENDS)}")
+    return _BACKENDS[name](q, k, v, mask)
+
+
+@functools.cache
+def _platform_choice(platform: str) -> str:
+    name = "splash" if platform == "tpu" else "xla"
+    log.info("attention: %s on %s", name, platform)
+    return name

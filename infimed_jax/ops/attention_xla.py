@@ -1,0 +1,55 @@
+"""Attention in plain XLA with a dense mask: the oracle of every other backend, and the backend of CPUs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float
+
+from infimed_jax.sharding import spec_of
+
+if TYPE_CHECKING:
+    from infimed_jax.ops.attention import Mask
+
+
+def xla_attention(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Mask
+) -> Float[Array, "B T N H"]:
+    """Scores and softmax in float32, one [B, N, T, S] array at a time."""
+    _, _, heads, width = q.shape
+    groups = heads // k.shape[2]
+    batch, _, split, _ = spec_of(q)
+    q = (q * width**-0.5).reshape(
+        *q.shape[:2], k.shape[2], groups, width, out_sharding=PartitionSpec(batch, None, split)
+    )
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+    visible = dense_mask(mask, q.shape[1], k.shape[1])
+    if visible is None:
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
+    else:
+        # Masked by a finite number and once more after exp: rows that see nothing sum to 0, and no NaN reaches a gradient.
+        scores = jnp.where(visible, scores, -1e30)
+        weights = jnp.where(visible, jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))), 0.0)
+        total = weights.sum(-1, keepdims=True)
+        weights = (weights / jnp.where(total == 0.0, 1.0, total)).astype(v.dtype)
+        out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
+    return out.reshape(*out.shape[:2], heads, width, out_sharding=PartitionSpec(batch, None, split))
+
+
+def dense_mask(mask: Mask, queries: int, keys: int) -> Bool[Array, "B 1 1 T S"] | None:
+    """True where a query sees a key, broadcastable over heads; None where everything is seen."""
+    visible = None
+    if mask.causal:
+        if mask.query_positions is not None:
+            visible = mask.query_positions[:, :, None] >= mask.key_positions[:, None, :]
+        else:
+            visible = (jnp.arange(queries)[:, None] >= jnp.arange(keys))[None]
+    if mask.query_segments is not None:
+        same = mask.query_segments[:, :, None] == mask.key_segments[:, None, :]
+        same &= mask.query_segments[:, :, None] != 0
+        visible = same if visible is None else visible & same
+    return None if visible is None else visible[:, None, None]

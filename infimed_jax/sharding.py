@@ -1,0 +1,131 @@
+"""Where arrays live: the mesh, the rule from logical axes to mesh axes, and the placing of global batches.
+
+The mesh is always `("data", "fsdp", "tensor")` with explicit axes: shardings are part of an array's type, an
+ambiguous matmul is an error at trace time, and gradients and moments inherit their parameter's placement.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from infimed_jax import config
+from infimed_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+"""Rows of a batch are split over both: fully sharded parameters are data parallelism with thrifty storage."""
+
+LogicalAxes = tuple[str | None, ...]
+
+_RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor", None: None}
+"""A weight's logical axis → the mesh axis that stores it. `fsdp` is gathered before use, `tensor` never is."""
+
+
+def make_mesh(mesh: config.Mesh, devices: list[jax.Device] | None = None) -> Mesh:
+    """The explicit mesh over `devices` (default: all); a size of -1 takes what the others leave.
+
+    Raises UserError where the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [mesh.data, mesh.fsdp, mesh.tensor]
+    fixed = int(np.prod([size for size in sizes if size != -1]))
+    sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
+    if int(np.prod(sizes)) != len(devices):
+        asked = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise UserError(
+            f"{asked} do not multiply to the {len(devices)} devices at hand: change one, or set one to -1 for the rest"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+
+
+def abstract_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
+    """A mesh without devices, to trace a model for a pod that is not here (`jax.sharding.use_abstract_mesh`)."""
+    return AbstractMesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def check_fits(model: config.Model, mesh: Mesh | AbstractMesh) -> None:
+    """UserError where `mesh.tensor` does not divide the heads, the feed-forward or the vocabulary of `model`."""
+    tensor = mesh.shape["tensor"]
+    split = {
+        "text.num_kv_heads": model.text.num_kv_heads,
+        "text.intermediate_size": model.text.intermediate_size,
+        "text.hidden_size": model.text.hidden_size,
+        "text.vocab_size": model.text.vocab_size,
+        "vision.num_heads": model.vision.num_heads,
+        "vision.intermediate_size": model.vision.intermediate_size,
+    }
+    for name, size in split.items():
+        if size % tensor:
+            raise UserError(f"mesh.tensor={tensor} does not divide model.{name}={size}: choose a divisor")
+
+
+def stored_spec(axes: LogicalAxes, shape: tuple[int, ...]) -> PartitionSpec:
+    """Placement of a weight in the state, under the current mesh.
+
+    An axis that `fsdp` does not divide stays whole: 512-way, the patch embedding's 1152 columns are not worth padding.
+    """
+    fsdp = jax.sharding.get_abstract_mesh().shape["fsdp"]
+    rules = (_RULES[axis] for axis in axes)
+    return PartitionSpec(
+        *(None if rule == "fsdp" and size % fsdp else rule for rule, size in zip(rules, shape, strict=True))
+    )
+
+
+def gathered_spec(axes: LogicalAxes) -> PartitionSpec:
+    """Placement of a weight where it is used: whole over `fsdp`, still split over `tensor`."""
+    return PartitionSpec(*(None if _RULES[axis] == "fsdp" else _RULES[axis] for axis in axes))
+
+
+def spec_of(x: jax.Array) -> tuple[Any, ...]:
+    """The mesh axes of each dimension of `x`, as many entries as dimensions."""
+    return tuple(jax.typeof(x).sharding.spec)
+
+
+def reshape_rows(x: jax.Array, *shape: int) -> jax.Array:
+    """Reshape where only axis 0 is split, and stays so; explicit meshes want the result's sharding named."""
+    return x.reshape(shape, out_sharding=PartitionSpec(spec_of(x)[0]))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Axis 0 over `data` and `fsdp`, the rest whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def local_rows(rows: int, mesh: Mesh) -> np.ndarray:
+    """i64[n], ascending: the rows of a global batch of `rows` rows that this process must load.
+
+    Raises UserError where the rows do not split evenly.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % shards:
+        raise UserError(f"a batch of {rows} rows does not split over mesh.data * mesh.fsdp = {shards}")
+    slices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[index] for index in slices]))
+
+
+def place_batch(batch: Any, mesh: Mesh) -> Any:
+    """NumPy leaves → global arrays split by rows.
+
+    In several processes each gives the rows that `local_rows` names; in one process these are all rows.
+    """
+    sharding = batch_sharding(mesh)
+
+    def place(x: np.ndarray) -> jax.Array:
+        if jax.process_count() == 1:
+            local_rows(len(x), mesh)
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_process_local_data(sharding, x)
+
+    return jax.tree.map(place, batch)
+
+
+def replicate(x: Any, mesh: Mesh) -> Any:
+    """Every leaf whole on every device; each process must give the same values."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_callback(np.shape(leaf), sharding, np.asarray(leaf).__getitem__), x
+    )
