@@ -1,0 +1,116 @@
+"""Progress of a chain of steps: a bar with the time left in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+LINE_EVERY = 15.0
+"""Seconds between plain lines where the output is no terminal (a log file, CI)."""
+
+
+class ChainProgress:
+    """Shows which of `steps` runs, how far it is, and the time that the whole chain still needs.
+
+    `steps` maps each title to its usual share of the time (any unit). The estimate scales the shares still to run by
+    the speed seen so far, so it is right on a slower machine too.
+    """
+
+    def __init__(self, steps: Mapping[str, float]) -> None:
+        self.steps = dict(steps)
+        self.console = Console(stderr=False)
+        self.live = sys.stdout.isatty()
+        self.started = time.monotonic()
+        self.finished: set[str] = set()
+        self.spared = 0.0  # shares of steps that were found done: they cost no time in this process
+        self.current, self.share, self.last_line = "", 0.0, 0.0
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(bar_width=36), TextColumn("{task.fields[note]}"),
+            console=self.console, transient=True, disable=not self.live,
+        )  # fmt: skip
+        self.task = self.bar.add_task("", total=1.0, note="")
+
+    def __enter__(self) -> ChainProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def begin(self, title: str) -> None:
+        self.current, self.share, self.last_line = title, 0.0, time.monotonic()
+        self._draw("")
+
+    def update(self, share: float, note: str = "") -> None:
+        """`share` of the current step is done."""
+        self.share = min(max(share, 0.0), 1.0)
+        self._draw(note)
+
+    def end(self, note: str, *, spared: bool = False) -> None:
+        """The current step is done; `spared` says that an earlier run had done it."""
+        self.finished.add(self.current)
+        if spared:
+            self.spared += self.steps[self.current]
+        number = f"[{len(self.finished):2}/{len(self.steps)}]"
+        self.say(f"{number} {self.current:<34} {note}  ({clock(time.monotonic() - self.started)}, {self._left()})")
+        self.current = ""
+
+    def _left(self) -> str:
+        total = sum(self.steps.values())
+        done = sum(self.steps[t] for t in self.finished) + self.share * self.steps.get(self.current, 0.0) * bool(
+            self.current
+        )
+        worked = done - self.spared
+        if done >= total:
+            return "done"
+        if worked < 0.02 * total:
+            return "estimating the time left"
+        return f"{clock((total - done) * (time.monotonic() - self.started) / worked)} left"
+
+    def _draw(self, note: str) -> None:
+        total = sum(self.steps.values())
+        done = sum(self.steps[t] for t in self.finished) + self.share * self.steps.get(self.current, 0.0)
+        note = f"{note}  {self._left()}".strip()
+        self.bar.update(self.task, description=self.current, completed=done / total, note=note)
+        now = time.monotonic()
+        if not self.live and now - self.last_line >= LINE_EVERY:
+            self.last_line = now
+            self.say(f"        {self.current}: {self.share:.0%}  {note}")
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, as 3:07."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+class StepProgress:
+    """One training run: a bar with loss, speed and the time left."""
+
+    def __init__(self, title: str) -> None:
+        self.chain = ChainProgress({title: 1.0})
+        self.title = title
+
+    def __enter__(self) -> StepProgress:
+        self.chain.__enter__()
+        self.chain.begin(self.title)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.chain.__exit__(*error)
+
+    def update(self, step: int, total: int, metrics: dict[str, float]) -> None:
+        self.chain.update(step / total, step_note(step, total, metrics))
+
+
+def step_note(step: int, total: int, metrics: dict[str, float]) -> str:
+    """`step 40/120  loss 1.234`, or the reward where there is one."""
+    name = next((key for key in ("reward", "loss") if key in metrics), None)
+    return f"step {step}/{total}" + (f"  {name} {metrics[name]:.3f}" if name else "")

@@ -1,0 +1,166 @@
+"""The whole recipe on one small machine: data, five training stages, GRPO, evaluation, report, export.
+
+Every step is the command of the same name at small size, run in one process so that stages share compiled programs.
+A finished step leaves `steps/NAME.json`; `--resume` reads it instead of running the step again.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from infimed_jax import config as configuration
+from infimed_jax.errors import UserError
+from launch.progress import ChainProgress
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
+STAGES = {
+    "pretrain": "Continual pretraining",
+    "sft_general": "General SFT",
+    "sft_medical": "Medical SFT",
+    "sft_cross_distribution": "Cross-distribution SFT",
+    "sft_reflective": "Reflective CoT SFT",
+}
+REASONING = ("sft_reflective", "grpo", "control")
+"""Stages whose questions are put in the reasoning wording, as they were trained."""
+
+
+@dataclass(frozen=True)
+class Options:
+    output: Path
+    source: str = "phantom"
+    input: Path | None = None
+    tokenizer: Path | None = None
+    seed: int = 0
+    resume: bool = False
+    overwrite: bool = False
+    settings: tuple[str, ...] = ()
+    """Dotted overrides of every stage's configuration."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Where the run lives and how its steps are reported."""
+
+    options: Options
+    plan: Mapping[str, Any]
+    """The source's YAML file."""
+    progress: ChainProgress
+
+    @property
+    def folder(self) -> Path:
+        return self.options.output
+
+    def step(self, name: str, title: str, work: Callable[[], tuple[dict[str, Any], str]]) -> dict[str, Any]:
+        """`work` returns (result, one line); both are kept in `steps/NAME.json`, and taken from there on resume."""
+        done = self.folder / "steps" / f"{name}.json"
+        self.progress.begin(title)
+        if done.exists():
+            kept = json.loads(done.read_text(encoding="utf-8"))
+            self.progress.end(f"{kept['line']}  [kept]", spared=True)
+            return kept["result"]
+        started = time.monotonic()
+        result, line = work()
+        result = {**result, "wall_seconds": time.monotonic() - started}
+        write_json(done, {"result": result, "line": line})
+        self.progress.end(line)
+        return result
+
+    def stage_config(self, stage: str) -> configuration.Config:
+        """The published stage's settings with the quickstart's over them."""
+        files = [
+            CONFIGS / "models/tiny.yaml",
+            CONFIGS / f"stages/{stage}.yaml",
+            CONFIGS / f"runs/quickstart/{stage}.yaml",
+        ]
+        config = configuration.load(files, [*self.plan.get("settings", ()), *self.options.settings])
+        tokenizer = self.folder / "tokenizer" if self.options.tokenizer is None else self.options.tokenizer
+        data = replace(config.data, dataset=str(self.folder / "data/mixtures" / stage), tokenizer=str(tokenizer))
+        train = replace(config.train, seed=self.options.seed, output=str(self.folder / "stages" / stage))
+        return replace(config, data=data, train=train)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Written beside its place and renamed: never half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def quickstart(options: Options) -> dict[str, Any]:
+    """Run the chain and return what `summary.json` holds. Raises UserError for a folder that holds another run."""
+    plan = load_plan(options)
+    prepare_folder(options)
+    # Imported only now, so that a mistake in the arguments is answered at once.
+    from launch import quickstart_report, quickstart_stages
+
+    started = time.monotonic()
+    with ChainProgress(planned_steps(plan)) as progress:
+        chain = Chain(options, plan, progress)
+        progress.say(f"{plan['title']}, seed {options.seed}, in {options.output}")
+        results = quickstart_stages.run(chain)
+        summary = quickstart_report.finish(chain, results, time.monotonic() - started, peak_memory())
+    print(f"Report:  {options.output / 'report.html'}")
+    print(f"Export:  {summary['export']['path']}")
+    print(f"Outputs: {options.output}/summary.json")
+    return summary
+
+
+def load_plan(options: Options) -> dict[str, Any]:
+    file = CONFIGS / f"runs/quickstart/{options.source}.yaml"
+    if not file.is_file():
+        known = sorted(p.stem for p in (CONFIGS / "runs/quickstart").glob("*.yaml") if p.stem not in (*STAGES, "grpo"))
+        raise UserError(f"no quickstart for source {options.source!r}: choose one of {', '.join(known)}")
+    if options.source != "phantom" and options.input is None:
+        raise UserError(f"source {options.source} is read from a folder: give --input DIR")
+    for name, folder in (("--input", options.input), ("--tokenizer", options.tokenizer)):
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"{name} {folder} is no folder")
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def prepare_folder(options: Options) -> None:
+    """A run's folder is new, resumed or overwritten, and which of them is said by the user."""
+    identity = {key: str(getattr(options, key)) for key in ("source", "input", "tokenizer", "seed", "settings")}
+    file = options.output / "quickstart.json"
+    if options.overwrite and file.exists():
+        shutil.rmtree(options.output)
+    if options.output.exists() and any(options.output.iterdir()) and not file.exists():
+        raise UserError(f"{options.output} holds something that is no quickstart run: choose another --output")
+    if file.exists():
+        if not options.resume:
+            raise UserError(f"{options.output} holds a run: give --resume to continue it or --overwrite to delete it")
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [
+            f"{key} was {before.get(key)}, is {value}" for key, value in identity.items() if before.get(key) != value
+        ]
+        if changed:
+            raise UserError(
+                f"cannot resume {options.output}: {'; '.join(changed)}; use the first arguments or --overwrite"
+            )
+    write_json(file, identity)
+
+
+def planned_steps(plan: Mapping[str, Any]) -> dict[str, float]:
+    """Title of each step -> its usual seconds on two cores, the shares of the time-left estimate."""
+    steps = {"Data": 20.0}
+    for title in STAGES.values():
+        steps |= {title: 60.0, f"Evaluation: {title}": 10.0}
+    steps |= {"Evaluation without images": 8.0, "GRPO": 120.0, "Evaluation: GRPO": 12.0}
+    steps |= {"GRPO control (constant reward)": 90.0, "Evaluation: GRPO control": 12.0}
+    return steps | {"Hugging Face export": 15.0, "Report": 4.0}
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, bytes (Linux counts in KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
