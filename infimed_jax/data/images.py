@@ -1,0 +1,97 @@
+"""Guarded decoding: an image file that may be hostile or broken → the pixels that the model sees, or a fixed reason.
+
+Equal to transformers' `load_image` and SigLIP processor up to the normalisation, which happens on the device.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Literal, get_args
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+MAX_PIXELS = 2**26
+"""Width × height; checked in the header, before any pixel is decoded. 67 million are 200 MB as RGB."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+
+Reason = Literal["empty file", "not a supported image", "too many pixels", "truncated or corrupt"]
+REASONS: tuple[str, ...] = get_args(Reason)
+
+# EXIF tag 274: how the stored image must be turned to stand upright.
+_ORIENTATION = 274
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; `reason` is one of REASONS, so that reports can count it."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def decode_image(data: bytes, size: int) -> np.ndarray:
+    """Encoded file → u8[size, size, 3]: first frame, upright by EXIF, RGB, bicubic, aspect ratio ignored.
+
+    Transparency is laid on white. Samples wider than 8 bits (X-ray and CT exports) are stretched from their own minimum
+    and maximum: clipping them at 255, as Pillow would, or dividing by 256 leaves white or black squares.
+    Raises ImageError.
+    """
+    if not data:
+        raise ImageError("empty file")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError("too many pixels") from error
+    except UnidentifiedImageError as error:
+        raise ImageError("not a supported image") from error
+    except Exception as error:  # hostile headers find their way to any exception
+        raise ImageError("truncated or corrupt") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError("too many pixels")
+    try:
+        image.load()
+        image = _to_rgb(_upright(image))
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ImageError("truncated or corrupt") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # broken metadata says nothing about the pixels
+        return image
+    turn = _UPRIGHT.get(orientation)
+    return image if turn is None else image.transpose(turn)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _stretch(np.asarray(image)).convert("RGB")
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _stretch(values: np.ndarray) -> Image.Image:
+    """Wide grey values → 8 bits, minimum to 0 and maximum to 255; a constant image is black."""
+    wide = values.astype(np.float64)
+    low, high = wide.min(), wide.max()
+    if not np.isfinite(high - low):
+        raise ValueError("grey values are not finite")
+    scale = 255.0 / (high - low) if high > low else 0.0
+    return Image.fromarray(np.rint((wide - low) * scale).astype(np.uint8))
