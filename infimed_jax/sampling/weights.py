@@ -1,0 +1,37 @@
+"""Parameters as the sampler wants them; one `tree.map` moves a trainer's weights here, once a sync."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from infimed_jax import config
+from infimed_jax.sharding import spec_of
+
+
+@functools.partial(jax.jit, static_argnames=("model", "dtype"))
+def sampler_weights(params: dict[str, Any], model: config.Model, dtype: str) -> dict[str, Any]:
+    """The tree of `init_params` in `dtype`, off `fsdp`, its text layers a list of per-layer trees.
+
+    Unstacked, because decoding a scanned stack copies the cache; off fsdp, because every token would gather the model.
+    Norms stay float32, as the trainer computes them, so the casts are the trainer's own and change no number. The
+    embedding is whole on every device: a lookup would else gather it for every token.
+    """
+    text = params["text"]
+    layers = [jax.tree.map(lambda x, i=i: x[i], text["layers"]) for i in range(model.text.num_layers)]
+    moved = _move(params | {"text": text | {"layers": layers}}, dtype)
+    moved["text"]["embed_tokens"] = jax.sharding.reshard(moved["text"]["embed_tokens"], PartitionSpec())
+    return moved
+
+
+def _move(tree: Any, dtype: str) -> Any:
+    if isinstance(tree, list):
+        return [_move(branch, dtype) for branch in tree]
+    if isinstance(tree, dict):
+        norm = "scale" in tree
+        return {name: _move(branch, "float32" if norm else dtype) for name, branch in tree.items()}
+    whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec_of(tree)))
+    return jax.sharding.reshard(tree.astype(dtype), whole)

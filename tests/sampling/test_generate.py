@@ -1,0 +1,251 @@
+"""`generate` against the training graph, token by token, and its promises on batching, groups, bans and ends."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from infimed_jax.config import Sampling
+from infimed_jax.errors import UserError
+from infimed_jax.sampling import decode
+from infimed_jax.sampling import generate as engine
+from infimed_jax.sampling.generate import generate
+
+IMAGE_TOKEN = 3
+STOP = 5
+GREEDY = Sampling(max_tokens=12, slots=4, burst=5)
+DRAWN = replace(GREEDY, temperature=1.0)
+
+
+def _run(tiny, prompts, sampling=GREEDY, stops=(STOP,), banned=(IMAGE_TOKEN,), seed=0, weights=None, **options):
+    return generate(
+        weights or tiny.weights,
+        tiny.model,
+        prompts,
+        sampling,
+        stop_tokens=stops,
+        banned_tokens=banned,
+        key=jax.random.key(seed),
+        compute=tiny.compute,
+        **options,
+    )
+
+
+def _mixed_prompts(tiny):
+    """Eleven prompts of 0 to 3 images and several lengths, more than the four slots."""
+    images = [tiny.image(seed) for seed in range(3)]
+    shapes = [(9, 0), (4, 1), (30, 0), (7, 3), (12, 1), (2, 0), (17, 2), (40, 1), (3, 0), (9, 3), (5, 2)]
+    return [tiny.prompt(seed, length, tuple(images[:n])) for seed, (length, n) in enumerate(shapes)]
+
+
+def _assert_equal(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert (a.tokens.tolist(), a.finish) == (b.tokens.tolist(), b.finish)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_decoding_equals_the_full_forward(tiny, images):
+    pixels = tuple(tiny.image(seed) for seed in range(images))
+    prompts = [tiny.prompt(seed, 9 + seed, pixels) for seed in range(3)]
+    for prompt, reply in zip(prompts, _run(tiny, prompts, stops=()), strict=True):
+        assert len(reply.tokens) == 12
+        logits = tiny.full_logits(prompt, reply.tokens)
+        expected = jax.nn.log_softmax(logits)[np.arange(12), reply.tokens]
+        # float32 on both sides, in different orders of summation
+        np.testing.assert_allclose(reply.logprobs, expected, atol=2e-5)
+        logits[:, IMAGE_TOKEN] = -np.inf
+        assert reply.tokens.tolist() == logits.argmax(-1).tolist()
+        assert len(set(reply.tokens.tolist())) > 2
+
+
+def test_alone_equals_in_a_batch_with_refills(tiny):
+    prompts = _mixed_prompts(tiny)
+    for sampling in (GREEDY, DRAWN):
+        together = _run(tiny, prompts, sampling)
+        assert {reply.finish for reply in together} == {"stop", "length"}
+        for number in range(len(prompts)):
+            # The request's number is part of its randomness: stand-ins take the places before it.
+            stand_ins = [tiny.prompt(99, 3)] * number if sampling.temperature else []
+            alone = _run(tiny, [*stand_ins, prompts[number]], sampling)[-1:]
+            _assert_equal(alone, together[number : number + 1])
+
+
+@pytest.mark.parametrize("changes", [{"slots": 1}, {"slots": 7}, {"slots": 16}, {"burst": 1}, {"burst": 64}])
+def test_slots_and_bursts_change_nothing(tiny, changes):
+    prompts = _mixed_prompts(tiny)
+    _assert_equal(_run(tiny, prompts, replace(DRAWN, **changes)), _run(tiny, prompts, DRAWN))
+
+
+def test_group_is_prefilled_once_and_equals_separate_prompts(tiny, monkeypatch):
+    image = tiny.image(0)
+    group = tiny.prompt(1, 8, (image,))
+    other = tiny.prompt(2, 8, (image,))
+    copies = [replace(group, tokens=group.tokens.copy(), pixels=(image.copy(),)) for _ in range(3)]
+    rows, encoded = [], []
+    prefill, encode = engine._prefill, decode.encode
+    monkeypatch.setattr(
+        engine, "_prefill", lambda e, s, prompts, *rest: (rows.append(len(prompts)), prefill(e, s, prompts, *rest))[1]
+    )
+    monkeypatch.setattr(
+        decode,
+        "encode",
+        lambda w, t, pixels, *rest: (encoded.append(int(pixels.any((1, 2, 3)).sum())), encode(w, t, pixels, *rest))[1],
+    )
+    shared = _run(tiny, [group, other, group, group], DRAWN)
+    assert (rows, encoded) == ([2], [1])
+    separate = _run(tiny, [copies[0], other, copies[1], copies[2]], DRAWN)
+    assert (rows[1:], encoded[1:]) == ([4], [4])
+    _assert_equal(shared, separate)
+    assert len({tuple(reply.tokens) for reply in (shared[0], shared[2], shared[3])}) > 1
+
+
+def test_group_larger_than_the_slots(tiny):
+    prompt = tiny.prompt(1, 8)
+    assert len(_run(tiny, [prompt] * 11, DRAWN)) == 11
+
+
+def test_banned_tokens_are_never_sampled_even_when_likeliest(tiny):
+    table = tiny.weights["text"]["embed_tokens"]
+    # The image token's logit is far the largest: its row is the sum of what the model says otherwise.
+    prompts = [tiny.prompt(seed) for seed in range(4)]
+    free = _run(tiny, prompts, banned=(), stops=())
+    favourite = np.bincount(np.concatenate([reply.tokens for reply in free])).argmax()
+    weights = tiny.weights | {
+        "text": tiny.weights["text"] | {"embed_tokens": table.at[IMAGE_TOKEN].set(table[favourite] * 9)}
+    }
+    eager = _run(tiny, prompts, banned=(), stops=(), weights=weights)
+    assert any(IMAGE_TOKEN in reply.tokens for reply in eager)
+    for sampling in (GREEDY, DRAWN):
+        for reply in _run(tiny, prompts, sampling, stops=(), weights=weights):
+            assert IMAGE_TOKEN not in reply.tokens
+
+
+def test_stop_token_ends_and_is_kept(tiny):
+    prompt = tiny.prompt(0)
+    free = _run(tiny, [prompt], stops=())[0]
+    assert free.finish == "length"
+    assert free.text_tokens.tolist() == free.tokens.tolist()
+    stop = int(free.tokens[6])
+    first = free.tokens.tolist().index(stop)
+    ended = _run(tiny, [prompt], stops=(stop, 60))[0]
+    assert ended.finish == "stop"
+    assert ended.tokens.tolist() == free.tokens[: first + 1].tolist()
+    assert ended.text_tokens.tolist() == free.tokens[:first].tolist()
+    assert len(ended.logprobs) == first + 1
+
+
+def test_a_stop_as_the_last_allowed_token_is_a_stop(tiny):
+    prompt = tiny.prompt(0)
+    free = _run(tiny, [prompt], stops=())[0].tokens.tolist()
+    last = next(n for n, token in enumerate(free) if n >= 2 and token not in free[:n])
+    ended = _run(tiny, [prompt], replace(GREEDY, max_tokens=last + 1), stops=(free[last],))[0]
+    assert (len(ended.tokens), ended.finish) == (last + 1, "stop")
+    cut = _run(tiny, [prompt], replace(GREEDY, max_tokens=last), stops=(free[last],))[0]
+    assert (len(cut.tokens), cut.finish) == (last, "length")
+
+
+def test_repetition_penalty_sees_prompt_and_reply(tiny):
+    prompts = _mixed_prompts(tiny)[:6]
+    sampling = replace(GREEDY, repetition_penalty=1.5)
+    for prompt, reply in zip(prompts, _run(tiny, prompts, sampling, stops=()), strict=True):
+        logits = tiny.full_logits(prompt, reply.tokens)
+        for n, token in enumerate(reply.tokens):
+            scores = logits[n].copy()
+            seen = np.unique(np.concatenate([prompt.tokens, reply.tokens[:n]]))
+            scores[seen] = np.where(scores[seen] < 0, scores[seen] * 1.5, scores[seen] / 1.5)
+            scores[IMAGE_TOKEN] = -np.inf
+            assert token == scores.argmax()
+
+
+def test_key_decides_the_draws(tiny):
+    prompts = [tiny.prompt(1, 8)] * 4
+    once, again, other = (_run(tiny, prompts, DRAWN, seed=seed) for seed in (1, 1, 2))
+    _assert_equal(once, again)
+    assert [reply.tokens.tolist() for reply in once] != [reply.tokens.tolist() for reply in other]
+
+
+def test_first_tokens_follow_the_softmax(tiny):
+    prompt, draws = tiny.prompt(4, 8), 3000
+    sampling = Sampling(temperature=1.0, max_tokens=1, slots=500)
+    tokens = np.concatenate([reply.tokens for reply in _run(tiny, [prompt] * draws, sampling)])
+    logits = tiny.full_logits(prompt, np.zeros(1, np.int32))[0].astype(np.float64)
+    logits[IMAGE_TOKEN] = -np.inf
+    wanted = np.exp(logits - logits.max())
+    wanted *= draws / wanted.sum()
+    counts = np.bincount(tokens, minlength=len(wanted))
+    rare = wanted < 5
+    cells = np.append(wanted[~rare], wanted[rare].sum())
+    statistic = ((np.append(counts[~rare], counts[rare].sum()) - cells) ** 2 / cells).sum()
+    freedom = len(cells) - 1
+    assert freedom > 5
+    assert statistic < freedom + 4 * np.sqrt(2 * freedom)
+
+
+def test_new_weights_keys_and_prompts_compile_nothing(tiny):
+    prompts = [tiny.prompt(seed, 8, (tiny.image(seed),)) for seed in range(3)]
+    _run(tiny, prompts, DRAWN, max_prompt=20)
+    programs = (decode.encode, decode.prefill, decode.burst, decode.empty_slots)
+    before = [program._cache_size() for program in programs]
+    changed = jax.tree.map(lambda x: x * 1.01, tiny.weights)
+    other = [tiny.prompt(seed, 5 + seed % 5, (tiny.image(seed),)) for seed in range(9)]
+    _run(tiny, other, DRAWN, weights=changed, seed=5, max_prompt=20)
+    assert [program._cache_size() for program in programs] == before
+
+
+def test_callbacks_report_every_reply_once(tiny):
+    prompts = _mixed_prompts(tiny)
+    finished, progress = {}, []
+    replies = _run(
+        tiny,
+        prompts,
+        DRAWN,
+        on_finish=lambda number, reply: finished.setdefault(number, reply),
+        on_progress=lambda *state: progress.append(state),
+    )
+    assert [finished[number] for number in range(len(prompts))] == replies
+    assert progress[-1] == (len(prompts), len(prompts), sum(len(reply.tokens) for reply in replies))
+    assert _run(tiny, []) == []
+
+
+def _broken(tiny, problem):
+    prompt = tiny.prompt(0, 6, (tiny.image(0),))
+    return {
+        "is empty": replace(prompt, tokens=prompt.tokens[:0], visual=prompt.visual[:0], pixels=()),
+        "ends in an image": replace(prompt, tokens=prompt.tokens[::-1], visual=np.arange(10) > 5),
+        "outside the model's vocabulary": replace(prompt, tokens=prompt.tokens + 60),
+        "image places for 0 images": replace(prompt, pixels=()),
+        "has an image of shape": replace(prompt, pixels=(np.zeros((2, 2, 3), np.uint8),)),
+        "more than the 32 allowed": tiny.prompt(0, 33),
+    }[problem]
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        "is empty",
+        "ends in an image",
+        "outside the model's vocabulary",
+        "image places for 0 images",
+        "has an image of shape",
+        "more than the 32 allowed",
+    ],
+)
+def test_impossible_prompts_are_named(tiny, problem):
+    with pytest.raises(UserError, match=f"prompt 1 .*{problem}"):
+        _run(tiny, [tiny.prompt(0), _broken(tiny, problem)], max_prompt=32)
+
+
+def test_impossible_tokens_and_broken_weights_are_named(tiny):
+    prompts = [tiny.prompt(0)]
+    with pytest.raises(UserError, match="token 61 is outside"):
+        _run(tiny, prompts, stops=(61,))
+    with pytest.raises(UserError, match="both banned and a stop"):
+        _run(tiny, prompts, banned=(STOP,))
+    with pytest.raises(UserError, match="every token"):
+        _run(tiny, prompts, stops=(), banned=range(61))
+    broken = jax.tree.map(lambda x: x * np.nan, tiny.weights)
+    with pytest.raises(UserError, match="not finite"):
+        _run(tiny, prompts, weights=broken)
