@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from data_prep.sources import phantom, shapes
+from infimed_jax.data.prompts import prompt_for
 from infimed_jax.errors import UserError
 
 PRETOKENIZER = (
@@ -125,3 +128,30 @@ def _config(first_added: int) -> dict[str, object]:
         "tokenizer_class": "Qwen2Tokenizer",
         "unk_token": None,
     }
+
+
+def _procedural_texts(images: int = 400) -> list[str]:
+    """Every kind of text that the procedural sources hold, prompts and reasoning included."""
+    texts = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for source, write in ((phantom.SOURCE, phantom.write_phantom), (shapes.SOURCE, shapes.write_shapes)):
+            folder = write(Path(scratch) / source.name, seed=0, sizes={split: images for split in source.splits})
+            for split in source.splits:
+                for sample in source.read(folder, split):
+                    asked = [prompt_for(sample, True)] if sample.kind != "document" else []
+                    for turn in (turn for variant in (sample, *asked) for turn in variant.turns):
+                        texts += [piece for piece in (*turn.content, turn.reasoning) if isinstance(piece, str)]
+    return texts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the small tokenizer of the procedural sources.")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--vocab-size", type=int, default=1024, help="tokens at most, the added ones counted")
+    arguments = parser.parse_args()
+    make_tokenizer(_procedural_texts(), arguments.output, arguments.vocab_size)
+    print(f"tokenizer: {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infimed_jax.data.sample import Sample, Skipped
+from infimed_jax.data.sample import Kind, Sample, Skipped
 from infimed_jax.errors import UserError
 
 IMAGE_MISSING = "image missing"
@@ -74,3 +74,10 @@ def read_image(folder: Path, name: str) -> bytes | None:
 def text(value: Any) -> str:
     """An annotation's value as stripped text: numbers become text, absent and nested values the empty string."""
     return str(value).strip() if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
+
+
+def answer_kind(answer: str, answer_type: str) -> Kind:
+    """How a question of CLOSED or OPEN type is asked: yes/no by its answer, else closed or open."""
+    if answer.lower() in ("yes", "no"):
+        return "yes_no"
+    return "closed" if answer_type == "CLOSED" else "open"

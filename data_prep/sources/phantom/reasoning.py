@@ -1,0 +1,96 @@
+"""Reasoning about a phantom with a reflective turn: a first guess, a second look at the image, then the conclusion.
+
+Half of the guesses are wrong and get corrected, half are right and get confirmed. What the second look states is true.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from data_prep.sources.phantom.captions import places
+from data_prep.sources.phantom.scene import COUNT_CHANCES, INTENSITIES, SIDES, SIZES, Scene
+from data_prep.sources.procedural import Question
+
+_GUESS = ("My first guess is {}.", "At first glance: {}.", "I would say {}.")
+_REFLECT = ("Wait, let me look again:", "Wait, let me check the image:", "But wait, I should check:")
+_CORRECTED = ("So the answer is {answer}, not {guess}.", "So not {guess}, but {answer}.")
+_CONFIRMED = ("So {answer} is right.", "So the answer is indeed {answer}.")
+
+_MODALITY_LOOK = {
+    "CT": "bone is white in a thin slice",
+    "MRI": "soft tissue is clear and bone is dark",
+    "X-ray": "the whole body is seen through",
+    "microscopy": "small stained cells are seen",
+}
+_ORGAN_LOOK = {
+    "lung": "there are two lungs in the chest",
+    "brain": "the skull is around the brain",
+    "kidney": "there are two kidneys beside the spine",
+    "tissue": "there is tissue with many cells",
+}
+_SHAPE_LOOK = {
+    "round": "the outline is a circle",
+    "oval": "it is longer than wide",
+    "irregular": "the outline is uneven",
+    "ring-shaped": "the centre is hollow",
+}
+_SIZE_LOOK = {"small": "the lesion takes little space", "large": "the lesion takes much space"}
+_WRONG = {"side": SIDES, "size": SIZES, "intensity": INTENSITIES, "count": tuple(map(str, range(len(COUNT_CHANCES))))}
+
+
+def think(scene: Scene, question: Question, rng: np.random.Generator) -> Question:
+    """The question with its reasoning, and in `reflection` whether the first guess was corrected or confirmed."""
+    answer, alternatives = _short_answer(scene, question)
+    corrected = rng.random() < 0.5
+    guess = alternatives[rng.integers(len(alternatives))] if corrected else answer
+    endings = _CORRECTED if corrected else _CONFIRMED
+    ending = endings[rng.integers(len(endings))].format(answer=answer, guess=guess)
+    if question.options:
+        ending += f" Option {question.letter}."
+    reasoning = " ".join(
+        (
+            _GUESS[rng.integers(len(_GUESS))].format(guess),
+            _REFLECT[rng.integers(len(_REFLECT))],
+            f"{evidence(scene, question.template)}.",
+            ending,
+        )
+    )
+    return replace(question, reasoning=reasoning, reflection="corrected" if corrected else "confirmed")
+
+
+def _short_answer(scene: Scene, question: Question) -> tuple[str, list[str]]:
+    """What is guessed at first (for a description only the size), and what it might be instead."""
+    if question.template == "describe":
+        answer, values = scene.size, SIZES
+    elif question.template == "place":
+        answer, values = scene.only.side, SIDES
+    elif question.kind == "yes_no":
+        answer, values = question.answer, ("yes", "no")
+    else:
+        answer, values = question.answer, question.options or _WRONG[question.template]
+    return answer, [value for value in values if value != answer]
+
+
+def evidence(scene: Scene, template: str) -> str:
+    """The true statement that settles the question."""
+    if template in ("presence", "several", "count"):
+        if scene.count == 0:
+            return "there is no lesion"
+        if scene.count == 1:
+            return f"there is one lesion, {places(scene)}"
+        return f"there are {scene.count} lesions, {places(scene)}"
+    if template in ("organ", "organ_check"):
+        return _ORGAN_LOOK[scene.organ]
+    if template == "modality":
+        return _MODALITY_LOOK[scene.modality]
+    if template == "shape":
+        return _SHAPE_LOOK[scene.shape]
+    if template == "size":
+        return _SIZE_LOOK[scene.size]
+    if template in ("intensity", "intensity_check"):
+        return f"the lesion is {scene.intensity}er than the {scene.organ}"
+    if template == "describe":
+        return f"it is {scene.size}, {scene.intensity} and {scene.shape}, in the {scene.only.side} {scene.organ}"
+    return f"the lesion is in the {scene.only.quadrant} {scene.organ}"

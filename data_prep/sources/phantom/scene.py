@@ -1,0 +1,139 @@
+"""What one phantom image shows: a modality, an organ, and up to three alike lesions, each in a quadrant of its own.
+
+Left and right are the image's, as a viewer sees them, not the patient's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+Modality = Literal["CT", "MRI", "X-ray", "microscopy"]
+Organ = Literal["lung", "brain", "kidney", "tissue"]
+MODALITIES: tuple[Modality, ...] = ("CT", "MRI", "X-ray", "microscopy")
+ORGANS: tuple[Organ, ...] = ("lung", "brain", "kidney", "tissue")
+SIZES = ("small", "large")
+INTENSITIES = ("dark", "bright")
+SHAPES = ("round", "oval", "irregular", "ring-shaped")
+SIDES = ("left", "right")
+QUADRANTS = ("upper left", "upper right", "lower left", "lower right")
+RADIUS = {"small": 0.052, "large": 0.092}
+"""Outer radius in image sides: 2.5 and 4.4 pixels where the model sees 48."""
+COUNT_CHANCES = (0.15, 0.6, 0.125, 0.125)
+"""Of 0, 1, 2, 3 lesions: most questions want exactly one."""
+
+
+@dataclass(frozen=True)
+class View:
+    """Where lesions lie in a modality's picture of an organ: offsets from the centre, and how far they stray."""
+
+    x: float
+    y: float
+    stray_x: float
+    stray_y: float
+
+
+VIEWS: dict[tuple[Modality, Organ], View] = {
+    ("CT", "lung"): View(0.2, 0.145, 0.025, 0.015),
+    ("X-ray", "lung"): View(0.2, 0.15, 0.025, 0.02),
+    ("CT", "brain"): View(0.155, 0.15, 0.025, 0.02),
+    ("MRI", "brain"): View(0.155, 0.15, 0.025, 0.02),
+    ("MRI", "kidney"): View(0.21, 0.145, 0.02, 0.015),
+    ("X-ray", "kidney"): View(0.21, 0.145, 0.02, 0.015),
+    ("microscopy", "tissue"): View(0.22, 0.22, 0.06, 0.06),
+}
+"""Each modality and each organ is a quarter of all images: tissue has one view, the other organs have two."""
+
+
+@dataclass(frozen=True)
+class Lesion:
+    x: float
+    """Centre, in image sides from the left."""
+    y: float
+    """From the top."""
+    angle: float
+    """Radians; of no account where the shape is round or a ring."""
+
+    @property
+    def side(self) -> str:
+        return SIDES[self.x > 0.5]
+
+    @property
+    def quadrant(self) -> str:
+        return f"{'lower' if self.y > 0.5 else 'upper'} {self.side}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    modality: Modality
+    organ: Organ
+    size: str
+    """Of all lesions, as are shape and intensity; drawn also where there is no lesion, and then without meaning."""
+    shape: str
+    intensity: str
+    """Against the organ around."""
+    lesions: tuple[Lesion, ...]
+    """In reading order of their quadrants."""
+    x: float
+    """Centre of the body, in image sides."""
+    y: float
+    scale: float
+    texture: int
+    """Seed of anatomy's variation and noise, which do not depend on the lesions."""
+
+    @property
+    def count(self) -> int:
+        return len(self.lesions)
+
+    @property
+    def only(self) -> Lesion:
+        """The lesion where there is exactly one; else ValueError."""
+        (lesion,) = self.lesions
+        return lesion
+
+
+def draw_scene(rng: np.random.Generator) -> Scene:
+    """A random scene. Attributes are independent of each other, but for an organ's choice of modalities."""
+    organ = ORGANS[rng.integers(len(ORGANS))]
+    modalities = [m for m, o in VIEWS if o == organ]
+    modality = modalities[rng.integers(len(modalities))]
+    view = VIEWS[modality, organ]
+    x, y = 0.5 + rng.uniform(-0.02, 0.02, 2)
+    count = rng.choice(len(COUNT_CHANCES), p=COUNT_CHANCES)
+    quadrants = np.sort(rng.choice(len(QUADRANTS), count, replace=False))
+    scale = rng.uniform(0.96, 1.04)
+    lesions = tuple(
+        Lesion(
+            x=_short(x + scale * ((2 * (q % 2) - 1) * view.x + rng.uniform(-view.stray_x, view.stray_x))),
+            y=_short(y + scale * ((2 * (q // 2) - 1) * view.y + rng.uniform(-view.stray_y, view.stray_y))),
+            angle=_short(rng.uniform(0, np.pi)),
+        )
+        for q in quadrants
+    )
+    return Scene(
+        modality=modality,
+        organ=organ,
+        size=SIZES[rng.integers(len(SIZES))],
+        shape=SHAPES[rng.integers(len(SHAPES))],
+        intensity=INTENSITIES[rng.integers(len(INTENSITIES))],
+        lesions=lesions,
+        x=_short(x),
+        y=_short(y),
+        scale=_short(scale),
+        texture=int(rng.integers(2**31)),
+    )
+
+
+def _short(value: float) -> float:
+    """Four decimals: a hundredth of a pixel, and readable annotations."""
+    return round(float(value), 4)
+
+
+def scene_to_json(scene: Scene) -> dict[str, Any]:
+    return asdict(scene)
+
+
+def scene_from_json(values: dict[str, Any]) -> Scene:
+    return Scene(**{**values, "lesions": tuple(Lesion(**lesion) for lesion in values["lesions"])})

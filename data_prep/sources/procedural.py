@@ -1,0 +1,203 @@
+"""What the procedural sources share: questions balanced so that blind guessing fails, and their folder of plain files.
+
+A folder holds `images/*.png`, one `SPLIT.json` a split (a list of `{image, scene, caption, questions}`) and
+`recipe.json`, which says how it was made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from data_prep.sources.source import IMAGE_MISSING, read_image, read_json, read_rows
+from infimed_jax.data.prompts import LETTERS, question_sample
+from infimed_jax.data.sample import Kind, Sample, Skipped, Turn
+from infimed_jax.errors import UserError
+
+SceneT = TypeVar("SceneT")
+
+SPLITS = ("pretrain", "train", "reflective", "rl", "test")
+"""`pretrain` holds captions, `reflective` questions with reasoning, the others plain questions. No image is shared."""
+RECIPE = "recipe.json"
+VERSION = 1
+"""Of the drawings and wordings; raise it when they change, so that old folders are not taken for new ones."""
+
+
+@dataclass(frozen=True)
+class Question:
+    template: str
+    kind: Kind
+    text: str
+    answer: str
+    """`yes`/`no`, the text, or (in a choice) the right option's text."""
+    options: tuple[str, ...] = ()
+    reasoning: str = ""
+    reflection: str = ""
+    """`corrected` or `confirmed`: what the reasoning's second look does to its first guess."""
+
+    @property
+    def letter(self) -> str:
+        """Of a choice's right option."""
+        return LETTERS[self.options.index(self.answer)]
+
+
+@dataclass(frozen=True)
+class Procedure(Generic[SceneT]):
+    """How one procedural source makes an image and what belongs to it; every function is pure."""
+
+    name: str
+    draw: Callable[[np.random.Generator], SceneT]
+    png: Callable[[SceneT], bytes]
+    caption: Callable[[SceneT, np.random.Generator], str]
+    ask: Callable[[SceneT, np.random.Generator], list[Question]]
+    """One question of each template that fits the scene."""
+    think: Callable[[SceneT, Question, np.random.Generator], Question] | None
+    """The question with reasoning; None where the source has none."""
+    meta: Callable[[SceneT], dict[str, str]]
+
+
+def write_folder(
+    procedure: Procedure, folder: str | Path, seed: int, sizes: Mapping[str, int], per_image: int = 4
+) -> Path:
+    """Draw `sizes[split]` images for each split and write the folder, whole or not at all.
+
+    The same arguments give the same bytes. `per_image` bounds the questions of an image; balancing takes some away. A folder made alike is kept as it is.
+    UserError: an unknown split, or the folder holds something else.
+    """
+    for split in sizes:
+        if split not in SPLITS:
+            raise UserError(f"{procedure.name} has no split {split!r}: its splits are {', '.join(SPLITS)}")
+    folder = Path(folder)
+    recipe = {
+        "source": procedure.name,
+        "version": VERSION,
+        "seed": seed,
+        "sizes": dict(sizes),
+        "per_image": per_image,
+    }
+    if folder.exists() and any(folder.iterdir()):
+        if (folder / RECIPE).is_file() and read_json(folder / RECIPE, dict) == recipe:
+            return folder
+        raise UserError(f"{folder} holds other files than {procedure.name} images of seed {seed}: remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+    try:
+        (part / "images").mkdir()
+        for split, count in sizes.items():
+            _write_split(procedure, part, seed, split, count, per_image)
+        (part / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+        part.chmod(0o755)  # mkdtemp's 0700 would keep colleagues out
+        os.rename(part, folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return folder
+
+
+def _write_split(procedure: Procedure, folder: Path, seed: int, split: str, count: int, per_image: int) -> None:
+    stream = SPLITS.index(split)
+    scenes, captions, asked = [], [], []
+    for number in range(count):
+        rng = np.random.default_rng([seed, stream, number])  # of its own, so a longer split starts with the same images
+        scene = procedure.draw(rng)
+        (folder / "images" / f"{split}_{number:06d}.png").write_bytes(procedure.png(scene))
+        scenes.append(scene)
+        captions.append(procedure.caption(scene, rng))
+        questions = procedure.ask(scene, rng) if split != "pretrain" else []
+        asked.append([questions[i] for i in rng.permutation(len(questions))[:per_image]])
+    rng = np.random.default_rng([seed, stream, count, 1])
+    records = []
+    for number, questions in enumerate(balance(asked, rng)):
+        if procedure.think is not None:
+            questions = [procedure.think(scenes[number], question, rng) for question in questions]
+        record = {
+            "image": f"images/{split}_{number:06d}.png",
+            "meta": procedure.meta(scenes[number]),
+            "scene": asdict(scenes[number]),
+            "caption": captions[number],
+            "questions": [asdict(question) for question in questions],
+        }
+        records.append(json.dumps(record, ensure_ascii=False))
+    (folder / f"{split}.json").write_text("[\n" + ",\n".join(records) + "\n]\n", encoding="utf-8")
+
+
+def balance(asked: Sequence[Sequence[Question]], rng: np.random.Generator) -> list[list[Question]]:
+    """The questions of each image, thinned so that within a template every answer is equally frequent.
+
+    Options are shuffled so that a template's right letters take turns. Open questions stay as they are.
+    """
+    places: dict[str, dict[str, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
+    for image, questions in enumerate(asked):
+        for number, question in enumerate(questions):
+            places[question.template][question.answer].append((image, number))
+    kept: dict[tuple[int, int], Question] = {}
+    for by_answer in places.values():
+        is_open = any(asked[i][j].kind == "open" for found in by_answer.values() for i, j in found)
+        size = min(map(len, by_answer.values())) if len(by_answer) > 1 else 0  # one answer to all needs no image
+        turn = 0
+        for answer in sorted(by_answer):
+            found = by_answer[answer]
+            for image, number in found if is_open else [found[i] for i in rng.permutation(len(found))[:size]]:
+                kept[image, number] = _with_letter(asked[image][number], turn, rng)
+                turn += 1
+    return [[kept[i, j] for j in range(len(asked[i])) if (i, j) in kept] for i in range(len(asked))]
+
+
+def _with_letter(question: Question, turn: int, rng: np.random.Generator) -> Question:
+    """A choice with its options shuffled, the right one at place `turn` modulo their number."""
+    if not question.options:
+        return question
+    others = [option for option in question.options if option != question.answer]
+    options = [others[i] for i in rng.permutation(len(others))]
+    options.insert(turn % len(question.options), question.answer)
+    return replace(question, options=tuple(options))
+
+
+def read_folder(name: str, folder: Path, split: str) -> Iterator[Sample | Skipped]:
+    """The samples of a split: one caption or several questions an image. UserError: the folder is unusable."""
+    for number, row in enumerate(read_rows(folder / f"{split}.json")):
+        id = f"{name}/{split}/{number:06d}"
+        try:
+            image_name, caption, questions = row["image"], row["caption"], [_question(q) for q in row["questions"]]
+            meta = {**row["meta"], "language": "en", "image_id": f"{name}/{split}/{number:06d}"}
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{folder / f'{split}.json'}: entry {number} is incomplete ({error})") from error
+        image = read_image(folder, image_name)
+        if image is None:
+            yield Skipped(id, IMAGE_MISSING, image_name)
+        elif split == "pretrain":
+            turn = Turn("document", (0, "\n" + caption))
+            yield Sample(id, name, split, "document", (image,), (turn,), meta=meta | {"template": "caption"})
+        else:
+            for q, question in enumerate(questions):
+                yield _sample(f"{id}-{q}", name, split, image, question, meta)
+
+
+def _question(values: dict[str, Any]) -> Question:
+    return Question(**{**values, "options": tuple(values["options"])})
+
+
+def _sample(id: str, name: str, split: str, image: bytes, question: Question, meta: dict[str, str]) -> Sample:
+    reflective = split == "reflective"
+    return question_sample(
+        id=id,
+        source=name,
+        split=split,
+        images=(image,),
+        kind=question.kind,
+        question=question.text,
+        answer=question.letter if question.options else question.answer,
+        options=question.options,
+        reasoning=question.reasoning if reflective else "",
+        with_reasoning=reflective,
+        meta=meta | {"template": question.template} | ({"reflection": question.reflection} if reflective else {}),
+    )

@@ -1,0 +1,180 @@
+"""Coloured shapes on a plain ground: the general, not medical, part of the procedural data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.sources import procedural
+from data_prep.sources.canvas import SIDE, box, ellipse, encode_png, paint, polygon, star
+from data_prep.sources.procedural import Question
+from data_prep.sources.source import Source
+
+COLOURS = {
+    "red": (0.86, 0.15, 0.15),
+    "green": (0.10, 0.62, 0.25),
+    "blue": (0.15, 0.30, 0.85),
+    "yellow": (0.97, 0.80, 0.10),
+}
+FORMS = ("circle", "square", "triangle", "star")
+PLACES = ("upper left", "upper right", "lower left", "lower right")
+
+
+@dataclass(frozen=True)
+class Item:
+    form: str
+    colour: str
+    place: str
+    x: float
+    y: float
+    radius: float
+    angle: float
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """One to four items; no two share a form, a colour or a place, so each can be named by any of them."""
+
+    items: tuple[Item, ...]
+    ground: float
+    """Grey of the background."""
+    texture: int
+    """Seed of the noise."""
+
+
+def draw_shapes(rng: np.random.Generator) -> Shapes:
+    count = rng.integers(1, 5)
+    places = np.sort(rng.choice(4, count, replace=False))
+    forms, colours = rng.permutation(FORMS), rng.permutation(list(COLOURS))
+    items = tuple(
+        Item(
+            form=str(form),
+            colour=str(colour),
+            place=PLACES[place],
+            x=round(0.27 + 0.46 * (place % 2) + rng.uniform(-0.06, 0.06), 4),
+            y=round(0.27 + 0.46 * (place // 2) + rng.uniform(-0.06, 0.06), 4),
+            radius=round(rng.uniform(0.12, 0.17), 4),
+            angle=round(rng.uniform(-0.3, 0.3), 4),
+        )
+        for place, form, colour in zip(places.tolist(), forms, colours, strict=False)
+    )
+    return Shapes(items, round(rng.uniform(0.82, 0.98), 4), int(rng.integers(2**31)))
+
+
+def render_png(scene: Shapes) -> bytes:
+    rng = np.random.default_rng(scene.texture)
+    image = np.full((SIDE, SIDE, 3), scene.ground, np.float32)
+    for item in scene.items:
+        paint(image, _coverage(item), np.float32(COLOURS[item.colour]))
+    return encode_png(image + np.float32(0.012) * rng.standard_normal((SIDE, SIDE, 1), np.float32))
+
+
+def _coverage(item: Item) -> np.ndarray:
+    x, y, radius, angle = item.x, item.y, item.radius, item.angle
+    if item.form == "circle":
+        return ellipse(x, y, radius * 0.92, radius * 0.92)
+    if item.form == "square":
+        return box(x, y, radius * 0.8, radius * 0.8, angle)
+    if item.form == "triangle":
+        return polygon(x, y + radius * 0.15, radius * 1.15, 3, angle)
+    return star(x, y, radius * 1.25, 0.55, 5, angle - np.pi / 2)
+
+
+def caption(scene: Shapes, rng: np.random.Generator) -> str:
+    """Every item with its colour and place."""
+    parts = [f"a {item.colour} {item.form} in the {item.place}" for item in scene.items]
+    listed = " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+    count = len(parts)
+    noun = "shape" if count == 1 else "shapes"
+    openings = (
+        f"The image shows {listed}.",
+        f"There {'is' if count == 1 else 'are'} {count} {noun}: {listed}.",
+        f"This is a picture of {listed}. It has {count} {noun}.",
+    )
+    return openings[rng.integers(len(openings))]
+
+
+def ask(scene: Shapes, rng: np.random.Generator) -> list[Question]:
+    """One question of each template, each about an item drawn for it."""
+    present = {item.form for item in scene.items}
+    absent = [form for form in FORMS if form not in present]
+
+    def some() -> Item:
+        return scene.items[rng.integers(len(scene.items))]
+
+    def pick(*wordings: str) -> str:
+        return wordings[rng.integers(len(wordings))]
+
+    checked, coloured, formed, placed = some(), some(), some(), some()
+    sought = str(rng.choice(absent)) if absent and rng.random() < 0.5 else some().form
+    others = [colour for colour in COLOURS if colour != checked.colour]
+    claimed = checked.colour if rng.random() < 0.5 else str(rng.choice(others))
+    place = PLACES[rng.integers(len(PLACES))]
+    there = next((f"{item.colour} {item.form}" for item in scene.items if item.place == place), "nothing")
+    colours = tuple(COLOURS)
+    return [
+        Question(
+            "form_check",
+            "yes_no",
+            pick(f"Is there a {sought}?", f"Does the image show a {sought}?"),
+            _yes(sought in present),
+        ),
+        Question("colour_check", "yes_no", f"Is the {checked.form} {claimed}?", _yes(claimed == checked.colour)),
+        Question(
+            "colour",
+            "choice",
+            pick(f"Which colour is the {coloured.form}?", f"What is the colour of the {coloured.form}?"),
+            coloured.colour,
+            colours,
+        ),
+        Question(
+            "form",
+            "choice",
+            pick(f"Which shape is {formed.colour}?", f"What is the shape of the {formed.colour} object?"),
+            formed.form,
+            FORMS,
+        ),
+        Question(
+            "position",
+            "choice",
+            pick(f"Where is the {placed.form}?", f"In which quadrant is the {placed.form}?"),
+            placed.place,
+            PLACES,
+        ),
+        Question(
+            "number", "closed", pick("How many shapes are there?", "How many shapes are seen?"), str(len(scene.items))
+        ),
+        Question("content", "open", pick(f"What is in the {place}?", f"What does the {place} show?"), there),
+    ]
+
+
+def _yes(truth: bool) -> str:
+    return "yes" if truth else "no"
+
+
+SHAPES: procedural.Procedure[Shapes] = procedural.Procedure(
+    name="shapes", draw=draw_shapes, png=render_png, caption=caption, ask=ask, think=None, meta=lambda scene: {}
+)
+
+
+def write_shapes(folder: str | Path, seed: int, sizes: Mapping[str, int], per_image: int = 3) -> Path:
+    """Draw `sizes[split]` images for each split into `folder`, as `procedural.write_folder` says."""
+    return procedural.write_folder(SHAPES, folder, seed, sizes, per_image)
+
+
+SOURCE = Source(
+    name="shapes",
+    title="Shapes: procedural images of coloured geometric shapes",
+    licence="Apache-2.0",
+    commercial_use=True,
+    allow_external_api=True,
+    training_allowed=True,
+    splits=tuple(split for split in procedural.SPLITS if split != "reflective"),
+    layout="images/*.png, SPLIT.json for each split",
+    obtain="data_prep.sources.shapes.write_shapes(folder, seed, sizes) draws them",
+    read=partial(procedural.read_folder, "shapes"),
+)
