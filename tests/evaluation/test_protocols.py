@@ -1,0 +1,183 @@
+"""The three protocols against tables of MedEvalKit's documented behaviour, quirks included."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infimed_jax.data.prompts import question_sample
+from infimed_jax.evaluation.protocols import PROTOCOLS
+
+STRICT, FIXED, FIRST = (PROTOCOLS[name] for name in ("strict", "medevalkit-fixed", "medevalkit-2025-06"))
+ORGANS = ("lung", "liver", "left kidney")
+
+
+def question(kind, answer, options=(), source="vqa_rad"):
+    return question_sample(
+        id="q", source=source, split="t", images=(), kind=kind, question="Q?", answer=answer, options=options
+    )
+
+
+def test_the_protocols_are_three():
+    assert set(PROTOCOLS) == {"strict", "medevalkit-fixed", "medevalkit-2025-06"}
+
+
+@pytest.mark.parametrize(
+    ("reply", "gold", "strict", "fixed", "first"),
+    [
+        ("yes", "yes", True, True, True),
+        ("Yes.", "yes", True, True, True),
+        ("No", "yes", False, False, False),
+        ("normal", "no", False, True, False),  # "no" is a part of "normal"
+        ("abnormal", "no", False, True, False),
+        ("yes, a nodule", "yes", True, False, False),  # "no" is a part of "nodule"
+        ("Yes, it is", "yes", True, True, False),
+        ("Yes. It is", "yes", True, True, True),
+        ("Yesterday", "yes", False, True, False),
+        ("I say yes", "yes", False, True, False),
+        ("yes or no", "yes", False, False, False),
+        ("", "no", False, False, False),
+        ("\\boxed{yes}", "yes", True, True, True),
+        ("\\boxed{no} \\boxed{yes}", "yes", True, True, True),
+        ("no <answer>yes</answer>", "yes", True, True, True),
+        ("Is it no? Final answer: yes", "yes", True, True, False),
+        ("not \\boxed", "no", False, False, False),  # the helper says "None", whose "No" has a capital
+        ("<think>no</think>\\boxed{yes}", "yes", True, True, True),
+        ("<think>no</think>yes", "yes", True, False, False),
+    ],
+)
+def test_yes_no(reply, gold, strict, fixed, first):
+    sample = question("yes_no", gold)
+    assert (STRICT(sample, reply, True).correct, FIXED(sample, reply, True).correct) == (strict, fixed)
+    assert FIRST(sample, reply, True).correct is first
+
+
+@pytest.mark.parametrize(
+    ("reply", "fixed"),
+    [
+        ("Yes", True),
+        ("yes.", True),
+        ("Yes it is", False),  # SLAKE's capital "Yes" goes to the closed rule, equal text
+        (" yes", False),
+        ("y\nes", True),
+        ("The answer is yes", False),  # the blank after the marker stays
+        ("answer:yes", True),
+        ("\\boxed{ Yes }", True),  # the box is stripped by its helper
+    ],
+)
+def test_slake_scores_yes_and_no_as_closed_text(reply, fixed):
+    assert FIXED(question("yes_no", "yes", source="slake"), reply, True).correct is fixed
+
+
+def test_first_release_leaves_slake_to_the_judge_so_to_exact_match():
+    sample = question("yes_no", "yes", source="slake_en")
+    assert FIRST(sample, "Yes", True).correct
+    assert not FIRST(sample, "yes.", True).correct
+    assert "without a judge" in FIRST(sample, "Yes", True).rule
+
+
+@pytest.mark.parametrize(
+    ("reply", "letter", "rule"),
+    [
+        ("B", "B", "choice by letter"),
+        ("b.", "B", "choice by letter"),
+        ("B. liver", "B", "choice by letter"),
+        ("B\n\nbecause it is brown: like a lung", "B", "choice by letter"),
+        ("It is brown\n\nB. liver", "B", "choice by letter"),
+        ("\\boxed{B}", "B", "choice by letter"),
+        ("Answer: B", "B", "choice by letter"),
+        ("<answer>B</answer>", "B", "choice by letter"),
+        ("Answer: A. But: B", "A", "choice by letter"),  # before the first full stop, after the last colon
+        ("liver", "B", "choice by text"),
+        ("Liver.", "B", "choice by text"),
+        ("the liver", "B", "choice by similarity"),
+        ("(B)", "A", "choice by similarity"),  # no option has a character of it, so the first
+        ("B)", "A", "choice by similarity"),
+        ("F", "C", "choice by similarity"),  # no letter of this question; "left kidney" has an f
+        ("", "A", "choice by similarity"),
+        ("left kidneys", "C", "choice by similarity"),
+    ],
+)
+def test_choice_is_never_unparsed(reply, letter, rule):
+    for gold in "ABC":
+        for grade in (FIXED, FIRST):
+            verdict = grade(question("choice", gold, ORGANS), reply, True)
+            assert (verdict.parsed, verdict.correct, verdict.status) == (letter, gold == letter, "ok")
+            assert verdict.rule == rule
+
+
+def test_choice_strict_reads_what_compat_does_not_and_the_other_way():
+    sample = question("choice", "B", ORGANS)
+    assert STRICT(sample, "(B)", True).correct and not FIXED(sample, "(B)", True).correct
+    assert FIXED(sample, "livers", True).correct and not STRICT(sample, "livers", True).correct
+    assert STRICT(sample, "", True).status == "unparsed"
+
+
+def test_an_option_that_reads_like_the_gold_letter_counts_under_compat():
+    assert FIXED(question("choice", "B", ("B", "A")), "A", True).correct
+    assert not STRICT(question("choice", "B", ("B", "A")), "A", True).correct
+
+
+@pytest.mark.parametrize(
+    ("reply", "strict", "fixed"),
+    [
+        ("Liver", True, True),
+        ("liver.", True, False),  # open text keeps its full stop
+        ("the liver", True, False),
+        (" liver\n", True, True),  # VQA-RAD strips before the rule
+        ("\\boxed{Liver}", True, True),
+        ("The answer is liver", True, False),  # the blank after the marker stays
+        ("The answer is:liver", True, False),
+        ("lung", False, False),
+        ("liver lung", False, False),
+    ],
+)
+def test_open_questions_by_exact_match(reply, strict, fixed):
+    sample = question("open", "Liver")
+    assert STRICT(sample, reply, True).correct is strict
+    for grade in (FIXED, FIRST):
+        verdict = grade(sample, reply, True)
+        assert verdict.correct is fixed
+        assert verdict.rule == "open, exact match without a judge"
+
+
+@pytest.mark.parametrize(
+    ("reply", "fixed"),
+    [
+        ("Left Lung", True),
+        ("left lung.", True),
+        ("left\nlung", False),
+        ("left lung, lower", False),
+        ("leftlung", False),
+    ],
+)
+def test_closed_questions_by_equal_text(reply, fixed):
+    assert FIXED(question("closed", "Left lung"), reply, True).correct is fixed
+
+
+def test_cut_replies_are_counted_apart_and_only_strict_calls_them_wrong():
+    sample = question("yes_no", "yes")
+    assert (STRICT(sample, "yes", False).correct, STRICT(sample, "yes", False).status) == (False, "truncated")
+    assert (FIXED(sample, "yes", False).correct, FIXED(sample, "yes", False).status) == (True, "truncated")
+
+
+SAMPLES = [
+    question("yes_no", "no"),
+    question("yes_no", "no", source="slake"),
+    question("choice", "C", ORGANS),
+    question("closed", "lung"),
+    question("open", "left lung"),
+]
+
+
+@given(st.text(), st.booleans(), st.sampled_from(SAMPLES), st.sampled_from(sorted(PROTOCOLS)))
+def test_any_reply_gets_a_verdict(reply, finished, sample, protocol):
+    verdict = PROTOCOLS[protocol](sample, reply, finished)
+    assert isinstance(verdict.correct, bool)
+    assert verdict.status in ("ok", "unparsed", "truncated")
+    assert not (verdict.correct and verdict.status == "unparsed")
+
+
+@given(st.sampled_from(SAMPLES), st.sampled_from(sorted(PROTOCOLS)))
+def test_the_bare_gold_answer_is_right_everywhere(sample, protocol):
+    assert PROTOCOLS[protocol](sample, sample.answer, True).correct
+    assert PROTOCOLS[protocol](sample, f"\\boxed{{{sample.answer}}}", True).correct
