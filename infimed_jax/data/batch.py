@@ -6,7 +6,7 @@ Mask, positions, image slots and loss weights come from here alone, for training
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import jax
 import numpy as np
@@ -93,3 +93,18 @@ def build_row(segments: Sequence[Segment], *, context: int, images: int, visual_
 def stack_rows(rows: Sequence[Batch]) -> Batch:
     """Rows of one shape as a NumPy batch with the leading B axis."""
     return Batch(*(np.stack([getattr(row, f.name) for row in rows]) for f in fields(Batch)))
+
+
+def empty_row(*, context: int, images: int, image_size: int) -> Batch:
+    """A row of padding: fills the last batch of an epoch, and costs no loss."""
+    return build_row((), context=context, images=images, visual_tokens=1, image_size=image_size)
+
+
+def unmask(batch: Batch) -> Batch:
+    """The ancestor's packing (`data.mask_segments=False`): each row one causal sequence with running positions.
+
+    Loss weights stay: no segment's first token is learnt from its neighbour.
+    """
+    used = batch.segment_ids != PADDING_SEGMENT
+    running = np.arange(batch.tokens.shape[-1], dtype=np.int32)
+    return replace(batch, segment_ids=used.astype(np.int32), positions=np.where(used, running, 0).astype(np.int32))
