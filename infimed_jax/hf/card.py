@@ -1,0 +1,100 @@
+"""The exported model's card: what it is, what it was made from, under which licences, and what it is not for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from infimed_jax.config import Model
+
+LIMITS = (
+    "For research only. It is no medical device, and no one has cleared it for clinical use: its output must not be "
+    "used for diagnosis, triage or treatment, and may be wrong in ways that read convincingly."
+)
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One dataset that a stage learnt from."""
+
+    name: str
+    licence: str
+    commercial_use: bool
+
+
+@dataclass(frozen=True)
+class Card:
+    """What only the caller knows; everything else is read off the model and the export."""
+
+    title: str = "InfiMed model"
+    base_models: tuple[str, ...] = ()
+    """What the weights started from, each with its licence, as it should be printed."""
+    stages: tuple[str, ...] = ()
+    """One line a training stage, in order."""
+    sources: tuple[DataSource, ...] = ()
+    results: dict[str, str] = field(default_factory=dict)
+    """Benchmark → score with its interval, as measured by us; empty prints that none was measured."""
+
+
+def licence(sources: Sequence[DataSource]) -> str:
+    """What the training data leaves of the weights' licence, in a sentence."""
+    if not sources:
+        return "The training data was not declared: treat the weights as licensed for research only."
+    closed = sorted({source.name for source in sources if not source.commercial_use})
+    if closed:
+        return f"Not for commercial use, because of the training data: {', '.join(closed)}."
+    return "Every training set allows commercial use under its own licence, given above; attribution is owed."
+
+
+def render_card(
+    card: Card, model: Model, *, dtype: str, parameters: int, trained_visual_tokens: int, made_up: Sequence[str]
+) -> str:
+    """README.md: front matter and text. `made_up` names exported tensors that were initialised, not trained."""
+    vision, text = model.vision, model.text
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: image-text-to-text",
+        "license: other",  # derived below, from the data
+        "tags: [medical, research-only, llava]",
+        "---",
+        f"# {card.title}",
+        "",
+        f"**{LIMITS}**",
+        "",
+        "## Model",
+        f"- `LlavaForConditionalGeneration`, {parameters:,} parameters in {dtype}: SigLIP (patch {vision.patch_size}, "
+        f"{vision.image_size} px, hidden state {vision.feature_layer}), a two-layer MLP, Qwen3 "
+        f"({text.num_layers} layers of {text.hidden_size}).",
+        f"- {vision.num_patches} visual tokens an image, all patches: SigLIP has no class token, so the feature "
+        "strategy is `full`.",
+        "- Images are resized to the square by bicubic interpolation, whatever their aspect ratio.",
+    ]
+    if trained_visual_tokens != vision.num_patches:
+        lines.append(
+            f"- Trained with {trained_visual_tokens} pooled visual tokens and exported with {vision.num_patches}: "
+            "plain LLaVA has no pooling, so its outputs are not those of the trained model."
+        )
+    if made_up:
+        lines.append(
+            "- Initialised, not trained, and not used at this hidden state; written because the format asks for them: "
+            + ", ".join(f"`{name}`" for name in made_up)
+            + "."
+        )
+    lines += ["", "## Origin", *_bullets(card.base_models, "The base models were not declared.")]
+    lines += ["", "## Training", *_bullets(card.stages, "The stages were not declared.")]
+    lines += ["", "## Data", *_data(card.sources), licence(card.sources)]
+    results = [f"{name}: {score}" for name, score in card.results.items()]
+    lines += ["", "## Results", *_bullets(results, "None was measured for this export.")]
+    return "\n".join(lines) + "\n"
+
+
+def _bullets(items: Sequence[str], otherwise: str) -> list[str]:
+    return [f"- {item}" for item in items] or [otherwise]
+
+
+def _data(sources: Sequence[DataSource]) -> list[str]:
+    if not sources:
+        return []
+    rows = [f"| {s.name} | {s.licence} | {'yes' if s.commercial_use else 'no'} |" for s in sources]
+    return ["| source | licence | commercial use |", "|---|---|---|", *rows, ""]

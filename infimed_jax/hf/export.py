@@ -1,0 +1,192 @@
+"""Our parameters as a folder that `LlavaForConditionalGeneration` and `AutoProcessor` load."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from infimed_jax.config import Model
+from infimed_jax.data.chat import Tokenizer, load_tokenizer
+from infimed_jax.errors import UserError
+from infimed_jax.hf import names
+from infimed_jax.hf.card import Card, render_card
+from infimed_jax.hf.configuration import LLAVA, VISION, generation_config, llava_config, read_architecture
+from infimed_jax.hf.processor import write_processor
+from infimed_jax.hf.weights import SHARD_BYTES, WeightsFolder, write_weights
+
+log = logging.getLogger(__name__)
+
+
+def to_hf(
+    params: Mapping[str, Any],
+    model: Model,
+    tokenizer_folder: str | Path,
+    output: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    source_vision: str | Path | None = None,
+    visual_tokens: int | None = None,
+    card: Card | None = None,
+    max_positions: int = 40_960,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write `params` as a Hugging Face LLaVA folder and return its path.
+
+    What our tower does not hold (the blocks after the feature layer, the final norm, the pooling head) comes from
+    `source_vision`, a SigLIP folder; without it those blocks and the norm are initialised and the head is left out,
+    and the log and the card say so. The folder appears under its name only when it is complete.
+
+    A model that pools cannot be plain LLaVA: UserError, unless `visual_tokens` asks for all patches. UserError too
+    where the parameters do not fit `model`, where the output exists, and where the disk is full.
+    """
+    output = Path(output)
+    _check_resolution(model, visual_tokens)
+    leaves = _leaves(params)
+    names.check_leaves({path: (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves.items()}, model)
+    tokenizer = _tokenizer(tokenizer_folder, model)
+    spare_source = _spare_source(source_vision, model)
+    if output.exists():
+        raise UserError(f"{output} exists already: remove it or choose another folder")
+
+    partial = output.parent / f".{output.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # an interrupted export's
+    try:
+        partial.mkdir(parents=True)
+        tensors = names.tensors(model)
+        spares = _spares(model, with_head=spare_source is not None)
+        made_up = [] if spare_source else names.by_module(names.spell(spare.key, LLAVA) for spare in spares)
+        shapes = {names.spell(t.key, LLAVA): t.key_shape for t in tensors}
+        shapes |= {names.spell(spare.key, LLAVA): spare.shape for spare in spares}
+        write_weights(partial, _stream(leaves, tensors, spares, spare_source), shapes, dtype, shard_bytes)
+        config = llava_config(
+            model,
+            image_token=tokenizer.image_pad,
+            stop_token=tokenizer.im_end,
+            pad_token=tokenizer.endoftext,
+            dtype=dtype,
+            max_positions=max_positions,
+            use_head=spare_source is not None,
+        )
+        _write_json(partial / "config.json", config)
+        _write_json(partial / "generation_config.json", generation_config(tokenizer.stop_tokens, tokenizer.endoftext))
+        write_processor(tokenizer_folder, model, partial)
+        text = render_card(
+            card or Card(),
+            model,
+            dtype=dtype,
+            parameters=sum(math.prod(shape) for shape in shapes.values()),
+            trained_visual_tokens=model.projector.visual_tokens,
+            made_up=made_up,
+        )
+        (partial / "README.md").write_text(text, encoding="utf-8")
+        partial.rename(output)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"no space left while writing {output}: nothing was kept") from error
+        raise UserError(f"cannot write {output}: {error.strerror or error}") from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if made_up:
+        log.warning("initialised, because no SigLIP folder was given: %s", ", ".join(made_up))
+    log.info("exported %d tensors in %s to %s", len(shapes), dtype, output)
+    return output
+
+
+def _check_resolution(model: Model, visual_tokens: int | None) -> None:
+    patches = model.vision.num_patches
+    if (visual_tokens or model.projector.visual_tokens) != patches:
+        raise UserError(
+            f"a model that pools to {visual_tokens or model.projector.visual_tokens} visual tokens is not plain LLaVA, "
+            f"which has no pooling: train with, or ask for, visual_tokens={patches} (all patches)"
+        )
+
+
+def _tokenizer(folder: str | Path, model: Model) -> Tokenizer:
+    tokenizer = load_tokenizer(folder)
+    if len(tokenizer) > model.text.vocab_size:
+        raise UserError(
+            f"the tokenizer {folder} has {len(tokenizer)} tokens, the model's vocab_size is {model.text.vocab_size}"
+        )
+    return tokenizer
+
+
+def _leaves(params: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested parameters as path → array."""
+    flat: dict[str, Any] = {}
+    for name, value in params.items():
+        at = f"{path}{name}"
+        flat |= _leaves(value, f"{at}/") if isinstance(value, Mapping) else {at: value}
+    return flat
+
+
+def _spares(model: Model, *, with_head: bool) -> tuple[names.Spare, ...]:
+    return tuple(s for s in names.spares(model) if with_head or not s.key.startswith("vision.head."))
+
+
+class _SpareSource:
+    """Reads a SigLIP folder's tensors by our keys."""
+
+    def __init__(self, folder: str | Path, model: Model):
+        architecture, _ = read_architecture(folder, VISION)
+        self._weights = WeightsFolder(folder)
+        self._file_key = {names.read_spelling(key, architecture): key for key in self._weights.found}
+        wanted = {spare.key: spare.shape for spare in names.spares(model)}
+        wrong = {
+            "missing": [key for key in wanted if key not in self._file_key],
+            "of another shape": [
+                f"{key} {list(self._shape(key))} instead of {list(shape)}"
+                for key, shape in wanted.items()
+                if key in self._file_key and self._shape(key) != shape
+            ],
+        }
+        names.raise_all(wrong, str(folder))
+
+    def _shape(self, key: str) -> tuple[int, ...]:
+        return self._weights.found[self._file_key[key]].shape
+
+    def read(self, key: str) -> np.ndarray:
+        return self._weights.read(self._file_key[key])
+
+
+def _spare_source(folder: str | Path | None, model: Model) -> _SpareSource | None:
+    return _SpareSource(folder, model) if folder else None
+
+
+def _stream(
+    leaves: Mapping[str, Any],
+    tensors: tuple[names.Tensor, ...],
+    spares: tuple[names.Spare, ...],
+    source: _SpareSource | None,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(file key, array) in the announced order; one leaf is on the host at a time."""
+    path, leaf = "", np.empty(0)
+    for tensor in tensors:
+        if tensor.leaf != path:
+            path, leaf = tensor.leaf, np.asarray(leaves[tensor.leaf])
+        ours = leaf if tensor.layer is None else leaf[tensor.layer]
+        yield names.spell(tensor.key, LLAVA), tensor.to_key(ours)
+    for spare in spares:
+        yield names.spell(spare.key, LLAVA), source.read(spare.key) if source else _initialised(spare)
+
+
+def _initialised(spare: names.Spare) -> np.ndarray:
+    """Norms are the identity, biases 0, matrices small and fixed: never used, but sane where someone looks."""
+    if spare.key.endswith(".bias"):
+        return np.zeros(spare.shape, np.float32)
+    if len(spare.shape) == 1:
+        return np.ones(spare.shape, np.float32)
+    return np.random.default_rng(0).normal(0, 0.02, spare.shape).astype(np.float32)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
