@@ -70,7 +70,8 @@ def write_folder(
 ) -> Path:
     """Draw `sizes[split]` images for each split and write the folder, whole or not at all.
 
-    The same arguments give the same bytes. `per_image` bounds the questions of an image; balancing takes some away. A folder made alike is kept as it is.
+    The same arguments give the same bytes. `per_image` bounds the questions of an
+    image; balancing takes some away. A folder made alike is kept as it is.
     UserError: an unknown split, or the folder holds something else.
     """
     for split in sizes:

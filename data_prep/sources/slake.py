@@ -27,8 +27,8 @@ NAME = "slake"
 
 def read(folder: Path, split: str) -> Iterator[Sample | Skipped]:
     """All rows of a split, both languages, in the file's order."""
-    for row in read_rows(_file(folder, split)):
-        yield _sample(folder, split, row)
+    for number, row in enumerate(read_rows(_file(folder, split))):
+        yield _sample(folder, split, number, row)
 
 
 def _file(folder: Path, split: str) -> Path:
@@ -38,8 +38,8 @@ def _file(folder: Path, split: str) -> Path:
     return folder / f"{split}.json"
 
 
-def _sample(folder: Path, split: str, row: dict[str, Any]) -> Sample | Skipped:
-    id = f"{NAME}/{split}/{text(row.get('qid'))}"
+def _sample(folder: Path, split: str, number: int, row: dict[str, Any]) -> Sample | Skipped:
+    id = f"{NAME}/{split}/{number:05d}"
     question, answer, image_name = (text(row.get(field)) for field in ("question", "answer", "img_name"))
     answer_type = text(row.get("answer_type")).upper()
     if not question:
@@ -64,6 +64,7 @@ def _sample(folder: Path, split: str, row: dict[str, Any]) -> Sample | Skipped:
             "organ": text(row.get("location")).lower(),
             "question_type": text(row.get("content_type")),
             "answer_type": answer_type,
+            "qid": text(row.get("qid")),
             "language": text(row.get("q_lang")) or "en",
         },
     )
@@ -78,6 +79,6 @@ SOURCE = Source(
     training_allowed=True,
     splits=("train", "validation", "test"),
     layout="train.json, validate.json or validation.json, test.json, imgs/xmlabN/source.jpg",
-    obtain="the project's page (med-vqa.com/slake): Slake1.0.zip",
+    obtain="Slake1.0.zip from the project's page",
     read=read,
 )

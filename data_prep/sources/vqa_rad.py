@@ -34,8 +34,8 @@ def read(folder: Path, split: str) -> Iterator[Sample | Skipped]:
     rows = read_rows(folder / ("testset.json" if split == "test" else "trainset.json"))
     if split in ("train_usual", "documents"):
         rows = usual(rows, read_rows(folder / "testset.json"))
-    for row in rows:
-        yield _sample(folder, split, row)
+    for number, row in enumerate(rows):
+        yield _sample(folder, split, number, row)
 
 
 def usual(train: list[dict[str, Any]], test: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -53,8 +53,8 @@ def _key(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(text(row.get(field)).lower() for field in ("image_name", "question", "answer"))
 
 
-def _sample(folder: Path, split: str, row: dict[str, Any]) -> Sample | Skipped:
-    id = f"{NAME}/{split}/{text(row.get('qid'))}"
+def _sample(folder: Path, split: str, number: int, row: dict[str, Any]) -> Sample | Skipped:
+    id = f"{NAME}/{split}/{number:05d}"
     question, answer, image_name = (text(row.get(field)) for field in ("question", "answer", "image_name"))
     answer_type = text(row.get("answer_type")).upper()  # two rows have a trailing blank
     if not question:
@@ -70,6 +70,7 @@ def _sample(folder: Path, split: str, row: dict[str, Any]) -> Sample | Skipped:
         "question_type": text(row.get("question_type")),
         "phrase_type": text(row.get("phrase_type")),
         "answer_type": answer_type,
+        "qid": text(row.get("qid")),
         "language": "en",
     }
     if split == "documents":
@@ -97,6 +98,6 @@ SOURCE = Source(
     training_allowed=True,
     splits=("train", "train_usual", "documents", "test"),
     layout="trainset.json, testset.json, images/*.jpg",
-    obtain="the dataset's page on the Open Science Framework (osf.io/89kps): the JSON file and the image folder",
+    obtain="the dataset's page on the Open Science Framework: the JSON files and the image folder",
     read=read,
 )
