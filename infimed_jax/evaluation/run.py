@@ -1,0 +1,324 @@
+"""Ask a model every question of a test set and grade its replies: prompts → generate → verdicts → one summary.
+
+No question is ever left out: an image that cannot be decoded ends the run by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from infimed_jax import config
+from infimed_jax.data.batch import Segment
+from infimed_jax.data.chat import Tokenizer, render_prompt
+from infimed_jax.data.images import ImageError, decode_image
+from infimed_jax.data.prompts import QUESTION_KINDS, prompt_for
+from infimed_jax.data.sample import Kind, Sample
+from infimed_jax.errors import UserError
+from infimed_jax.evaluation.answers import Status
+from infimed_jax.evaluation.protocols import PROTOCOLS
+from infimed_jax.evaluation.statistics import Accuracy, Comparison, accuracy, compare
+from infimed_jax.models.compute import Compute
+from infimed_jax.sampling.generate import Completion, generate
+
+GROUPS = ("kind", "source", "modality", "organ", "template", "question_type", "answer_type", "language")
+"""What accuracy is broken down by, where the questions have it."""
+CHUNK = 2048
+"""Questions whose decoded images are in memory at once: 0.9 GB at 384 pixels."""
+NO_GROUP = "(none)"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One graded question."""
+
+    id: str
+    image_id: str
+    """`source/image`: questions with the same one are one cluster."""
+    source: str
+    kind: Kind
+    question: str
+    answer: str
+    """Gold."""
+    correct: bool
+    status: Status
+    parsed: str | None
+    rule: str
+    """How it was scored, in the protocol's words."""
+    reply: str
+    finish: Literal["stop", "length"]
+    tokens: int
+    """Generated, without the stop token."""
+    meta: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    name: str
+    protocol: str
+    reasoning: bool
+    image: bool
+    """False: the blind control."""
+    sampling: config.Sampling
+    fingerprint: str
+    """Of the questions, answers and images; runs with another one cannot be compared."""
+    seconds: float
+    records: tuple[Record, ...]
+    """In the order of the samples."""
+
+    @cached_property
+    def accuracy(self) -> Accuracy:
+        return accuracy(self.records)
+
+    def groups(self) -> dict[str, dict[str, Accuracy]]:
+        """`{grouping: {value: accuracy}}` for each of GROUPS that any question has."""
+        tables: dict[str, dict[str, Accuracy]] = {}
+        for grouping in GROUPS:
+            members: dict[str, list[Record]] = defaultdict(list)
+            for record in self.records:
+                members[_group(record, grouping)].append(record)
+            if set(members) != {NO_GROUP}:
+                tables[grouping] = {value: accuracy(members[value]) for value in sorted(members)}
+        return tables
+
+    def rate(self, status: Status) -> float:
+        """Share of the questions whose reply has this status."""
+        return sum(record.status == status for record in self.records) / len(self.records)
+
+    def summary(self) -> dict[str, Any]:
+        """What `summary.json` holds: plain values, NaN as null."""
+        return {
+            "name": self.name,
+            "protocol": self.protocol,
+            "reasoning": self.reasoning,
+            "image": self.image,
+            **_plain(self.accuracy),
+            "unparsed_rate": self.rate("unparsed"),
+            "truncated_rate": self.rate("truncated"),
+            "length_limit_rate": sum(record.finish == "length" for record in self.records) / len(self.records),
+            "max_tokens": self.sampling.max_tokens,
+            "mean_tokens": sum(record.tokens for record in self.records) / len(self.records),
+            "sampling": asdict(self.sampling),
+            "rules": sorted({record.rule for record in self.records}),
+            "fingerprint": self.fingerprint,
+            "seconds": self.seconds,
+            "groups": {
+                grouping: {value: _plain(share) for value, share in table.items()}
+                for grouping, table in self.groups().items()
+            },
+        }
+
+    def write(self, folder: Path) -> None:
+        """`replies.jsonl`, a record a line, and `summary.json`; each written whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(asdict(record), ensure_ascii=False) for record in self.records]
+        _write(folder / "replies.jsonl", "\n".join(lines) + "\n")
+        _write(
+            folder / "summary.json", json.dumps(self.summary(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        )
+
+
+def evaluate(
+    samples: Sequence[Sample],
+    *,
+    weights: dict[str, Any],
+    model: config.Model,
+    compute: Compute,
+    tokenizer: Tokenizer,
+    sampling: config.Sampling,
+    key: jax.Array,
+    protocol: str = "strict",
+    reasoning: bool = False,
+    image: bool = True,
+    decode_cache: dict[str, np.ndarray] | None = None,
+    folder: str | Path | None = None,
+    name: str = "",
+    on_progress: Callable[[int, int, int], None] | None = None,
+) -> Evaluation:
+    """Answer and grade every sample. Runs under `jax.set_mesh`, with weights from `sampler_weights`.
+
+    `reasoning` asks for thoughts and a boxed answer; `image=False` is the blind control. `decode_cache` (digest →
+    pixels) keeps decoded images from call to call; without it at most CHUNK questions' are held. With a `folder`,
+    `replies.jsonl` and `summary.json` are written there. `on_progress(answered, questions, tokens)` after each burst.
+
+    Raises UserError for an unknown protocol, samples without a gold answer, equal ids, and unreadable images.
+    """
+    if protocol not in PROTOCOLS:
+        raise UserError(f"unknown protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
+    _check(samples)
+    began = time.monotonic()
+    visual_tokens = model.projector.visual_tokens
+    prompts = [
+        render_prompt(prompt_for(sample, reasoning, image), tokenizer, visual_tokens, thinking=reasoning)
+        for sample in samples
+    ]
+    longest = max(map(len, prompts))
+    banned = (*tokenizer.banned_tokens, *range(len(tokenizer), model.text.vocab_size))
+    completions: list[Completion] = []
+    generated = 0
+    for start in range(0, len(samples), CHUNK):
+        chunk = range(start, min(start + CHUNK, len(samples)))
+        cache = {} if decode_cache is None else decode_cache
+        replies = generate(
+            weights,
+            model,
+            [
+                _with_pixels(prompts[i], samples[i], model.vision.image_size, cache) if image else prompts[i]
+                for i in chunk
+            ],
+            sampling,
+            stop_tokens=tokenizer.stop_tokens,
+            banned_tokens=banned,
+            key=jax.random.fold_in(key, start),
+            compute=compute,
+            max_prompt=longest,
+            on_progress=_offset(on_progress, start, len(samples), generated),
+        )
+        completions += replies
+        generated += sum(len(reply.tokens) for reply in replies)
+    result = Evaluation(
+        name=name,
+        protocol=protocol,
+        reasoning=reasoning,
+        image=image,
+        sampling=sampling,
+        fingerprint=fingerprint(samples),
+        seconds=time.monotonic() - began,
+        records=tuple(
+            _grade(sample, completion, tokenizer, protocol)
+            for sample, completion in zip(samples, completions, strict=True)
+        ),
+    )
+    if folder is not None and jax.process_index() == 0:
+        result.write(Path(folder))
+    return result
+
+
+def compare_runs(a: Evaluation, b: Evaluation) -> Comparison:
+    """a minus b, paired by question. Raises UserError for other questions or another protocol."""
+    if a.fingerprint != b.fingerprint:
+        raise UserError(f"{a.name or 'a'} and {b.name or 'b'} answered different questions: evaluate both on one set")
+    if a.protocol != b.protocol:
+        raise UserError(f"scores of protocols {a.protocol} and {b.protocol} are not comparable: grade both by one")
+    return compare(a.records, b.records)
+
+
+def image_gain(seeing: Evaluation, blind: Evaluation) -> Comparison:
+    """What the images are worth: a run that sees them against the blind control."""
+    if not seeing.image or blind.image:
+        raise UserError("the gain of the images needs a run with them and the blind control, in this order")
+    return compare_runs(seeing, blind)
+
+
+def fingerprint(samples: Sequence[Sample]) -> str:
+    """16 hexadecimal digits of what is asked, whatever the order of the samples."""
+    rows = sorted(
+        (s.id, s.kind, s.question, list(s.options), s.answer, [_digest(image) for image in s.images]) for s in samples
+    )
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def image_id(sample: Sample) -> str:
+    """The cluster of a question: its source's image id, else its images' digest, else (no image) its own id."""
+    own = sample.meta.get("image_id") or "".join(_digest(image)[:16] for image in sample.images)
+    return f"{sample.source}/{own}" if own else sample.id
+
+
+def _check(samples: Sequence[Sample]) -> None:
+    if not samples:
+        raise UserError("the test set is empty: there is nothing to evaluate")
+    for sample in samples:
+        if sample.kind not in QUESTION_KINDS:
+            raise UserError(f"sample {sample.id} is a {sample.kind} without a gold answer: evaluate questions only")
+    ids = {sample.id for sample in samples}
+    if len(ids) < len(samples):
+        raise UserError(f"{len(samples) - len(ids)} of {len(samples)} questions repeat an id: each must be its own")
+
+
+def _with_pixels(prompt: Segment, sample: Sample, size: int, cache: dict[str, np.ndarray]) -> Segment:
+    """The prompt with its images, whose places are in the order of the sample's; equal files share one array."""
+    return replace(prompt, pixels=tuple(_pixels(sample, i, size, cache) for i in range(len(sample.images))))
+
+
+def _pixels(sample: Sample, number: int, size: int, cache: dict[str, np.ndarray]) -> np.ndarray:
+    data = sample.images[number]
+    name = f"{_digest(data)}-{size}"
+    if name not in cache:
+        try:
+            cache[name] = decode_image(data, size)
+        except ImageError as error:
+            raise UserError(
+                f"sample {sample.id}: image {number + 1} is unreadable ({error.reason}): mend it"
+            ) from error
+    return cache[name]
+
+
+def _offset(
+    on_progress: Callable[[int, int, int], None] | None, answered: int, questions: int, tokens: int
+) -> Callable[[int, int, int], None] | None:
+    """`on_progress` counting over all chunks."""
+    if on_progress is None:
+        return None
+    return lambda done, _, drawn: on_progress(answered + done, questions, tokens + drawn)
+
+
+def _grade(sample: Sample, completion: Completion, tokenizer: Tokenizer, protocol: str) -> Record:
+    reply = tokenizer.decode(completion.text_tokens)
+    verdict = PROTOCOLS[protocol](sample, reply, completion.finish == "stop")
+    return Record(
+        id=sample.id,
+        image_id=image_id(sample),
+        source=sample.source,
+        kind=sample.kind,
+        question=sample.question,
+        answer=sample.answer,
+        correct=verdict.correct,
+        status=verdict.status,
+        parsed=verdict.parsed,
+        rule=verdict.rule,
+        reply=reply,
+        finish=completion.finish,
+        tokens=len(completion.text_tokens),
+        meta=dict(sample.meta),
+    )
+
+
+def _group(record: Record, grouping: str) -> str:
+    if grouping == "kind":
+        return record.kind
+    if grouping == "source":
+        return record.source
+    return record.meta.get(grouping) or NO_GROUP
+
+
+def _plain(share: Accuracy) -> dict[str, Any]:
+    error = share.standard_error
+    return {
+        "accuracy": share.accuracy,
+        "correct": share.correct,
+        "n": share.n,
+        "images": share.images,
+        "interval": [share.low, share.high],
+        "standard_error": None if math.isnan(error) else error,
+    }
+
+
+def _digest(image: bytes) -> str:
+    return hashlib.sha256(image).hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)

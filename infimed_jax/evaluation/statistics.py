@@ -1,0 +1,199 @@
+"""How sure an accuracy is: intervals and tests whose unit is the image, not the question.
+
+Questions about one image are not independent, so standard errors are clustered by image (Miller 2024, "Adding Error
+Bars to Evals", arXiv 2411.00640, section 2.2). With G images, n questions, scores s and residuals r = s - mean(s):
+
+    SE^2 = G / (G - 1) * 1 / n^2 * sum over images of (sum of r over the image's questions)^2
+
+which with one question an image is the usual var(s) / n. Intervals and tests are normal; with fewer than about 30
+images they are somewhat too narrow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from infimed_jax.data.sample import Sample
+from infimed_jax.errors import UserError
+from infimed_jax.evaluation.answers import gold_value, normalize
+
+Z95 = 1.959963984540054
+"""97.5 % quantile of the standard normal distribution."""
+
+
+class Scored(Protocol):
+    """A graded question: what a test needs of an evaluation's record."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def image_id(self) -> str: ...
+    @property
+    def correct(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    correct: int
+    n: int
+    images: int
+    """Distinct images, the clusters."""
+    accuracy: float
+    standard_error: float
+    """NaN with a single image: nothing is known about others."""
+    low: float
+    high: float
+    """95 % interval, inside [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Run a minus run b on the same questions."""
+
+    n: int
+    images: int
+    difference: float
+    """Accuracy of a minus accuracy of b."""
+    standard_error: float
+    low: float
+    high: float
+    """95 % interval of the difference."""
+    z: float
+    p_value: float
+    """Two-sided, normal, clustered by image."""
+    only_a: int
+    """Questions that only a answers."""
+    only_b: int
+    mcnemar_p: float
+    """Two-sided exact McNemar test, which takes questions as independent."""
+
+
+def accuracy(records: Sequence[Scored]) -> Accuracy:
+    """Share of right answers with its clustered 95 % interval. Raises UserError for no questions."""
+    if not records:
+        raise UserError("no questions: an accuracy needs at least one")
+    scores = np.array([float(record.correct) for record in records])
+    mean, error, images = _clustered_mean(scores, [record.image_id for record in records])
+    low, high = _share_interval(mean, error, images)
+    correct = int(scores.sum())
+    assert correct <= len(records)
+    return Accuracy(correct, len(records), images, mean, error, low, high)
+
+
+def compare(a: Sequence[Scored], b: Sequence[Scored]) -> Comparison:
+    """Paired comparison of two runs, question by question; seeing against blind, or one checkpoint against another.
+
+    Raises UserError where the two runs did not answer the same questions.
+    """
+    theirs = {record.id: record for record in b}
+    if {record.id for record in a} != set(theirs) or len(a) != len(b) or len(theirs) != len(b) or not a:
+        raise UserError(f"a paired comparison needs the same questions in both runs, not {len(a)} and {len(b)} others")
+    differences = np.array([float(record.correct) - float(theirs[record.id].correct) for record in a])
+    mean, error, images = _clustered_mean(differences, [record.image_id for record in a])
+    only_a, only_b = int((differences > 0).sum()), int((differences < 0).sum())
+    z = mean / error if error > 0 else math.copysign(math.inf, mean) if mean else 0.0
+    known = not math.isnan(error)
+    return Comparison(
+        n=len(a),
+        images=images,
+        difference=mean,
+        standard_error=error,
+        low=max(mean - Z95 * error, -1.0) if known else -1.0,
+        high=min(mean + Z95 * error, 1.0) if known else 1.0,
+        z=z if known else math.nan,
+        p_value=math.erfc(abs(z) / math.sqrt(2)) if known else math.nan,
+        only_a=only_a,
+        only_b=only_b,
+        mcnemar_p=exact_mcnemar(only_a, only_b),
+    )
+
+
+def exact_mcnemar(only_a: int, only_b: int) -> float:
+    """Two-sided p-value of `only_a` against `only_b` discordant pairs: a binomial test at 1/2, in exact integers."""
+    n, fewer = only_a + only_b, min(only_a, only_b)
+    if only_a == only_b:
+        return 1.0
+    ways, total = 1, 0
+    for k in range(fewer + 1):
+        total += ways
+        ways = ways * (n - k) // (k + 1)
+    return total / 2 ** (n - 1)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The most frequent answer of each question template, learnt from the test answers themselves.
+
+    No constant answer a template can do better, so what a model reaches below it needs no image. Templates with few
+    questions flatter it: one alone is always right.
+    """
+
+    answers: dict[str, str]
+    """`kind: template` → its most frequent answer; the alphabetically first of several equally frequent ones."""
+    correct: tuple[bool, ...]
+    """Right or wrong, in the order of the questions."""
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.correct) / len(self.correct)
+
+
+def majority_baseline(samples: Sequence[Sample]) -> Baseline:
+    """A template is a kind with its `meta["template"]`, else its `meta["question_type"]`.
+
+    A choice is answered by letter or by option text, whichever is right more often in its template.
+    """
+    if not samples:
+        raise UserError("no questions: a baseline needs at least one")
+    groups: dict[str, list[int]] = defaultdict(list)
+    for i, sample in enumerate(samples):
+        template = sample.meta.get("template") or sample.meta.get("question_type") or "any"
+        groups[f"{sample.kind}: {template}"].append(i)
+    answers: dict[str, str] = {}
+    correct = [False] * len(samples)
+    for name, members in groups.items():
+        readings = [[gold_value(samples[i]) for i in members]]
+        if samples[members[0]].kind == "choice":
+            readings.append([normalize(_option(samples[i])) for i in members])
+        best = max(readings, key=lambda golds: max(Counter(golds).values()))  # the first, letters, where equal
+        answers[name] = _most_frequent(best)
+        for i, gold in zip(members, best, strict=True):
+            correct[i] = gold == answers[name]
+    return Baseline(answers, tuple(correct))
+
+
+def _most_frequent(values: Sequence[str]) -> str:
+    """The most frequent value; the alphabetically first of several."""
+    return min(Counter(values).items(), key=lambda item: (-item[1], item[0]))[0]
+
+
+def _option(sample: Sample) -> str:
+    return sample.options[ord(sample.answer) - ord("A")]
+
+
+def _clustered_mean(scores: np.ndarray, clusters: Sequence[str]) -> tuple[float, float, int]:
+    """Mean of f64[n], its clustered standard error (NaN with one cluster), and the number of clusters."""
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    count = int(index.max()) + 1
+    mean = float(scores.mean())
+    if count == 1:
+        return mean, math.nan, 1
+    sums = np.bincount(index, weights=scores - mean)
+    error = math.sqrt(count / (count - 1) * float(sums @ sums)) / len(scores)
+    return mean, error, count
+
+
+def _share_interval(mean: float, error: float, images: int) -> tuple[float, float]:
+    """95 % interval of a share. All right or all wrong has no spread to go by: there Clopper-Pearson over images."""
+    if math.isnan(error):
+        return 0.0, 1.0
+    if mean in (0.0, 1.0):
+        bound = 0.025 ** (1 / images)
+        return (bound, 1.0) if mean else (0.0, 1 - bound)
+    return max(mean - Z95 * error, 0.0), min(mean + Z95 * error, 1.0)
