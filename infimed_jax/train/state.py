@@ -1,0 +1,85 @@
+"""The training state: what learns, what is frozen, the moments, and the number of batches consumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from infimed_jax import config
+from infimed_jax.errors import UserError
+from infimed_jax.models.infimed import init_params
+
+Params = Mapping[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Gradients and moments exist for `trainable` alone; stage and freezing are this one split."""
+
+    trainable: Params
+    """Float32 masters of the parts that learn, by top-level name."""
+    frozen: Params
+    """The other parts, in the compute dtype."""
+    opt: optax.OptState
+    step: jax.Array
+    """i32[]; batches consumed, skipped updates included: the position in the data."""
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The whole model."""
+        return merge_params(self.trainable, self.frozen)
+
+
+def split_params(params: Params, train: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(trainable, frozen) by top-level part names; UserError for a part that the model does not have."""
+    absent = [part for part in train if part not in params]
+    if absent:
+        raise UserError(f"train.train names {absent[0]!r}, but the model's parts are {', '.join(sorted(params))}")
+    trainable = {name: part for name, part in params.items() if name in train}
+    return trainable, {name: part for name, part in params.items() if name not in train}
+
+
+def merge_params(trainable: Params, frozen: Params) -> dict[str, Any]:
+    return {**trainable, **frozen}
+
+
+def init_state(params: Params, cfg: config.Config, optimizer: optax.GradientTransformation) -> TrainState:
+    """State before the first step. Parameters are copied: the step donates its state, never the caller's arrays."""
+    trainable, frozen = split_params(params, cfg.train.train)
+    trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trainable)
+    frozen = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.dtype(cfg.train.compute_dtype), copy=True), frozen)
+    return TrainState(trainable, frozen, _replicate_scalars(optimizer.init(trainable)), _replicated(jnp.int32(0)))
+
+
+def abstract_state(cfg: config.Config, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes, dtypes and shardings of the state under the current mesh: the target of a restore."""
+    # The key is made inside: under an abstract mesh nothing may create an array.
+    state = jax.eval_shape(lambda: init_state(init_params(jax.random.key(0), cfg.model), cfg, optimizer))
+    return jax.tree.map(_with_sharding, state)
+
+
+def abstract_like(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of existing arrays."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
+
+
+def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Under an explicit mesh `eval_shape` carries abstract shardings; scalars come back without one."""
+    mesh = jax.sharding.get_mesh()
+    spec = leaf.sharding.spec if leaf.sharding is not None else PartitionSpec()
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+
+def _replicate_scalars(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: _replicated(leaf) if leaf.ndim == 0 else leaf, tree)
+
+
+def _replicated(scalar: jax.Array) -> jax.Array:
+    return jax.sharding.reshard(scalar, PartitionSpec()) if not jax.sharding.get_abstract_mesh().empty else scalar
