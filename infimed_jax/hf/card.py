@@ -46,9 +46,7 @@ def licence(sources: Sequence[DataSource]) -> str:
     return "Every training set allows commercial use under its own licence, given above; attribution is owed."
 
 
-def render_card(
-    card: Card, model: Model, *, dtype: str, parameters: int, trained_visual_tokens: int, made_up: Sequence[str]
-) -> str:
+def render_card(card: Card, model: Model, *, dtype: str, parameters: int, made_up: Sequence[str]) -> str:
     """README.md: front matter and text. `made_up` names exported tensors that were initialised, not trained."""
     vision, text = model.vision, model.text
     lines = [
@@ -70,9 +68,9 @@ def render_card(
         "strategy is `full`.",
         "- Images are resized to the square by bicubic interpolation, whatever their aspect ratio.",
     ]
-    if trained_visual_tokens != vision.num_patches:
+    if model.projector.visual_tokens != vision.num_patches:
         lines.append(
-            f"- Trained with {trained_visual_tokens} pooled visual tokens and exported with {vision.num_patches}: "
+            f"- Trained with {model.projector.visual_tokens} pooled visual tokens, exported with {vision.num_patches}: "
             "plain LLaVA has no pooling, so its outputs are not those of the trained model."
         )
     if made_up:

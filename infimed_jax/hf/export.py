@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -56,50 +57,58 @@ def to_hf(
     if output.exists():
         raise UserError(f"{output} exists already: remove it or choose another folder")
 
-    partial = output.parent / f".{output.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # an interrupted export's
-    try:
-        partial.mkdir(parents=True)
-        tensors = names.tensors(model)
-        spares = _spares(model, with_head=spare_source is not None)
-        made_up = [] if spare_source else names.by_module(names.spell(spare.key, LLAVA) for spare in spares)
-        shapes = {names.spell(t.key, LLAVA): t.key_shape for t in tensors}
-        shapes |= {names.spell(spare.key, LLAVA): spare.shape for spare in spares}
-        write_weights(partial, _stream(leaves, tensors, spares, spare_source), shapes, dtype, shard_bytes)
-        config = llava_config(
-            model,
-            image_token=tokenizer.image_pad,
-            stop_token=tokenizer.im_end,
-            pad_token=tokenizer.endoftext,
-            dtype=dtype,
-            max_positions=max_positions,
-            use_head=spare_source is not None,
-        )
-        _write_json(partial / "config.json", config)
-        _write_json(partial / "generation_config.json", generation_config(tokenizer.stop_tokens, tokenizer.endoftext))
-        write_processor(tokenizer_folder, model, partial)
-        text = render_card(
-            card or Card(),
-            model,
-            dtype=dtype,
-            parameters=sum(math.prod(shape) for shape in shapes.values()),
-            trained_visual_tokens=model.projector.visual_tokens,
-            made_up=made_up,
-        )
-        (partial / "README.md").write_text(text, encoding="utf-8")
-        partial.rename(output)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"no space left while writing {output}: nothing was kept") from error
-        raise UserError(f"cannot write {output}: {error.strerror or error}") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    tensors = names.tensors(model)
+    spares = _spares(model, with_head=spare_source is not None)
+    made_up = [] if spare_source else names.by_module(names.spell(spare.key, LLAVA) for spare in spares)
+    shapes = {names.spell(t.key, LLAVA): t.key_shape for t in tensors}
+    shapes |= {names.spell(spare.key, LLAVA): spare.shape for spare in spares}
+    config = llava_config(
+        model,
+        image_token=tokenizer.image_pad,
+        stop_token=tokenizer.im_end,
+        pad_token=tokenizer.endoftext,
+        dtype=dtype,
+        max_positions=max_positions,
+        use_head=spare_source is not None,
+    )
+    text = render_card(
+        card or Card(),
+        model,
+        dtype=dtype,
+        parameters=sum(math.prod(shape) for shape in shapes.values()),
+        made_up=made_up,
+    )
+    with _whole_or_nothing(output) as folder:
+        write_weights(folder, _stream(leaves, tensors, spares, spare_source), shapes, dtype, shard_bytes)
+        _write_json(folder / "config.json", config)
+        _write_json(folder / "generation_config.json", generation_config(tokenizer.stop_tokens, tokenizer.endoftext))
+        write_processor(tokenizer_folder, model, folder)
+        (folder / "README.md").write_text(text, encoding="utf-8")
     if made_up:
         log.warning("initialised, because no SigLIP folder was given: %s", ", ".join(made_up))
     log.info("exported %d tensors in %s to %s", len(shapes), dtype, output)
     return output
+
+
+@contextlib.contextmanager
+def _whole_or_nothing(output: Path) -> Iterator[Path]:
+    """A hidden folder that gets the name `output` when the block ends well and is removed when it does not."""
+    partial = output.parent / f".{output.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(output)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise UserError(
+            f"no space left to write {output}: free some or choose another folder; nothing was kept"
+            if full
+            else f"cannot write {output}: {error.strerror or error}"
+        ) from error
 
 
 def _check_resolution(model: Model, visual_tokens: int | None) -> None:
