@@ -16,8 +16,8 @@ _VIEW = (
 _NONE = ("There is no lesion.", "No lesion is seen.", "The {organ} looks normal, without a lesion.")
 _ONE = (
     "There is one {size} {intensity} {shape} lesion in the {places}.",
-    "One lesion is seen in the {places}. It is {size}, {intensity} and {shape}.",
-    "A {size} {intensity} lesion lies in the {places}. Its shape is {shape}.",
+    "One lesion is seen in the {places}: it is {size}, {intensity} and {shape}.",
+    "A {size} {intensity} lesion lies in the {places}, its shape is {shape}.",
 )
 _SEVERAL = (
     "There are {count} {size} {intensity} {shape} lesions, in the {places}.",
