@@ -5,7 +5,8 @@ Bars to Evals", arXiv 2411.00640, section 2.2). With G images, n questions, scor
 
     SE^2 = G / (G - 1) * 1 / n^2 * sum over images of (sum of r over the image's questions)^2
 
-which with one question an image is the usual var(s) / n. Intervals and tests are normal; with fewer than about 30
+which with one question an image is the usual var(s) / n; that one also stands in where every image has the same share
+of right answers, which few images may by chance. Intervals and tests are normal; with fewer than about 30
 images they are somewhat too narrow.
 """
 
@@ -186,6 +187,8 @@ def _clustered_mean(scores: np.ndarray, clusters: Sequence[str]) -> tuple[float,
         return mean, math.nan, 1
     sums = np.bincount(index, weights=scores - mean)
     error = math.sqrt(count / (count - 1) * float(sums @ sums)) / len(scores)
+    if error < 1e-12:  # zero but for rounding
+        error = float(scores.std(ddof=1)) / math.sqrt(len(scores))
     return mean, error, count
 
 

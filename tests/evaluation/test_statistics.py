@@ -91,6 +91,13 @@ def test_all_right_or_all_wrong_is_not_taken_for_certain(images):
     assert (wrong.low, wrong.high) == pytest.approx((0.0, 1 - exact.low))
 
 
+def test_images_that_agree_by_chance_are_not_taken_for_certain():
+    scores, images = [1, 0, 1, 0, 1, 0], [0, 0, 1, 1, 2, 2]
+    result = accuracy(rows(scores, images))
+    assert result.standard_error == pytest.approx(scipy.stats.sem(scores))
+    assert result.low < 0.5 < result.high
+
+
 def test_one_image_says_nothing_about_others():
     result = accuracy(rows([1, 0, 1], [0, 0, 0]))
     assert math.isnan(result.standard_error) and (result.low, result.high) == (0.0, 1.0)

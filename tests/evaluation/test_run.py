@@ -1,0 +1,260 @@
+"""`evaluate` with a tiny random model, and with scripted replies where the verdicts must be known."""
+
+import io
+import json
+from dataclasses import asdict, replace
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.tokenizer import make_tokenizer
+from infimed_jax.config import Mesh, Model, Projector, Sampling, Text, Vision
+from infimed_jax.data.chat import load_tokenizer
+from infimed_jax.data.prompts import question_sample
+from infimed_jax.errors import UserError
+from infimed_jax.evaluation import run
+from infimed_jax.evaluation.run import compare_runs, evaluate, fingerprint, image_gain, image_id
+from infimed_jax.models import infimed
+from infimed_jax.models.compute import Compute
+from infimed_jax.sampling.generate import Completion
+from infimed_jax.sampling.weights import sampler_weights
+from infimed_jax.sharding import make_mesh
+
+MODEL = Model(
+    Vision(image_size=12, patch_size=3, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2),
+    Projector(visual_tokens=4),
+    Text(vocab_size=320, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8),
+)
+COMPUTE = Compute("float32", "none", "xla", 16)
+SAMPLING = Sampling(max_tokens=6, slots=4, burst=3)
+
+
+def png(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def question(number: int, kind="yes_no", answer="yes", options=(), image=0, **meta):
+    return question_sample(
+        id=f"s/test/{number}",
+        source="s",
+        split="test",
+        images=(png(image),),
+        kind=kind,
+        question=f"Q{number}?",
+        answer=answer,
+        options=options,
+        meta={"image_id": f"i{image}", "modality": "ct" if image else "xray", **meta},
+    )
+
+
+SAMPLES = [
+    question(0, answer="yes", image=0),
+    question(1, answer="no", image=0),
+    question(2, "choice", "B", ("lung", "liver"), image=1),
+    question(3, "open", "left lung", image=1, organ="chest"),
+    question(4, "closed", "2", image=2),
+    question(5, answer="yes", image=2),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(make_tokenizer(["yes no lung liver"], tmp_path_factory.mktemp("tokenizer"), 290))
+
+
+@pytest.fixture(scope="module")
+def ask(tokenizer):
+    """`evaluate` with everything but what a test is about."""
+    with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
+        params = infimed.init_params(jax.random.key(0), MODEL)
+        # Larger weights than at initialisation: else the reply does not depend on the image.
+        params = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
+        weights = sampler_weights(params, MODEL, "float32")
+
+        def run_it(samples=SAMPLES, **options):
+            fixed = {"weights": weights, "model": MODEL, "compute": COMPUTE, "tokenizer": tokenizer}
+            return evaluate(samples, **fixed, **({"sampling": SAMPLING, "key": jax.random.key(0)} | options))
+
+        yield run_it
+
+
+@pytest.fixture
+def script(monkeypatch, tokenizer):
+    """Make `generate` return given (reply, finish) pairs; returns the calls it had."""
+
+    def install(replies):
+        calls = []
+
+        def generate(weights, model, prompts, sampling, *, on_progress=None, **options):
+            first = sum(len(call["prompts"]) for call in calls)
+            calls.append({"prompts": prompts, **options})
+            made = []
+            for reply, finish in replies[first : first + len(prompts)]:
+                ids = [*tokenizer.encode(reply), *([tokenizer.im_end] if finish == "stop" else [])]
+                made.append(Completion(np.array(ids, np.int32), np.zeros(len(ids), np.float32), finish))
+            if on_progress:
+                on_progress(len(made), len(prompts), sum(len(reply.tokens) for reply in made))
+            return made
+
+        monkeypatch.setattr(run, "generate", generate)
+        return calls
+
+    return install
+
+
+REPLIES = [
+    ("Yes.", "stop"),
+    ("normal", "stop"),
+    ("(B)", "stop"),
+    ("Left lung, I", "length"),
+    ("two", "stop"),
+    ("<think>yes", "stop"),
+]
+
+
+def test_tiny_model_answers_every_question_and_leaves_files(ask, tmp_path):
+    progress = []
+    result = ask(name="tiny", folder=tmp_path / "out", on_progress=lambda *state: progress.append(state))
+    assert [record.id for record in result.records] == [sample.id for sample in SAMPLES]
+    assert progress[-1][:2] == (6, 6)
+    assert progress[-1][2] == sum(r.tokens + (r.finish == "stop") for r in result.records)
+    assert all(record.tokens <= 6 for record in result.records)
+    lines = [json.loads(line) for line in (tmp_path / "out/replies.jsonl").read_text().splitlines()]
+    assert lines == [json.loads(json.dumps(asdict(record))) for record in result.records]
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary == json.loads(json.dumps(result.summary()))
+    assert (summary["n"], summary["images"], summary["max_tokens"]) == (6, 3, 6)
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"replies.jsonl", "summary.json"}
+
+
+def test_chunks_change_nothing(ask, monkeypatch):
+    whole = ask()
+    monkeypatch.setattr(run, "CHUNK", 4)
+    assert ask().records == whole.records
+
+
+def test_the_model_sees_the_image_and_the_blind_control_does_not(ask):
+    swapped = [replace(sample, images=(png(50 + i),)) for i, sample in enumerate(SAMPLES)]
+
+    def replies(samples, **options):
+        return [record.reply for record in ask(samples, **options).records]
+
+    assert replies(SAMPLES) != replies(swapped)
+    assert replies(SAMPLES, image=False) == replies(swapped, image=False)
+
+
+def test_equal_files_are_decoded_once_into_one_array(ask, script):
+    calls, cache = script(REPLIES), {}
+    ask(decode_cache=cache)
+    pixels = [prompt.pixels[0] for prompt in calls[0]["prompts"]]
+    assert [id(image) for image in pixels[::2]] == [id(image) for image in pixels[1:4:2]] + [id(pixels[5])]
+    assert len(cache) == 3 and len({id(image) for image in pixels}) == 3
+
+
+def test_verdicts_and_summary_of_scripted_replies(ask, script):
+    script(REPLIES)
+    result = ask(name="scripted")
+    assert [r.correct for r in result.records] == [True, False, True, False, True, False]
+    assert [r.status for r in result.records] == ["ok", "unparsed", "ok", "truncated", "ok", "truncated"]
+    assert [r.parsed for r in result.records] == ["yes", None, "B", None, "2", None]
+    assert result.records[0].reply == "Yes."
+    summary = result.summary()
+    assert (summary["correct"], summary["n"], summary["accuracy"]) == (3, 6, 0.5)
+    assert (summary["unparsed_rate"], summary["truncated_rate"]) == (1 / 6, 2 / 6)
+    assert summary["length_limit_rate"] == 1 / 6
+    assert summary["interval"][0] < 0.5 < summary["interval"][1]
+
+
+def test_groups_add_up_to_the_whole(ask, script):
+    script(REPLIES)
+    groups = ask().groups()
+    assert set(groups) == {"kind", "source", "modality", "organ"}
+    for table in groups.values():
+        assert (sum(a.correct for a in table.values()), sum(a.n for a in table.values())) == (3, 6)
+    assert groups["modality"]["xray"].accuracy == 0.5 and groups["modality"]["ct"].n == 4
+    assert set(groups["organ"]) == {"chest", "(none)"}
+    assert groups["kind"]["yes_no"].images == 2
+
+
+def test_protocol_decides(ask, script):
+    script(REPLIES)
+    assert [r.correct for r in ask(protocol="medevalkit-fixed").records] == [True, True, False, False, False, True]
+
+
+def test_progress_counts_over_chunks(ask, script, monkeypatch):
+    monkeypatch.setattr(run, "CHUNK", 4)
+    calls, seen = script(REPLIES), []
+    result = ask(on_progress=lambda *state: seen.append(state))
+    assert [len(call["prompts"]) for call in calls] == [4, 2]
+    assert [state[:2] for state in seen] == [(4, 6), (6, 6)] and seen[0][2] < seen[1][2]
+    assert {call["max_prompt"] for call in calls} == {max(len(p) for call in calls for p in call["prompts"])}
+    assert [r.correct for r in result.records] == [True, False, True, False, True, False]
+
+
+def test_reasoning_opens_no_empty_think_block(ask, script, tokenizer):
+    calls = script(REPLIES * 2)
+    ask(reasoning=True)
+    thinking = tokenizer.decode(calls[0]["prompts"][0].tokens)
+    assert thinking.endswith("<|im_start|>assistant\n") and "\\boxed" in thinking
+    ask(reasoning=False)
+    assert tokenizer.decode(calls[1]["prompts"][0].tokens).endswith("<think>\n\n</think>\n\n")
+
+
+def test_only_tokens_that_text_may_hold_are_sampled(ask, script, tokenizer):
+    calls = script(REPLIES)
+    ask()
+    banned = set(calls[0]["banned_tokens"])
+    assert tokenizer.image_pad in banned and set(range(len(tokenizer), 320)) <= banned
+    assert not banned & {tokenizer.im_end, tokenizer.think, tokenizer.end_think}
+    assert set(calls[0]["stop_tokens"]) == {tokenizer.im_end, tokenizer.endoftext}
+
+
+def test_comparisons_are_of_like_with_like(ask, script):
+    script(REPLIES)
+    seeing = ask(name="seeing")
+    script([("no", "stop")] * 6)
+    blind = ask(name="blind", image=False)
+    gain = image_gain(seeing, blind)
+    assert (gain.difference, gain.only_a, gain.only_b, gain.images) == (2 / 6, 3, 1, 3)
+    with pytest.raises(UserError, match="blind"):
+        image_gain(blind, seeing)
+    script(REPLIES)
+    with pytest.raises(UserError, match="protocol"):
+        compare_runs(seeing, ask(protocol="medevalkit-fixed"))
+    script(REPLIES)
+    with pytest.raises(UserError, match="different questions"):
+        compare_runs(seeing, ask(SAMPLES[:5]))
+
+
+def test_fingerprint_is_of_the_questions_in_any_order():
+    assert fingerprint(SAMPLES) == fingerprint(SAMPLES[::-1])
+    for change in ({"question": "Q?"}, {"answer": "no"}, {"images": (png(9),)}, {"id": "x"}, {"kind": "open"}):
+        assert fingerprint([replace(SAMPLES[0], **change), *SAMPLES[1:]]) != fingerprint(SAMPLES)
+
+
+def test_image_id_is_the_sources_else_the_files_else_the_questions():
+    sample = SAMPLES[0]
+    assert image_id(sample) == "s/i0"
+    unnamed = replace(sample, meta={})
+    assert image_id(unnamed) == image_id(replace(unnamed, id="other")) != image_id(replace(unnamed, images=(png(1),)))
+    assert image_id(replace(unnamed, images=())) == sample.id
+
+
+@pytest.mark.parametrize(
+    ("samples", "options", "message"),
+    [
+        ([], {}, "empty"),
+        (SAMPLES, {"protocol": "lenient"}, "unknown protocol 'lenient'; there are strict"),
+        ([replace(SAMPLES[0], kind="chat")], {}, "s/test/0 is a chat"),
+        ([SAMPLES[0], SAMPLES[0]], {}, "repeat an id"),
+        ([replace(SAMPLES[3], images=(b"",))], {}, r"s/test/3: image 1 is unreadable \(empty file\)"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(ask, samples, options, message):
+    with pytest.raises(UserError, match=message):
+        ask(samples, **options)
