@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,25 @@ class Chain:
             CONFIGS / f"runs/quickstart/{stage}.yaml",
         ]
         config = configuration.load(files, [*self.plan.get("settings", ()), *self.options.settings])
-        tokenizer = self.folder / "tokenizer" if self.options.tokenizer is None else self.options.tokenizer
-        data = replace(config.data, dataset=str(self.folder / "data/mixtures" / stage), tokenizer=str(tokenizer))
-        train = replace(config.train, seed=self.options.seed, output=str(self.folder / "stages" / stage))
-        return replace(config, data=data, train=train)
+        dataset = str(self.folder / "data/mixtures" / stage)
+        data = replace(config.data, dataset=dataset, tokenizer=str(self.tokenizer_folder))
+        train = replace(config.train, seed=self.options.seed, output=str(self.run_folder(stage)))
+        text = replace(config.model.text, vocab_size=max(config.model.text.vocab_size, self.vocabulary))
+        return replace(config, data=data, train=train, model=replace(config.model, text=text))
+
+    def run_folder(self, stage: str) -> Path:
+        return self.folder / "stages" / stage
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.options.tokenizer or self.folder / "tokenizer"
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Rows of the embedding that the tokenizer needs, rounded up as Qwen3 does, so that a mesh can split them."""
+        from infimed_jax.data.chat import load_tokenizer
+
+        return -(-len(load_tokenizer(self.tokenizer_folder)) // 128) * 128
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -55,9 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 def describe(error: Exception) -> str:
     """One line for an error that is the user's to mend."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return (
-            f"no space left on the disk of {error.filename or 'the output'}: free some and run it again"
-        )
+        return f"no space left on the disk of {error.filename or 'the output'}: free some and run it again"
     return " ".join(str(error).split())
 
 

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from infimed_jax.data.sample import Sample
+from infimed_jax.evaluation.run import Record
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 INK, SOFT, ACCENT, SECOND = "#1c2733", "#5b6b7b", "#0b6e75", "#c98a12"
@@ -38,9 +39,8 @@ class Stage:
     history: Sequence[dict[str, Any]] = ()
     """Rows of metrics.jsonl."""
     summary: dict[str, Any] = field(default_factory=dict)
-    """Evaluation: `accuracy`, `n`, `interval`, `unparsed_rate`, `truncated_rate`."""
-    records: Sequence[dict[str, Any]] = ()
-    """Evaluation, a row a question: `id`, `kind`, `meta`, `correct`, `status`, `parsed`, `reply`."""
+    """`Evaluation.summary()`."""
+    records: Sequence[Record] = ()
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,6 @@ def _context(report: Report) -> dict[str, Any]:
 
 def _stage_row(stage: Stage) -> dict[str, str]:
     summary = stage.summary
-    low, high = summary.get("interval", (None, None))
     return {
         "title": stage.title,
         "steps": f"{stage.steps:,}",
@@ -111,7 +110,7 @@ def _stage_row(stage: Stage) -> dict[str, str]:
         "seconds": f"{stage.seconds:.0f}",
         "curve": "–" if stage.first is None or stage.last is None else f"{stage.first:.3f} → {stage.last:.3f}",
         "accuracy": f"{summary['accuracy']:.1%}" if summary else "–",
-        "interval": f"{low:.1%} – {high:.1%}" if summary else "–",
+        "interval": f"{summary['low']:.1%} – {summary['high']:.1%}" if summary else "–",
         "unparsed": f"{summary['unparsed_rate']:.1%}" if summary else "–",
         "truncated": f"{summary['truncated_rate']:.1%}" if summary else "–",
     }
@@ -166,8 +165,8 @@ def _accuracy_figure(stages: Sequence[Stage], baseline: float, blind: float | No
     figure, axes = _figure()
     values = [s.summary["accuracy"] for s in stages]
     spread = [
-        [v - s.summary["interval"][0] for v, s in zip(values, stages, strict=True)],
-        [s.summary["interval"][1] - v for v, s in zip(values, stages, strict=True)],
+        [v - s.summary["low"] for v, s in zip(values, stages, strict=True)],
+        [s.summary["high"] - v for v, s in zip(values, stages, strict=True)],
     ]
     axes.bar(range(len(stages)), values, color=ACCENT, width=0.6)
     axes.errorbar(range(len(stages)), values, yerr=spread, fmt="none", ecolor=INK, elinewidth=1, capsize=3)
@@ -175,7 +174,7 @@ def _accuracy_figure(stages: Sequence[Stage], baseline: float, blind: float | No
     if blind is not None:
         axes.axhline(blind, color="#7a4fa3", linestyle=":", linewidth=1.4)
     for x, (value, stage) in enumerate(zip(values, stages, strict=True)):
-        axes.annotate(f"{value:.0%}", (x, stage.summary["interval"][1]), (0, 3), textcoords="offset points",
+        axes.annotate(f"{value:.0%}", (x, stage.summary["high"]), (0, 3), textcoords="offset points",
                       ha="center", fontsize=8, color=INK)  # fmt: skip
     axes.set_xticks(range(len(stages)), [s.title.replace(" ", "\n") for s in stages], fontsize=7.5)
     axes.set_ylim(0, 1.05)
@@ -218,7 +217,7 @@ def _group_table(stages: Sequence[Stage], title: str, label: str, key: str) -> d
     for stage in stages:
         groups: dict[str, list[bool]] = defaultdict(list)
         for record in stage.records:
-            groups[record["kind"] if key == "kind" else record["meta"].get(key, "–")].append(record["correct"])
+            groups[record.kind if key == "kind" else record.meta.get(key, "–")].append(record.correct)
         columns.append(groups)
     names = sorted({name for groups in columns for name in groups})
     rows = []
@@ -241,16 +240,16 @@ def _cell(value: float | None) -> dict[str, str]:
 
 
 def _cases(report: Report, stages: Sequence[Stage]) -> list[dict[str, Any]]:
-    by_stage = [(s.title, {r["id"]: r for r in s.records}) for s in stages]
+    by_stage = [(s.title, {r.id: r for r in s.records}) for s in stages]
     shown = [s for s in report.samples if s.images and all(s.id in records for _, records in by_stage)]
     chosen = random.Random(report.seed).sample(shown, min(report.cases, len(shown)))
     cases = []
     for sample in chosen:
         answers = [
-            {"stage": title, "text": _answer(records[sample.id]), "correct": records[sample.id]["correct"]}
+            {"stage": title, "text": _answer(records[sample.id]), "correct": records[sample.id].correct}
             for title, records in by_stage
         ]
-        last = by_stage[-1][1][sample.id]["reply"] if by_stage else ""
+        last = by_stage[-1][1][sample.id].reply if by_stage else ""
         options = "".join(f" {chr(65 + i)}. {text};" for i, text in enumerate(sample.options)).rstrip(";")
         cases.append(
             {
@@ -265,12 +264,12 @@ def _cases(report: Report, stages: Sequence[Stage]) -> list[dict[str, Any]]:
     return cases
 
 
-def _answer(record: dict[str, Any]) -> str:
+def _answer(record: Record) -> str:
     """The answer as parsed; where there is none, what the model said instead, and why it does not count."""
-    if record["status"] == "ok" and record["parsed"] is not None:
-        return str(record["parsed"])
-    reply = record["reply"].strip() or "(empty)"
-    return f"{reply if len(reply) <= 60 else reply[:60] + '…'} [{record['status']}]"
+    if record.status == "ok" and record.parsed is not None:
+        return record.parsed
+    reply = record.reply.strip() or "(empty)"
+    return f"{reply if len(reply) <= 60 else reply[:60] + '…'} [{record.status}]"
 
 
 def _data_uri(data: bytes) -> str:

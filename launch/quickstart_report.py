@@ -1,0 +1,266 @@
+"""The end of the quickstart: Hugging Face export and its proof, `summary.json`, `report.html`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from data_prep.sources import SOURCES
+from infimed_jax.evaluation.report import Report, Stage, write_report
+from infimed_jax.evaluation.run import Record
+from infimed_jax.evaluation.statistics import Comparison, accuracy, compare
+from infimed_jax.hf.card import Card, DataSource
+from infimed_jax.hf.export import to_hf
+from infimed_jax.hf.verify import verify
+from infimed_jax.sharding import make_mesh
+from infimed_jax.train.checkpoint import load_params
+from launch.progress import clock
+from launch.quickstart import STAGES, Chain, write_json
+from launch.quickstart_data import test_samples
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "torch", "numpy")
+LAST_SUPERVISED = "sft_reflective"
+
+
+def finish(chain: Chain, results: dict[str, Any], seconds: float, memory: int) -> dict[str, Any]:
+    """Export, then write both files. `seconds` and `memory` (bytes) are of this process."""
+    export = chain.step("export", "Hugging Face export", lambda: _export(chain, results))
+    records = {name: read_records(chain.folder / "evaluation" / name) for name in results["evaluation"]}
+    gain = compare(records["grpo"], records[LAST_SUPERVISED])
+    control = compare(records["control"], records[LAST_SUPERVISED])
+    sight = compare(records["sft_cross_distribution"], records["blind"])
+    summary = _summary(chain, results, export, seconds, memory) | {
+        "grpo_gain": _comparison(gain),
+        "control_gain": _comparison(control),
+        "image_gain": _comparison(sight),
+    }
+    groups = _by(records, "answer_type")
+    if groups:
+        summary["accuracy_by_answer_type"] = groups
+    write_json(chain.folder / "summary.json", summary)
+
+    def report() -> tuple[dict[str, Any], str]:
+        write_report(_report(chain, results, records, summary), chain.folder / "report.html")
+        return {"path": str(chain.folder / "report.html")}, str(chain.folder / "report.html")
+
+    chain.step("report", "Report", report)
+    for line in _closing_lines(chain, results, summary):
+        chain.progress.say(line)
+    return summary
+
+
+def read_records(folder: Path) -> list[Record]:
+    """The graded questions that an evaluation left in `replies.jsonl`."""
+    lines = (folder / "replies.jsonl").read_text(encoding="utf-8").splitlines()
+    return [Record(**json.loads(line)) for line in lines]
+
+
+def _export(chain: Chain, results: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    config = chain.stage_config("grpo")
+    params, _ = load_params(chain.run_folder("grpo"))
+    sources = sorted({name.split("/")[0] for parts in chain.plan["mixtures"].values() for name in parts})
+    scores = {name: results["evaluation"][name] for name in ("sft_cross_distribution", LAST_SUPERVISED, "grpo")}
+    card = Card(
+        title=chain.plan["title"],
+        stages=tuple(f"{title}: {results[name]['steps']} steps" for name, title in {**STAGES, "grpo": "GRPO"}.items()),
+        sources=tuple(DataSource(SOURCES[s].name, SOURCES[s].licence, SOURCES[s].commercial_use) for s in sources),
+        results={
+            f"{chain.plan['test']} after {name}": f"{s['accuracy']:.1%} [{s['low']:.1%}, {s['high']:.1%}], n = {s['n']}"
+            for name, s in scores.items()
+        },
+    )
+    with jax.set_mesh(make_mesh(config.mesh)):
+        path = to_hf(params, config.model, chain.tokenizer_folder, chain.folder / "export", card=card)
+        proof = verify(params, config.model, path, chain.tokenizer_folder)
+    values: dict[str, Any] = {"path": str(path), "status": proof["status"]}
+    if proof["status"] == "skipped":
+        return values | {"reason": proof["reason"]}, f"written; comparison skipped: {proof['reason']}"
+    logits = [case["logits"] for case in proof["cases"]]
+    values["max_abs_logit_diff"] = max(case["max_abs"] for case in logits)
+    values["top1_agreement"] = min(case["top1_agreement"] for case in logits)
+    line = (
+        f"transformers agrees: logits within {values['max_abs_logit_diff']:.1e}, top-1 {values['top1_agreement']:.0%}"
+    )
+    return values, line if proof["status"] == "passed" else f"DIFFERS from transformers: {'; '.join(proof['failures'])}"
+
+
+def _summary(
+    chain: Chain, results: dict[str, Any], export: dict[str, Any], seconds: float, memory: int
+) -> dict[str, Any]:
+    def scored(name: str) -> dict[str, Any]:
+        evaluation = results["evaluation"][name]
+        return {"accuracy": evaluation["accuracy"], "n": evaluation["n"]}
+
+    keys = ("steps", "tokens", "loss_first", "loss_last", "seconds")
+    return {
+        "title": chain.plan["title"],
+        "stages": [{"name": name} | {key: results[name][key] for key in keys} | scored(name) for name in STAGES],
+        "baseline_accuracy": results["baseline"],
+        "blind_accuracy": results["evaluation"]["blind"]["accuracy"],
+        "grpo": {
+            "steps": results["grpo"]["steps"],
+            "reward_first": results["grpo"]["reward_first"],
+            "reward_last": results["grpo"]["reward_last"],
+            "accuracy_before": results["evaluation"][LAST_SUPERVISED]["accuracy"],
+            "accuracy_after": results["evaluation"]["grpo"]["accuracy"],
+            "accuracy_control": results["evaluation"]["control"]["accuracy"],
+            "seconds": results["grpo"]["seconds"],
+        },
+        "export": export,
+        "skipped": results["data"]["skipped"],
+        "seconds_total": sum(_wall(results)),
+        "seconds_this_process": seconds,
+        "peak_memory_bytes": memory,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "seed": chain.options.seed,
+        "source": chain.options.source,
+    }
+
+
+def _wall(results: dict[str, Any]) -> list[float]:
+    steps = [results[name] for name in ("data", *STAGES, "grpo", "control")]
+    return [step["wall_seconds"] for step in (*steps, *results["evaluation"].values())]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _comparison(c: Comparison) -> dict[str, float]:
+    return {"difference": c.difference, "low": c.low, "high": c.high, "p_value": c.p_value, "n": c.n}
+
+
+def _by(records: dict[str, list[Record]], key: str) -> dict[str, dict[str, Any]]:
+    """Accuracy of each evaluation by one property of the questions; empty where the questions lack it."""
+    return {
+        name: {
+            value: _share([r for r in rows if r.meta[key] == value]) for value in sorted({r.meta[key] for r in rows})
+        }
+        for name, rows in records.items()
+        if all(key in r.meta for r in rows)
+    }
+
+
+def _share(rows: list[Record]) -> dict[str, Any]:
+    share = accuracy(rows)
+    return {"accuracy": share.accuracy, "n": share.n}
+
+
+def _history(folder: Path) -> list[dict[str, Any]]:
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _stage(chain: Chain, results: dict[str, Any], records: dict[str, list[Record]], name: str, title: str) -> Stage:
+    result, reward = results[name], name in ("grpo", "control")
+    history = _history(chain.run_folder(name))
+    return Stage(
+        name=name,
+        title=title,
+        steps=result["steps"],
+        tokens=result["tokens"] if not reward else int(sum(row["tokens"] for row in history)),
+        seconds=result["seconds"],
+        first=result["reward_first" if reward else "loss_first"],
+        last=result["reward_last" if reward else "loss_last"],
+        history=history,
+        summary=results["evaluation"][name],
+        records=records[name],
+    )
+
+
+def _report(chain: Chain, results: dict[str, Any], records: dict[str, list[Record]], summary: dict[str, Any]) -> Report:
+    grpo, gain, control, sight = summary["grpo"], summary["grpo_gain"], summary["control_gain"], summary["image_gain"]
+    n, supervised = gain["n"], results["evaluation"]["sft_cross_distribution"]["accuracy"]
+    export = summary["export"]
+    return Report(
+        title=chain.plan["title"],
+        subtitle=f"Seed {summary['seed']}. The whole recipe on a tiny model, in one process on {platform.machine()} "
+        f"({jax.device_count()} {jax.devices()[0].platform} device), {clock(summary['seconds_total'])} minutes.",
+        questions=f"{n:,} questions of {chain.plan['test']}",
+        warnings=[chain.plan["warning"]] if "warning" in chain.plan else [],
+        stages=[_stage(chain, results, records, name, title) for name, title in STAGES.items()],
+        samples=test_samples(chain),
+        baseline=results["baseline"],
+        blind=summary["blind_accuracy"],
+        tiles=[
+            (f"{supervised:.1%}", "accuracy after the SFT stages", f"direct answers, {n:,} questions"),
+            (f"{results['baseline']:.1%}", "majority baseline", "most frequent answer per template"),
+            (f"{summary['blind_accuracy']:.1%}", "without the image", f"images add {_points(sight)}"),
+            (
+                f"{grpo['accuracy_after']:.1%}",
+                "accuracy after GRPO",
+                f"before: {grpo['accuracy_before']:.1%}, reasoning",
+            ),
+            (f"{100 * gain['difference']:+.1f} points", "GRPO's gain", f"p = {gain['p_value']:.1g}, paired"),
+        ],
+        grpo=_stage(chain, results, records, "grpo", "GRPO"),
+        control=_stage(chain, results, records, "control", "Control"),
+        grpo_facts=[
+            ("reward, first to last tenth", f"{grpo['reward_first']:.3f} → {grpo['reward_last']:.3f}"),
+            ("accuracy, GRPO against its start", f"{_points(gain)}, p = {gain['p_value']:.2g}"),
+            ("accuracy, constant-reward control", f"{_points(control)}, p = {control['p_value']:.2g}"),
+        ],
+        groups=[
+            (f"Accuracy by {label}", label, key)
+            for label, key in (
+                ("modality", "modality"),
+                ("kind of question", "kind"),
+                ("question template", "template"),
+                ("answer type", "answer_type"),
+                ("organ", "organ"),
+            )
+            if key == "kind" or any(key in record.meta for record in records["grpo"])
+        ],
+        facts=[
+            ("Hugging Face export", export["path"]),
+            ("against transformers", _export_fact(export)),
+            ("peak memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"),
+            ("versions", ", ".join(f"{k} {v}" for k, v in summary["versions"].items() if v)),
+            ("skipped records", json.dumps(summary["skipped"]) if summary["skipped"] else "none"),
+            ("assess", "skipped: no LLM endpoint is configured"),
+        ],
+        seed=chain.options.seed,
+    )
+
+
+def _points(c: dict[str, float]) -> str:
+    return f"{100 * c['difference']:+.1f} points [{100 * c['low']:+.1f}, {100 * c['high']:+.1f}]"
+
+
+def _export_fact(export: dict[str, Any]) -> str:
+    if export["status"] == "skipped":
+        return f"not compared: {export['reason']}"
+    return (
+        f"{export['status']}: largest logit difference {export['max_abs_logit_diff']:.1e}, "
+        f"top-1 agreement {export['top1_agreement']:.1%}"
+    )
+
+
+def _closing_lines(chain: Chain, results: dict[str, Any], summary: dict[str, Any]) -> list[str]:
+    sight, gain, control = summary["image_gain"], summary["grpo_gain"], summary["control_gain"]
+    lines = [
+        f"SFT:  {results['evaluation']['sft_cross_distribution']['accuracy']:.1%}; majority answer per template "
+        f"{summary['baseline_accuracy']:.1%}; without the image {summary['blind_accuracy']:.1%} ({_points(sight)})",
+        f"GRPO: {summary['grpo']['accuracy_before']:.1%} -> {summary['grpo']['accuracy_after']:.1%}, {_points(gain)}, "
+        f"p = {gain['p_value']:.2g}; control {_points(control)}",
+    ]
+    for kind, final in summary.get("accuracy_by_answer_type", {}).get("grpo", {}).items():
+        base = _share_of_majority(chain, kind)
+        lines.append(f"{kind}: {final['accuracy']:.1%} of {final['n']} after GRPO; majority baseline {base:.1%}")
+    if "warning" in chain.plan:
+        lines.append(f"warning: {chain.plan['warning']}")
+    return lines
+
+
+def _share_of_majority(chain: Chain, answer_type: str) -> float:
+    from infimed_jax.evaluation.statistics import majority_baseline
+
+    return majority_baseline([s for s in test_samples(chain) if s.meta.get("answer_type") == answer_type]).accuracy

@@ -1,0 +1,142 @@
+"""The quickstart's compute: five training stages, GRPO with its control, each evaluated on held-out images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+
+from infimed_jax.config import Config
+from infimed_jax.data.chat import load_tokenizer
+from infimed_jax.data.storage import open_samples
+from infimed_jax.evaluation.run import Evaluation, evaluate
+from infimed_jax.evaluation.statistics import majority_baseline
+from infimed_jax.models.compute import Compute
+from infimed_jax.models.infimed import param_count
+from infimed_jax.rl.grpo import grpo
+from infimed_jax.sampling.weights import sampler_weights
+from infimed_jax.sharding import make_mesh
+from infimed_jax.train.checkpoint import load_params
+from infimed_jax.train.loop import train
+from launch.progress import step_note
+from launch.quickstart import REASONING, STAGES, Chain
+from launch.quickstart_data import make_data, test_samples
+
+EDGE = 0.1
+"""Share of the steps whose mean is a run's first and its last reward."""
+
+
+def run(chain: Chain) -> dict[str, Any]:
+    """Every step in order; the result of each by name, evaluations under `evaluation`."""
+    results: dict[str, Any] = {"data": chain.step("data", "Data", lambda: make_data(chain))}
+    samples = test_samples(chain)
+    results["baseline"] = majority_baseline(samples).accuracy
+    config = chain.stage_config("sft_medical")
+    counts = param_count(config.model)
+    chain.progress.say(f"        model: {counts['total']:,} parameters ({', '.join(_parts(counts))})")
+    evaluations: dict[str, Any] = {}
+    with jax.set_mesh(make_mesh(config.mesh)):
+        previous = ""
+        for stage, title in STAGES.items():
+            results[stage] = chain.step(stage, title, lambda s=stage, p=previous: _train(chain, s, p))
+            previous = stage
+            evaluations[stage] = _evaluation(chain, stage, f"Evaluation: {title}", samples)
+        evaluations["blind"] = _evaluation(
+            chain, "sft_cross_distribution", "Evaluation without images", samples, image=False
+        )
+        results["grpo"] = chain.step("grpo", "GRPO", lambda: _grpo(chain, "grpo", previous))
+        evaluations["grpo"] = _evaluation(chain, "grpo", "Evaluation: GRPO", samples)
+        title = "GRPO control (constant reward)"
+        results["control"] = chain.step("control", title, lambda: _grpo(chain, "control", previous))
+        evaluations["control"] = _evaluation(chain, "control", "Evaluation: GRPO control", samples)
+    return results | {"evaluation": evaluations}
+
+
+def _parts(counts: dict[str, int]) -> list[str]:
+    return [f"{name} {count:,}" for name, count in counts.items() if name != "total"]
+
+
+def _train(chain: Chain, stage: str, previous: str) -> tuple[dict[str, Any], str]:
+    config = chain.stage_config(stage)
+    if previous:
+        config = replace(config, train=replace(config.train, init_from=str(chain.run_folder(previous))))
+
+    def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
+        chain.progress.update(step / total, step_note(step, total, metrics))
+
+    result = train(config, on_step=on_step)
+    values = {
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "loss_first": result.loss_first,
+        "loss_last": result.loss_last,
+        "seconds": result.seconds,
+    }
+    return values, f"{result.steps} steps, loss {result.loss_first:.3f} -> {result.loss_last:.3f}"
+
+
+def _grpo(chain: Chain, name: str, previous: str) -> tuple[dict[str, Any], str]:
+    """GRPO from the last supervised stage; `control` is the same run with a reward that teaches nothing."""
+    config = chain.stage_config("grpo")
+    output = str(chain.run_folder(name))
+    config = replace(config, train=replace(config.train, output=output, stage=name))
+    if name == "control":
+        config = replace(config, grpo=replace(config.grpo, reward="constant"))
+    params, _ = load_params(chain.run_folder(previous))
+    history: list[dict[str, float]] = []
+
+    def on_step(step: int, metrics: dict[str, float]) -> None:
+        chain.progress.update(step / config.grpo.steps, step_note(step, config.grpo.steps, metrics))
+
+    result = grpo(
+        config,
+        params=params,
+        samples=open_samples(config.data.dataset),
+        tokenizer=load_tokenizer(config.data.tokenizer),
+        on_step=on_step,
+    )
+    history = result.history
+    edge = max(1, round(EDGE * len(history)))
+    values = {
+        "steps": len(history),
+        "reward_first": sum(row["reward"] for row in history[:edge]) / edge,
+        "reward_last": sum(row["reward"] for row in history[-edge:]) / edge,
+        "seconds": sum(row["seconds"] for row in history),
+        "dropped": result.dropped,
+    }
+    return values, f"{values['steps']} steps, reward {values['reward_first']:.3f} -> {values['reward_last']:.3f}"
+
+
+def _evaluation(chain: Chain, stage: str, title: str, samples: list[Any], *, image: bool = True) -> dict[str, Any]:
+    name = stage if image else "blind"
+
+    def work() -> tuple[dict[str, Any], str]:
+        params, _ = load_params(chain.run_folder(stage))
+        config = chain.stage_config("grpo" if stage in ("grpo", "control") else stage)
+        evaluation = _evaluate(chain, config, params, samples, name, reasoning=stage in REASONING, image=image)
+        summary = evaluation.summary()
+        line = f"{summary['accuracy']:.1%} of {summary['n']:,} [{summary['low']:.1%}, {summary['high']:.1%}]"
+        return summary, line
+
+    return chain.step(f"evaluation_{name}", title, work)
+
+
+def _evaluate(
+    chain: Chain, config: Config, params: Any, samples: list[Any], name: str, *, reasoning: bool, image: bool
+) -> Evaluation:
+    compute = Compute.of(config.train)
+    return evaluate(
+        samples,
+        weights=sampler_weights(params, config.model, compute.dtype),
+        model=config.model,
+        compute=compute,
+        tokenizer=load_tokenizer(config.data.tokenizer),
+        sampling=config.sampling,
+        key=jax.random.key(chain.options.seed),
+        reasoning=reasoning,
+        image=image,
+        folder=chain.folder / "evaluation" / name,
+        name=name,
+        on_progress=lambda done, total, tokens: chain.progress.update(done / total, f"{done}/{total} questions"),
+    )
