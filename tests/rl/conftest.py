@@ -1,0 +1,71 @@
+"""A tiny model with images, a tokenizer of a few words, and yes/no questions for it."""
+
+import io
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.tokenizer import make_tokenizer
+from infimed_jax import config
+from infimed_jax.data.chat import Tokenizer, load_tokenizer
+from infimed_jax.data.prompts import question_sample, question_text
+from infimed_jax.data.sample import Sample
+from infimed_jax.models import infimed
+from infimed_jax.sharding import make_mesh
+
+SIDE = 12
+
+
+def image(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@dataclass
+class Tiny:
+    cfg: config.Config
+    params: dict
+    tokenizer: Tokenizer
+    samples: list[Sample]
+
+    @staticmethod
+    def question(number: int, images: int = 1) -> Sample:
+        return question_sample(
+            id=f"tiny/train/{number}",
+            source="tiny",
+            split="train",
+            images=tuple(image(number // 2 + 10 * i) for i in range(images)),  # two questions share an image
+            kind="yes_no",
+            question="Is it bright?" if number % 2 else "Is it dark, or is it round?",
+            answer="yes" if number % 3 else "no",
+        )
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    text = question_text("yes_no", "Is it bright? Is it dark, or is it round?", reasoning=True)
+    tokenizer = load_tokenizer(make_tokenizer([text] * 4, tmp_path_factory.mktemp("tokenizer"), vocab_size=400))
+    cfg = config.Config(
+        model=config.Model(
+            config.Vision(SIDE, 3, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2),
+            config.Projector(visual_tokens=4),
+            config.Text(len(tokenizer) + 3, 32, 48, 2, num_heads=4, num_kv_heads=2, head_dim=8, rope_theta=1e4),
+        ),
+        data=config.Data(context=160, images_per_row=4),
+        optimizer=config.Optimizer(3e-3, warmup_fraction=0.0, schedule="constant", weight_decay=0.0),
+        train=config.Train(
+            global_batch=8, micro_batches=4, compute_dtype="float32", remat="none", logit_chunk=32, checkpoint_every=1
+        ),
+        sampling=config.Sampling(slots=16, burst=6),
+        grpo=config.Grpo(steps=3, prompts=4, group_size=4, update_prompts=4, max_prompt=120, max_response=6),
+    )
+    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
+        params = infimed.init_params(jax.random.key(0), cfg.model)
+        # Larger weights than at initialisation: else the tied embedding repeats the last token for ever.
+        params = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, params)
+        yield Tiny(cfg, params, tokenizer, [Tiny.question(i) for i in range(10)])
