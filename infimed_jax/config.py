@@ -156,6 +156,7 @@ class Data:
         _require(self.context >= 8, "data.context must be at least 8 tokens")
         _require(self.images_per_row >= 0, "data.images_per_row must not be negative")
         _require(1 <= self.buckets <= 4, "data.buckets must be between 1 and 4")
+        _require(min(self.prefetch, self.threads) >= 0, "data.prefetch and data.threads must not be negative")
         _require(0 <= self.max_bad_records <= 1, "data.max_bad_records is a share between 0 and 1")
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from infimed_jax.config import Config, Data, Mesh, Model, Projector, Text, Train, Vision
+from infimed_jax.data import loader
 from infimed_jax.data.chat import load_tokenizer
 from infimed_jax.data.images import decode_image
 from infimed_jax.data.loader import EMPTY, make_loader, plan_epoch
@@ -164,20 +165,33 @@ def test_threads_change_nothing(threads, prefetch, dataset, tokenizer_folder):
     assert_same(stream(changed), stream(config))
 
 
+@pytest.mark.parametrize("shares", [[[0, 1], [2, 3]], [[0, 2], [1, 3]], [[0], [1], [2, 3]]])
+def test_processes_together_load_the_global_batch(shares, dataset, tokenizer_folder, monkeypatch):
+    """Each process reads its own rows of the same plan; the sharding says which, here it is told."""
+    config = make_config(dataset, tokenizer_folder, packing="none")
+    whole = stream(config)
+    monkeypatch.setattr(loader, "place_batch", lambda batch, _mesh: batch)
+    for share in shares:
+        monkeypatch.setattr(loader, "local_rows", lambda _rows, _mesh, share=share: np.array(share))
+        for (mine, _), (everything, _) in zip(stream(config), whole, strict=True):
+            for key in mine:
+                np.testing.assert_array_equal(mine[key], everything[key][share])
+
+
 def test_steps_and_fingerprint(dataset, tokenizer_folder):
     mesh = make_mesh(Mesh())
 
-    def loader(**changes):
+    def made(**changes):
         return make_loader(make_config(dataset, tokenizer_folder, **changes), mesh=mesh)
 
-    base = loader(epochs=3)
+    base = made(epochs=3)
     assert base.steps == 3 * base.steps_per_epoch
     fixed = make_config(dataset, tokenizer_folder)
     fixed = dataclasses.replace(fixed, train=dataclasses.replace(fixed.train, steps=77))
     assert make_loader(fixed, mesh=mesh).steps == 77
-    prints = {loader(**c).fingerprint for c in ({}, {"seed": 1}, {"batch": 2}, {"context": 72}, {"packing": "none"})}
+    prints = {made(**c).fingerprint for c in ({}, {"seed": 1}, {"batch": 2}, {"context": 72}, {"packing": "none"})}
     assert len(prints) == 5
-    assert loader(threads=1, epochs=5).fingerprint in prints
+    assert made(threads=1, epochs=5).fingerprint in prints
 
 
 def test_unmasked_packing_is_one_running_sequence(dataset, tokenizer_folder):
@@ -210,15 +224,15 @@ def test_damage_stays_in_its_place(tmp_path, tokenizer_folder):
     rows[empty] = dataclasses.replace(rows[empty], images=(b"",) * len(rows[empty].images))
     write_samples(broken, rows, name="toy")
     mesh = make_mesh(Mesh())
-    loader = make_loader(make_config(broken, tokenizer_folder), mesh=mesh)  # builds the index while all is readable
+    make_loader(make_config(broken, tokenizer_folder), mesh=mesh)  # builds the index while all is readable
     damage_records(broken)
-    loader = make_loader(make_config(broken, tokenizer_folder), mesh=mesh)
-    seen = [(np.asarray(batch.tokens).shape, ids) for batch, ids in loader]
+    damaged = make_loader(make_config(broken, tokenizer_folder), mesh=mesh)
+    seen = [(np.asarray(batch.tokens).shape, ids) for batch, ids in damaged]
     bad = {f"q/train/{cut}", f"q/train/{empty}", "q/train/0"}
     expected = stream(make_config(good, tokenizer_folder))
     assert [ids for _, ids in seen] == [[i for i in ids if i not in bad] for _, ids in expected]
     assert [shape for shape, _ in seen] == [fields["tokens"].shape for fields, _ in expected]
-    report = loader.report()
+    report = damaged.report()
     assert report["bad_record_ids"] == {
         f"q/train/{cut}": "truncated or corrupt",
         f"q/train/{empty}": "empty file",
@@ -238,10 +252,10 @@ def test_too_much_damage_ends_the_run(tmp_path, tokenizer_folder):
 def test_a_stale_index_is_an_error(tmp_path, tokenizer_folder):
     write_samples(tmp_path / "d", toy_samples(), name="toy")
     config = make_config(tmp_path / "d", tokenizer_folder)
-    loader = make_loader(config, mesh=make_mesh(Mesh()))
-    loader._reader.index = dataclasses.replace(loader._reader.index, lengths=loader._reader.index.lengths + 1)
+    stale = make_loader(config, mesh=make_mesh(Mesh()))
+    stale._reader.index = dataclasses.replace(stale._reader.index, lengths=stale._reader.index.lengths + 1)
     with pytest.raises(UserError, match="its packing index says"):
-        list(loader)
+        list(stale)
 
 
 def test_settings_that_cannot_be_are_refused(dataset, tokenizer_folder):
