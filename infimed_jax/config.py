@@ -389,11 +389,19 @@ def load(files: typing.Sequence[str | Path], overrides: typing.Sequence[str] = (
             raise ConfigError(f"config {file} is not valid YAML: {' '.join(str(error).split())}") from error
         _require(isinstance(loaded or {}, dict), f"config {file} must hold groups of settings")
         values = merge(values, loaded or {})
+    return from_dict(Config, with_overrides(values, overrides))
+
+
+def with_overrides(values: dict[str, Any], overrides: typing.Sequence[str]) -> dict[str, Any]:
+    """Nested plain values with dotted overrides such as `train.steps=20` laid on top."""
     for override in overrides:
         dotted, equals, text = override.partition("=")
         _require(bool(equals) and bool(dotted), f"override {override!r} must look like train.steps=20")
-        nested: Any = yaml.safe_load(text) if text else ""
+        try:
+            nested: Any = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r} is not valid YAML: {' '.join(str(error).split())}") from error
         for key in reversed(dotted.split(".")):
             nested = {key: nested}
         values = merge(values, nested)
-    return from_dict(Config, values)
+    return values

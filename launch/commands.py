@@ -93,10 +93,11 @@ def quickstart(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     from infimed_jax.config import load
+
+    config = load(args.config, args.settings)  # before the heavy imports: a mistake is answered at once
     from infimed_jax.train.loop import train
     from launch.progress import StepProgress
 
-    config = load(args.config, args.settings)
     with StepProgress(config.train.stage) as progress:
         result = train(config, on_step=progress.update)
     print(f"{config.train.stage}: {result.steps} steps, loss {result.loss_first:.4f} -> {result.loss_last:.4f}")
@@ -105,25 +106,73 @@ def train(args: argparse.Namespace) -> None:
 
 def grpo(args: argparse.Namespace) -> None:
     from infimed_jax.config import load
-    from infimed_jax.data.chat import load_tokenizer
-    from infimed_jax.data.storage import open_samples
-    from infimed_jax.rl.grpo import grpo
-    from infimed_jax.train.checkpoint import load_params
-    from launch.progress import StepProgress
 
     config = load(args.config, args.settings)
     if not config.train.init_from:
         raise UserError("grpo starts from a tuned model: give train.init_from=RUN")
+    import jax
+
+    from infimed_jax.data.chat import load_tokenizer
+    from infimed_jax.data.storage import open_samples
+    from infimed_jax.rl.grpo import grpo
+    from infimed_jax.sharding import make_mesh
+    from infimed_jax.train.checkpoint import load_params
+    from launch.progress import StepProgress
+
     params, _ = load_params(config.train.init_from)
     samples, tokenizer = open_samples(config.data.dataset), load_tokenizer(config.data.tokenizer)
-    with StepProgress("grpo") as progress:
-        result = grpo(config, params=params, samples=samples, tokenizer=tokenizer, on_step=progress.update)
-    print(f"grpo: reward {result.reward_first:.4f} -> {result.reward_last:.4f}")
+    with jax.set_mesh(make_mesh(config.mesh)), StepProgress("grpo") as progress:
+        result = grpo(
+            config,
+            params=params,
+            samples=samples,
+            tokenizer=tokenizer,
+            on_step=lambda step, metrics: progress.update(step, config.grpo.steps, metrics),
+        )
+    rewards = [row["reward"] for row in result.history]
+    print(f"grpo: {len(rewards)} steps, reward {rewards[0]:.4f} -> {rewards[-1]:.4f}")
     print(f"Outputs: {config.train.output}")
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    raise UserError("not joined yet")
+    import jax
+
+    from infimed_jax.config import Config, from_dict, with_overrides
+    from infimed_jax.data.chat import load_tokenizer
+    from infimed_jax.data.storage import open_samples
+    from infimed_jax.evaluation.run import evaluate
+    from infimed_jax.evaluation.statistics import majority_baseline
+    from infimed_jax.models.compute import Compute
+    from infimed_jax.sampling.weights import sampler_weights
+    from infimed_jax.sharding import make_mesh
+    from infimed_jax.train.checkpoint import load_params
+    from launch.progress import StepProgress
+
+    params, metadata = load_params(args.checkpoint)
+    config = from_dict(Config, with_overrides(metadata["config"], args.settings))
+    dataset = open_samples(args.dataset)
+    samples = [dataset[i] for i in range(min(len(dataset), args.limit or len(dataset)))]
+    compute = Compute.of(config.train)
+    with jax.set_mesh(make_mesh(config.mesh)), StepProgress("evaluate") as progress:
+        result = evaluate(
+            samples,
+            weights=sampler_weights(params, config.model, compute.dtype),
+            model=config.model,
+            compute=compute,
+            tokenizer=load_tokenizer(config.data.tokenizer),
+            sampling=config.sampling,
+            key=jax.random.key(config.train.seed),
+            protocol=args.protocol,
+            reasoning=args.reasoning,
+            image=not args.blind,
+            folder=args.output,
+            name=str(args.checkpoint),
+            on_progress=lambda done, total, _: progress.update(done, total, {}),
+        )
+    share = result.accuracy
+    print(f"{args.protocol}: {share.accuracy:.1%} of {share.n:,} [{share.low:.1%}, {share.high:.1%}]; "
+          f"majority answer per template {majority_baseline(samples).accuracy:.1%}")  # fmt: skip
+    print(f"Outputs: {args.output}")
 
 
 def data_sources(args: argparse.Namespace) -> None:

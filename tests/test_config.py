@@ -1,0 +1,98 @@
+"""Settings: composed, typed, and refused by name."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infimed_jax import config
+from infimed_jax.config import Config, ConfigError, from_dict, load, to_dict
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_later_files_and_overrides_win(tmp_path):
+    (tmp_path / "a.yaml").write_text("train: {steps: 1, stage: a}\nmodel: {text: {num_layers: 2}}\n")
+    (tmp_path / "b.yaml").write_text("train: {steps: 2}\n")
+    settings = load([tmp_path / "a.yaml", tmp_path / "b.yaml"], ["train.seed=7", "optimizer.learning_rate=1e-3"])
+    assert (settings.train.steps, settings.train.stage, settings.train.seed) == (2, "a", 7)
+    assert settings.model.text.num_layers == 2 and settings.optimizer.learning_rate == 1e-3
+    assert settings.model.vision == config.Vision()
+
+
+@given(st.integers(1, 10**6), st.floats(0, 1), st.sampled_from(["none", "dots", "full"]), st.booleans())
+def test_a_configuration_survives_its_own_file(steps, rate, remat, masked):
+    settings = load(
+        [],
+        [
+            f"train.steps={steps}",
+            f"optimizer.learning_rate={rate!r}",
+            f"train.remat={remat}",
+            f"data.mask_segments={masked}",
+        ],
+    )
+    assert from_dict(Config, yaml.safe_load(yaml.safe_dump(to_dict(settings)))) == settings
+    assert settings.optimizer.learning_rate == rate and settings.data.mask_segments is masked
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.step=3", ("train.step", "did you mean train.steps")),
+        ("trian.steps=3", ("trian", "train")),
+        ("train.remat=ful", ("train.remat", "full")),
+        ("train.steps=1.5", ("train.steps", "int")),
+        ("train.steps=true", ("train.steps", "int")),
+        ("train.stage=5", ("train.stage", "str")),
+        ("data.mask_segments=1", ("data.mask_segments", "bool")),
+        ("train.train=[vision,heads]", ("train.train", "heads")),
+        ("train=3", ("train",)),
+        ("train.steps", ("train.steps=20",)),
+        ("train.stage=[", ("YAML",)),
+        ("model.projector.visual_tokens=145", ("visual_tokens", "145")),
+        ("model.projector.visual_tokens=784", ("visual_tokens", "784", "729")),
+        ("model.vision.num_heads=7", ("hidden_size", "num_heads")),
+        ("model.vision.feature_layer=28", ("feature_layer", "27")),
+        ("model.text.num_kv_heads=3", ("num_kv_heads",)),
+        ("train.global_batch=0", ("global_batch",)),
+        ("train.micro_batches=3", ("global_batch", "micro_batches")),
+        ("grpo.group_size=1", ("group_size",)),
+        ("grpo.update_prompts=100", ("prompts", "update_prompts")),
+        ("sampling.top_p=0", ("top_p",)),
+        ("mesh.data=0", ("mesh",)),
+        ("data.buckets=5", ("buckets",)),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name_in_one_line(override, words):
+    with pytest.raises(ConfigError) as caught:
+        load([], [override])
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_two_open_mesh_axes_are_refused():
+    with pytest.raises(ConfigError, match="only one"):
+        load([], ["mesh.data=-1"])
+
+
+def test_broken_and_missing_files_are_named(tmp_path):
+    (tmp_path / "broken.yaml").write_text("a: [")
+    (tmp_path / "list.yaml").write_text("- 1")
+    for name in ("broken.yaml", "list.yaml", "absent.yaml"):
+        with pytest.raises(ConfigError, match=name):
+            load([tmp_path / name])
+
+
+def test_every_file_of_configs_is_valid():
+    files = [f for folder in ("models", "stages") for f in sorted((ROOT / "configs" / folder).glob("*.yaml"))]
+    assert files
+    for file in files:
+        load([file])
+        assert file.read_text().startswith("#"), f"{file} lacks its header comment"
+
+
+@pytest.mark.parametrize("feature_layer, blocks", [(-1, 27), (-2, 26), (-28, 0), (0, 0), (26, 26), (27, 27)])
+def test_the_tower_holds_the_blocks_that_the_feature_needs(feature_layer, blocks):
+    assert config.Vision(feature_layer=feature_layer).num_blocks == blocks
