@@ -1,0 +1,132 @@
+import builtins
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from infimed_jax import config
+from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.hf.export import to_hf
+from infimed_jax.hf.verify import builtin_samples, verify
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_export_computes_what_we_compute(model, untied, make_params, tokenizer_folder, tmp_path, tied, dtype):
+    model = model if tied else untied
+    params = make_params(model)
+    folder = to_hf(params, model, tokenizer_folder, tmp_path / "out", dtype=dtype)
+    result = verify(params, model, folder, tokenizer_folder)
+    assert result["status"] == "passed", result["failures"]
+    assert [case["images"] for case in result["cases"]] == [0, 1, 3]
+    for case in result["cases"]:
+        assert case["tokens_equal"]
+        assert case["logits"]["max_abs"] < 1e-4
+        assert case["logits"]["top1_agreement"] == 1
+        assert case["logits"]["scale"] > 1  # logits that are all alike would prove nothing
+        assert ("rounding" in case) == (dtype == "bfloat16")
+        if case["images"]:
+            assert case["pixels"]["max_abs"] <= 1e-6
+            assert case["vision"]["max_abs"] < 1e-4
+            assert case["projector"]["max_abs"] < 1e-4
+    assert json.loads((folder / "verify.json").read_text()) == result
+
+
+@pytest.mark.parametrize(
+    "leaf", ["text/layers/self_attn/k_norm/scale", "vision/blocks/mlp/fc2/bias", "projector/linear_1/kernel"]
+)
+def test_one_wrong_leaf_fails(model, make_params, tokenizer_folder, tmp_path, leaf):
+    """The layers of a stacked leaf in the wrong order, or rows swapped: what a false converter would do."""
+    params = make_params(model)
+    folder = to_hf(params, model, tokenizer_folder, tmp_path / "out")
+    *groups, name = leaf.split("/")
+    node = params
+    for group in groups:
+        node = node[group]
+    node[name] = node[name][::-1]
+    result = verify(params, model, folder, tokenizer_folder)
+    assert result["status"] == "failed"
+    assert any("logits differ" in failure for failure in result["failures"])
+    text_fails = any(failure.startswith("verify/text") for failure in result["failures"])
+    assert text_fails == leaf.startswith("text/")
+
+
+def test_another_rope_base_fails(model, make_params, tokenizer_folder, tmp_path):
+    params = make_params(model)
+    folder = to_hf(params, model, tokenizer_folder, tmp_path / "out")
+    other = dataclasses.replace(model, text=dataclasses.replace(model.text, rope_theta=10_000.0))
+    assert verify(params, other, folder, tokenizer_folder)["status"] == "failed"
+
+
+def test_a_damaged_export_fails(model, make_params, tokenizer_folder, tmp_path):
+    params = make_params(model)
+    folder = to_hf(params, model, tokenizer_folder, tmp_path / "out")
+    values = json.loads((folder / "config.json").read_text())
+    values["vision_config"]["vision_use_head"] = True  # the file has no head: transformers would draw one
+    (folder / "config.json").write_text(json.dumps(values))
+    result = verify(params, model, folder, tokenizer_folder)
+    assert result["status"] == "failed"
+    assert any("missing_keys" in failure for failure in result["failures"])
+
+
+def test_another_processor_fails(model, make_params, tokenizer_folder, tmp_path):
+    params = make_params(model)
+    folder = to_hf(params, model, tokenizer_folder, tmp_path / "out")
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"resample": 2}))  # bilinear
+    failures = verify(params, model, folder, tokenizer_folder)["failures"]
+    assert any("verify/image: pixels differ" in failure for failure in failures)
+    file = folder / "processor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vision_feature_select_strategy": "default"}))
+    failures = verify(params, model, folder, tokenizer_folder)["failures"]
+    assert "verify/image: the exported processor gives other tokens than our renderer" in failures
+
+
+def test_own_samples_and_a_repeated_image(model, make_params, tokenizer_folder, tmp_path):
+    params = make_params(model)
+    folder = to_hf(params, model, tokenizer_folder, tmp_path / "out")
+    images = builtin_samples()[2].images[:2]
+    turns = (
+        Turn("user", (0, "\nIs it?")),
+        Turn("assistant", ("Yes.",), reasoning="It looks so."),
+        Turn("user", (1, 0, "\nAnd these?")),
+        Turn("assistant", ("No.",)),
+    )
+    sample = Sample("mine", "mine", "test", "chat", images, turns)
+    result = verify(params, model, folder, tokenizer_folder, [sample])
+    assert result["status"] == "passed", result["failures"]
+    assert [case["id"] for case in result["cases"]] == ["mine"]
+    assert result["cases"][0]["images"] == 3
+
+
+def test_a_pooled_model_is_verified_at_full_resolution(model, make_params, tokenizer_folder, tmp_path):
+    pooled = dataclasses.replace(model, projector=config.Projector(visual_tokens=4))
+    params = make_params(pooled)
+    folder = to_hf(params, pooled, tokenizer_folder, tmp_path / "out", visual_tokens=16)
+    assert verify(params, pooled, folder, tokenizer_folder)["status"] == "passed"
+
+
+def test_without_torch_it_says_so(model, make_params, tokenizer_folder, tmp_path, monkeypatch):
+    params = make_params(model)
+    folder = to_hf(params, model, tokenizer_folder, tmp_path / "out")
+    importing = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name == "torch":
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+        return importing(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    result = verify(params, model, folder, tokenizer_folder)
+    assert result == {"status": "skipped", "reason": "torch is not installed"}
+    assert json.loads((folder / "verify.json").read_text()) == result
+
+
+def test_a_nan_is_never_within_tolerance(model, make_params, tokenizer_folder, tmp_path):
+    params = make_params(model)
+    params["text"]["norm"]["scale"][0] = np.nan
+    folder = to_hf(params, model, tokenizer_folder, tmp_path / "out")
+    assert verify(params, model, folder, tokenizer_folder)["status"] == "failed"
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params["vision"]))
