@@ -73,7 +73,7 @@ def blob(x: float, y: float, radius: float, angle: float, blur: float = 1.0) -> 
     """An irregular outline: uneven lobes, as a third and a fifth harmonic of the radius make them."""
     u, v = _turned(x, y, angle)
     turn = np.arctan2(v, u)
-    wave = 1 + np.float32(0.33) * np.cos(3 * turn) + np.float32(0.24) * np.cos(5 * turn + np.float32(1.2))
+    wave = 1 + np.float32(0.42) * np.cos(3 * turn) + np.float32(0.16) * np.cos(5 * turn + np.float32(1.2))
     return edge(np.hypot(u, v) - radius * wave, blur)
 
 

@@ -55,11 +55,11 @@ def lesion_coverage(scene: Scene, lesion: Lesion) -> np.ndarray:
     radius = RADIUS[scene.size]
     x, y, angle = lesion.x, lesion.y, lesion.angle
     if scene.shape == "oval":
-        return ellipse(x, y, radius * 1.4, radius * 0.72, angle, blur=1.5)
+        return ellipse(x, y, radius * 1.3, radius * 0.62, angle, blur=1.5)
     if scene.shape == "irregular":
-        return blob(x, y, radius * 1.02, angle, blur=1.5)
+        return blob(x, y, radius * 0.92, angle, blur=1.5)
     if scene.shape == "ring-shaped":
-        return ring(x, y, radius * 1.12, radius * 1.12, radius * 0.55, blur=1.5)
+        return ring(x, y, radius * 1.15, radius * 1.15, radius * 0.48, blur=1.5)
     return ellipse(x, y, radius, radius, blur=1.5)
 
 

@@ -19,8 +19,8 @@ INTENSITIES = ("dark", "bright")
 SHAPES = ("round", "oval", "irregular", "ring-shaped")
 SIDES = ("left", "right")
 QUADRANTS = ("upper left", "upper right", "lower left", "lower right")
-RADIUS = {"small": 0.052, "large": 0.092}
-"""Outer radius in image sides: 2.5 and 4.4 pixels where the model sees 48."""
+RADIUS = {"small": 0.06, "large": 0.095}
+"""In image sides: 2.9 and 4.6 pixels where the model sees 48."""
 COUNT_CHANCES = (0.15, 0.6, 0.125, 0.125)
 """Of 0, 1, 2, 3 lesions: most questions want exactly one."""
 
@@ -36,12 +36,12 @@ class View:
 
 
 VIEWS: dict[tuple[Modality, Organ], View] = {
-    ("CT", "lung"): View(0.2, 0.145, 0.025, 0.015),
-    ("X-ray", "lung"): View(0.2, 0.15, 0.025, 0.02),
-    ("CT", "brain"): View(0.155, 0.15, 0.025, 0.02),
-    ("MRI", "brain"): View(0.155, 0.15, 0.025, 0.02),
-    ("MRI", "kidney"): View(0.21, 0.145, 0.02, 0.015),
-    ("X-ray", "kidney"): View(0.21, 0.145, 0.02, 0.015),
+    ("CT", "lung"): View(0.2, 0.15, 0.025, 0.012),
+    ("X-ray", "lung"): View(0.2, 0.155, 0.025, 0.015),
+    ("CT", "brain"): View(0.162, 0.155, 0.02, 0.015),
+    ("MRI", "brain"): View(0.162, 0.155, 0.02, 0.015),
+    ("MRI", "kidney"): View(0.21, 0.15, 0.02, 0.012),
+    ("X-ray", "kidney"): View(0.21, 0.15, 0.02, 0.012),
     ("microscopy", "tissue"): View(0.22, 0.22, 0.06, 0.06),
 }
 """Each modality and each organ is a quarter of all images: tissue has one view, the other organs have two."""

@@ -1,0 +1,223 @@
+"""Ingest: what goes in comes out or is counted, bad images by reason; done work is kept, stopped work gone."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep import pipeline
+from data_prep.pipeline import ingest
+from data_prep.sources import SOURCES
+from data_prep.sources.phantom import write_phantom
+from infimed_jax.data.storage import MANIFEST, open_samples
+from infimed_jax.errors import UserError
+
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
+PIXELS = np.random.default_rng(0).integers(0, 256, (24, 31, 3), np.uint8)
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG whose header promises 60,000 × 60,000 pixels in a few hundred bytes."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
+
+
+RGB = Image.fromarray(PIXELS)
+JPEG = encoded(RGB, "JPEG")
+USABLE = {
+    "rgb": JPEG,
+    "cmyk": encoded(RGB.convert("CMYK"), "JPEG"),
+    "sixteen": encoded(Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257), "PNG"),
+    "alpha": encoded(RGB.convert("RGBA"), "PNG"),
+    "palette": encoded(RGB.convert("P"), "PNG"),
+    "grey": encoded(RGB.convert("L"), "BMP"),
+}
+UNUSABLE = {
+    "empty": (b"", "empty file"),
+    "text": (b"<html>not found</html>", "not a supported image"),
+    "truncated": (JPEG[: len(JPEG) // 2], "truncated or corrupt"),
+    "bomb": (bomb(), "too many pixels"),
+}
+
+
+@pytest.fixture
+def hostile(tmp_path) -> Path:
+    """A VQA-RAD folder with each kind of image, one that is missing, and a question without an answer."""
+    folder = tmp_path / "in"
+    (folder / "images").mkdir(parents=True)
+    for name, data in (USABLE | {name: data for name, (data, _) in UNUSABLE.items()}).items():
+        (folder / "images" / name).write_bytes(data)
+    rows = [
+        {"image_name": name, "question": "Why?", "answer": "SECRET", "answer_type": "OPEN"}
+        for name in (*USABLE, *UNUSABLE, "missing", "bomb")
+    ]
+    rows.append({"image_name": "rgb", "question": "Why?", "answer": None})
+    (folder / "trainset.json").write_text(json.dumps(rows))
+    (folder / "testset.json").write_text("[]")
+    return folder
+
+
+def test_every_record_is_kept_or_counted(hostile, tmp_path, capfd):
+    seen = []
+    report = ingest("vqa_rad", hostile, tmp_path / "out", ["train"], on_progress=lambda *at: seen.append(at))["train"]
+    assert report["skipped"] == {
+        "empty file": 1,
+        "image missing": 1,
+        "no answer": 1,
+        "not a supported image": 1,
+        "too many pixels": 2,
+        "truncated or corrupt": 1,
+    }
+    assert report["samples"] == len(USABLE)
+    assert report["samples"] + sum(report["skipped"].values()) == len(USABLE) + len(UNUSABLE) + 3
+    assert seen == [("train", n) for n in range(1, len(seen) + 1)] and len(seen) == len(USABLE) + len(UNUSABLE) + 3
+    of_image = {record["detail"]: record["reason"] for record in report["skipped_records"]}
+    for name, (_, reason) in UNUSABLE.items():
+        assert of_image[f"vqa_rad/{name}"] == reason
+    assert of_image["missing"] == "image missing"
+    samples = open_samples(tmp_path / "out" / "train")
+    assert {s.meta["image_id"].split("/")[1]: s.images[0] for s in samples} == USABLE  # bytes untouched
+    assert json.loads((tmp_path / "out" / "train.json").read_text()) == report
+    assert report["licence"] == "CC0-1.0" and report["fingerprint"] == samples.fingerprint
+    assert "SECRET" not in (tmp_path / "out" / "train.json").read_text() + "".join(capfd.readouterr())
+
+
+def test_nothing_usable_is_an_error_that_counts_the_reasons(hostile, tmp_path):
+    for name in USABLE:
+        (hostile / "images" / name).unlink()
+    with pytest.raises(UserError, match=r"vqa_rad/train: no record .* \(.*image missing: 7.*too many pixels: 2"):
+        ingest("vqa_rad", hostile, tmp_path / "out", ["train"])
+    with pytest.raises(UserError, match="it has none"):
+        ingest("vqa_rad", hostile, tmp_path / "out", ["test"])
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_user_errors_name_the_thing(hostile, tmp_path):
+    with pytest.raises(UserError, match="no data source 'vqarad': there are phantom"):
+        ingest("vqarad", hostile, tmp_path / "out")
+    with pytest.raises(UserError, match="vqa_rad has no split 'dev': its splits are train, train_usual"):
+        ingest("vqa_rad", hostile, tmp_path / "out", ["dev"])
+    with pytest.raises(UserError, match=r"nowhere is not a folder: vqa_rad wants trainset\.json"):
+        ingest("vqa_rad", tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(UserError, match="limit must be at least 1"):
+        ingest("vqa_rad", hostile, tmp_path / "out", limit=0)
+    (hostile / "trainset.json").write_text("[{")
+    with pytest.raises(UserError, match=r"trainset\.json is not valid JSON"):
+        ingest("vqa_rad", hostile, tmp_path / "out", ["train"])
+    (tmp_path / "out" / "train").mkdir(parents=True)
+    (tmp_path / "out" / "train" / "thesis.txt").write_text("mine")
+    (hostile / "trainset.json").write_text('[{"image_name": "rgb", "question": "Why?", "answer": "gas"}]')
+    with pytest.raises(UserError, match="holds other files"):
+        ingest("vqa_rad", hostile, tmp_path / "out", ["train"])
+    assert (tmp_path / "out" / "train" / "thesis.txt").read_text() == "mine"
+
+
+def test_limit_keeps_the_first_samples(hostile, tmp_path):
+    whole = ingest("vqa_rad", hostile, tmp_path / "whole", ["train"])["train"]
+    report = ingest("vqa_rad", hostile, tmp_path / "out", ["train"], limit=3)["train"]
+    assert report["samples"] == 3 < whole["samples"]
+    ids = [[s.id for s in open_samples(tmp_path / name / "train")] for name in ("out", "whole")]
+    assert ids[0] == ids[1][:3]
+
+
+def test_done_work_is_kept_until_its_inputs_change(hostile, tmp_path, monkeypatch):
+    first = ingest("vqa_rad", hostile, tmp_path / "out", ["train"])
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "replace_dataset", lambda *_: pytest.fail("written again"))
+        assert ingest("vqa_rad", hostile, tmp_path / "out", ["train"]) == first
+    rows = json.loads((hostile / "trainset.json").read_text())[1:]
+    (hostile / "trainset.json").write_text(json.dumps(rows))
+    second = ingest("vqa_rad", hostile, tmp_path / "out", ["train"])
+    assert second["train"]["samples"] == first["train"]["samples"] - 1
+    assert len(open_samples(tmp_path / "out" / "train")) == second["train"]["samples"]
+
+
+def test_a_lost_report_is_written_again(hostile, tmp_path):
+    first = ingest("vqa_rad", hostile, tmp_path / "out", ["train"])
+    (tmp_path / "out" / "train.json").unlink()
+    assert ingest("vqa_rad", hostile, tmp_path / "out", ["train"]) == first
+    assert (tmp_path / "out" / "train.json").is_file()
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_stopped_ingest_leaves_nothing_that_looks_whole(hostile, tmp_path, monkeypatch, earlier):
+    out = tmp_path / "out"
+    before = ingest("vqa_rad", hostile, out, ["train"], limit=1) if earlier else None
+    stopped = []
+
+    def stop(split: str, number: int) -> None:
+        stopped.append(number)
+        if number == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest("vqa_rad", hostile, out, ["train"], on_progress=stop)
+    assert stopped[-1] == 4
+    if earlier:
+        assert open_samples(out / "train").fingerprint == before["train"]["fingerprint"]
+    else:
+        assert not list(out.rglob(MANIFEST))
+    whole = ingest("vqa_rad", hostile, out, ["train"])
+    assert len(open_samples(out / "train")) == whole["train"]["samples"] == len(USABLE)
+    assert sorted(os.listdir(out)) == ["train", "train.json"]
+
+
+def test_a_kill_between_writing_and_renaming_is_survived(hostile, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def killed(*_):
+        raise SystemExit
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(pipeline.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(pipeline.os, "rename", killed)
+        ingest("vqa_rad", hostile, out, ["train"])
+    assert not (out / "train").exists()
+    assert ingest("vqa_rad", hostile, out, ["train"])["train"]["samples"] == len(USABLE)
+    assert (out / "train" / MANIFEST).is_file()
+
+
+def test_procedural_sources_go_through_the_same_door(tmp_path):
+    sizes = {"pretrain": 4, "train": 12, "reflective": 12, "rl": 12, "test": 12}
+    reports = ingest("phantom", write_phantom(tmp_path / "in", 1, sizes), tmp_path / "out")
+    assert set(reports) == set(SOURCES["phantom"].splits)
+    for split, report in reports.items():
+        assert report["skipped"] == {}
+        assert list(open_samples(tmp_path / "out" / split)) == list(SOURCES["phantom"].read(tmp_path / "in", split))
+
+
+def test_every_source_says_what_it_is():
+    for name, source in SOURCES.items():
+        assert source.name == name
+        assert source.splits and len(set(source.splits)) == len(source.splits)
+        assert all((source.title, source.licence, source.layout, source.obtain))
+
+
+@pytest.mark.skipif(not (REAL / "vqa_rad").is_dir(), reason=f"VQA-RAD is not at {REAL}")
+def test_real_vqa_rad_test_split(tmp_path):
+    report = ingest("vqa_rad", REAL / "vqa_rad", tmp_path / "out", ["test"])["test"]
+    assert (report["samples"], report["skipped"]) == (451, {})
+    assert report["kinds"] == {"closed": 21, "open": 179, "yes_no": 251}
