@@ -136,6 +136,8 @@ def _has_meaning(text: str, i: int) -> bool:
 
 _SAME_SIGNS = str.maketrans({"‘": "'", "’": "'", "−": "-"})
 _LATEX = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox)\s*\{([^{}]*)\}")
+_NESTING = 3
+"""How deep LaTeX is unwrapped; without a bound a hostile reply takes quadratic time."""
 _MARKUP = re.compile(r"\\[()\[\]]|[$`]|\*\*")
 _ITALIC = re.compile(r"(?<!\w)\*(?=\S)([^*\n]+)\*(?!\w)")
 
@@ -148,8 +150,8 @@ def _visible(text: str) -> str:
 
 def _plain(text: str) -> str:
     """Without the dress of LaTeX and Markdown: `\\text{A}`, `$A$`, `**A**` are A."""
-    while (bare := _LATEX.sub(r"\1", text)) != text:
-        text = bare
+    for _ in range(_NESTING):
+        text = _LATEX.sub(r"\1", text)
     return _ITALIC.sub(r"\1", _MARKUP.sub("", text))
 
 
@@ -185,7 +187,7 @@ def _declarations(text: str) -> list[str]:
 
 def _agreed(declared: list[str], kind: Kind, options: Sequence[str]) -> str | None:
     """The one value that all declarations have."""
-    values = {_declared_value(line, kind, options) for line in declared}
+    values = {_declared_value(line, kind, options) for line in set(declared)}
     return values.pop() if len(values) == 1 else None
 
 

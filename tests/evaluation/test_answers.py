@@ -31,6 +31,7 @@ CHOICES = [
     ("**B**", "B"),
     ("$B$", "B"),
     ("\\text{B}", "B"),
+    ("\\textbf{\\text{B}}", "B"),
     ("\u200bB", "B"),
     # option text, alone or after its own letter
     ("liver", "B"),
