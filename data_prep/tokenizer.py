@@ -10,11 +10,13 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from data_prep.sources import phantom, shapes
+from data_prep.sources.procedural import write_folder
 from infimed_jax.data.prompts import prompt_for
 from infimed_jax.errors import UserError
 
@@ -131,14 +133,15 @@ def _config(first_added: int) -> dict[str, object]:
 
 
 def _procedural_texts(images: int = 400) -> list[str]:
-    """Every kind of text that the procedural sources hold, prompts and reasoning included."""
+    """Every kind of text that the procedural sources hold, prompts and reasoning included; no image is drawn."""
     texts = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for source, write in ((phantom.SOURCE, phantom.write_phantom), (shapes.SOURCE, shapes.write_shapes)):
-            folder = write(Path(scratch) / source.name, seed=0, sizes={split: images for split in source.splits})
+    for procedure, source in ((phantom.PHANTOM, phantom.SOURCE), (shapes.SHAPES, shapes.SOURCE)):
+        blank = replace(procedure, png=lambda scene: b"")
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = write_folder(blank, Path(scratch) / source.name, 0, dict.fromkeys(source.splits, images))
             for split in source.splits:
                 for sample in source.read(folder, split):
-                    asked = [prompt_for(sample, True)] if sample.kind != "document" else []
+                    asked = [prompt_for(sample, reasoning=True)] if sample.kind != "document" else []
                     for turn in (turn for variant in (sample, *asked) for turn in variant.turns):
                         texts += [piece for piece in (*turn.content, turn.reasoning) if isinstance(piece, str)]
     return texts

@@ -8,12 +8,16 @@ import sys
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from data_prep.sources.phantom.questions import ask
+from data_prep.sources.phantom.reasoning import think
+from data_prep.sources.phantom.scene import draw_scene
 from data_prep.tokenizer import ADDED_TOKENS, make_tokenizer
 from infimed_jax.errors import UserError
 
@@ -135,3 +139,18 @@ def test_added_tokens_are_those_of_qwen3(auto, qwen3):
     assert auto.decode(auto(every).input_ids, skip_special_tokens=True) == qwen3.decode(
         qwen3(every).input_ids, skip_special_tokens=True
     )
+
+
+def test_the_module_makes_the_tokenizer_of_the_procedural_sources(tmp_path):
+    """Reasoning stays within 40 tokens in it, so that the quickstart's rollouts are short."""
+    command = [sys.executable, "-m", "data_prep.tokenizer", "--output", tmp_path / "tokenizer"]
+    done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.endswith(f"tokenizer: {tmp_path / 'tokenizer'}\n")
+    small = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert len(small) <= 1024
+    lengths = []
+    for number in range(300):
+        rng = np.random.default_rng([8, number])
+        scene = draw_scene(rng)
+        lengths += [len(small(think(scene, question, rng).reasoning).input_ids) for question in ask(scene, rng)]
+    assert max(lengths) <= 40

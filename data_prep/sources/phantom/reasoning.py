@@ -76,11 +76,8 @@ def _short_answer(scene: Scene, question: Question) -> tuple[str, list[str]]:
 def evidence(scene: Scene, template: str) -> str:
     """The true statement that settles the question."""
     if template in ("presence", "several", "count"):
-        if scene.count == 0:
-            return "there is no lesion"
-        if scene.count == 1:
-            return f"there is one lesion, {places(scene)}"
-        return f"there are {scene.count} lesions, {places(scene)}"
+        number = f"are {scene.count} lesions" if scene.count > 1 else "is one lesion" if scene.count else "is no lesion"
+        return f"there {number}, {places(scene)}" if template == "count" and scene.count else f"there {number}"
     if template in ("organ", "organ_check"):
         return _ORGAN_LOOK[scene.organ]
     if template == "modality":
