@@ -1,0 +1,140 @@
+"""What a run tells about itself: counts of each batch, compile time, metrics files, and one decoded sample.
+
+Throughput counts non-padding tokens, visual places included; `loss_tokens` are those with a weight; an image counts
+once per row slot, which is how often it is encoded.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from infimed_jax.data.batch import NO_IMAGE, Batch
+from infimed_jax.data.chat import Tokenizer
+
+Row = dict[str, Any]
+"""One step's line of metrics.jsonl."""
+
+METRICS = "metrics.jsonl"
+
+_COMPILE_EVENTS = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
+_compiled = [0.0]
+
+
+def _count_compilation(event: str, seconds: float, **_: Any) -> None:
+    if event in _COMPILE_EVENTS:
+        _compiled[0] += seconds
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_compilation)
+
+
+def compile_seconds() -> float:
+    """Seconds that this process has spent lowering and compiling (or reading compiled programs from the cache)."""
+    return _compiled[0]
+
+
+@functools.partial(jax.jit, static_argnames="visual_tokens")
+def batch_counts(batch: Batch, visual_tokens: int) -> dict[str, jax.Array]:
+    """i32 scalars over the global batch: `tokens`, `loss_tokens`, `images`."""
+    return {
+        "tokens": jnp.sum(batch.segment_ids != 0),
+        "loss_tokens": jnp.sum(batch.loss_weights > 0),
+        # build_row fills a row's image slots in order, so the highest index tells how many are used.
+        "images": jnp.sum(jnp.max(batch.visual_index, axis=1) + 1) // visual_tokens,
+    }
+
+
+def describe_row(batch: Batch, tokenizer: Tokenizer) -> str:
+    """The first segment of this process's first row that holds one, as text: «what is learnt», [36 image places]."""
+    tokens, segments, weights, visual = (
+        np.asarray(x.addressable_shards[0].data) if isinstance(x, jax.Array) else x
+        for x in (batch.tokens, batch.segment_ids, batch.loss_weights, batch.visual_index)
+    )
+    filled = np.flatnonzero((segments == 1).any(axis=1))
+    if not len(filled):
+        return "(this process's first rows are padding)"
+    row = filled[0]
+    places = segments[row] == 1
+    learnt = np.concatenate([[False], weights[row, :-1] > 0])[places]  # the weight at t is of predicting t + 1
+    image = (visual[row] != NO_IMAGE)[places]
+    pieces = []
+    for (is_image, is_learnt), run in itertools.groupby(
+        zip(image, learnt, tokens[row][places], strict=True), key=lambda place: (place[0], place[1])
+    ):
+        ids = [token for _, _, token in run]
+        text = f"[{len(ids)} image places]" if is_image else tokenizer.decode(ids)
+        pieces.append(f"«{text}»" if is_learnt else text)
+    return "".join(pieces)
+
+
+class MetricsLog:
+    """metrics.jsonl (every step) and TensorBoard (every `tensorboard_every` steps) of one run; silent if not `active`.
+
+    On resume, lines past `start_step` are dropped: those steps run again.
+    """
+
+    def __init__(self, folder: Path, start_step: int, tensorboard_every: int, *, active: bool = True) -> None:
+        self.rows = [row for row in read_metrics(folder) if row["step"] <= start_step]
+        self._every = tensorboard_every
+        self._active = active
+        if not active:
+            return
+        from tensorboardX import SummaryWriter  # imports torch where it is installed: seconds
+
+        part = folder / (METRICS + ".part")
+        part.write_text("".join(map(_line, self.rows)), encoding="utf-8")
+        part.replace(folder / METRICS)
+        self._file = (folder / METRICS).open("a", encoding="utf-8", buffering=1)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, row: Row) -> None:
+        self.rows.append(row)
+        if not self._active:
+            return
+        self._file.write(_line(row))
+        if row["step"] % self._every == 0:
+            for name, value in row.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        if self._active:
+            self._file.close()
+            self._board.close()
+
+
+def read_metrics(folder: str | Path) -> list[Row]:
+    """Lines of a run's metrics.jsonl; none where there is no file, and a line cut by a kill is left out."""
+    file = Path(folder) / METRICS
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # what stands after the last newline was never finished
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row) + "\n"
+
+
+def mean_loss(rows: Sequence[Row], share: float = 0.05, *, last: bool = False) -> float:
+    """Mean over the first (or last) `share` of the steps, one at least; skipped updates do not count."""
+    losses = [row["loss"] for row in rows if not row["skipped"]]
+    if not losses:
+        return float("nan")
+    count = max(1, round(share * len(losses)))
+    return float(np.mean(losses[-count:] if last else losses[:count]))
+
+
+def parameter_counts(trainable: Any, frozen: Any) -> tuple[int, int]:
+    """Elements that learn, and elements that do not."""
+    trained, fixed = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (trainable, frozen))
+    return trained, fixed

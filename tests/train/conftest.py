@@ -1,0 +1,90 @@
+"""A model of a few thousand parameters, a handful of samples and a tokenizer: a whole stage in seconds."""
+
+import dataclasses
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.tokenizer import make_tokenizer
+from infimed_jax.config import Config, Data, Model, Optimizer, Projector, Text, Train, Vision
+from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.storage import write_samples
+
+MODEL = Model(
+    vision=Vision(image_size=16, patch_size=4, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2),
+    projector=Projector(visual_tokens=16),
+    text=Text(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16
+    ),
+)
+
+
+def _image(number: int) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _samples(kind: str, count: int) -> list[Sample]:
+    answers = ("yes", "no", "left lung", "the heart is large")
+    samples = []
+    for number in range(count):
+        answer, image = answers[number % 4], _image(number)
+        if kind == "document":
+            turns = (Turn("document", (0, "\n", f"image {number}: {answer}")),)
+        else:
+            reasoning = f"Wait. I see {number}, so {answer}." if kind == "reasoning" else ""
+            turns = (Turn("user", (0, f"\nwhat is {number}?")), Turn("assistant", (answer,), reasoning))
+        kept = "document" if kind == "document" else "open"
+        samples.append(Sample(f"toy/train/{number}", "toy", "train", kept, (image,), turns, answer=answer))
+    return samples
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    texts = ["what is the heart? the heart is large", "left lung: yes no", "Wait. I see so image"] * 3
+    return make_tokenizer(texts, tmp_path_factory.mktemp("tokenizer"), vocab_size=330)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory):
+    """`dataset(kind, count)` is the folder of a prepared dataset of `document`, `question` or `reasoning` samples."""
+    made: dict[tuple[str, int], Path] = {}
+
+    def make(kind: str = "question", count: int = 12) -> Path:
+        if (kind, count) not in made:
+            made[kind, count] = tmp_path_factory.mktemp(kind) / "dataset"
+            write_samples(made[kind, count], _samples(kind, count), name="toy")
+        return made[kind, count]
+
+    return make
+
+
+@pytest.fixture
+def stage(dataset, tokenizer_folder: Path, tmp_path: Path):
+    """`stage(**settings)`: a Config; settings are fields of Train, or `kind`, `count`, `visual_tokens`, `rate`."""
+
+    def make(
+        *, kind: str = "question", count: int = 12, visual_tokens: int = 16, rate: float = 3e-3, **train
+    ) -> Config:
+        options = {
+            "global_batch": 2,
+            "steps": 7,
+            "checkpoint_every": 3,
+            "compute_dtype": "float32",
+            "remat": "none",
+            "logit_chunk": 64,
+            "output": str(tmp_path / "run"),
+        }
+        return Config(
+            model=dataclasses.replace(MODEL, projector=Projector(visual_tokens)),
+            data=Data(dataset=str(dataset(kind, count)), tokenizer=str(tokenizer_folder), context=64, images_per_row=2),
+            optimizer=Optimizer(learning_rate=rate),
+            train=Train(**options | train),
+        )
+
+    return make

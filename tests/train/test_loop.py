@@ -1,0 +1,252 @@
+"""Whole runs on a toy model: what is left on the disk, exact resume in new processes, stops, and refusals."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from infimed_jax import config
+from infimed_jax.config import Config, ConfigError
+from infimed_jax.data.loader import make_loader
+from infimed_jax.data.storage import open_samples, write_samples
+from infimed_jax.errors import Interrupted, UserError
+from infimed_jax.models.infimed import init_params
+from infimed_jax.sharding import make_mesh
+from infimed_jax.train.checkpoint import load_params
+from infimed_jax.train.loop import train
+from infimed_jax.train.telemetry import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _losses(folder: str | Path) -> list[tuple[int, float, float]]:
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(folder)]
+
+
+def _assert_same(left, right) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), left, right)
+
+
+def _with_train(cfg: Config, **changes) -> Config:
+    return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, **changes))
+
+
+def test_a_run_leaves_its_configuration_metrics_result_and_parameters(stage):
+    cfg = stage()
+    seen = []
+    result = train(cfg, on_step=lambda step, total, row: seen.append((step, total, row["loss"])))
+    folder = Path(cfg.train.output)
+    rows = read_metrics(folder)
+    assert seen == [(row["step"], 7, row["loss"]) for row in rows] == [(n, 7, r["loss"]) for n, r in enumerate(rows, 1)]
+    assert config.from_dict(Config, yaml.safe_load((folder / "config.yaml").read_text())) == cfg
+    stored = json.loads((folder / "result.json").read_text())
+    assert stored == json.loads(json.dumps({k: v for k, v in vars(result).items() if k not in ("params", "history")}))
+    assert stored["steps"] == 7 and stored["skipped_updates"] == 0
+    assert stored["loss_first"] == rows[0]["loss"] and stored["loss_last"] == rows[-1]["loss"]
+    assert stored["tokens"] == sum(row["tokens"] for row in rows) > 0
+    assert 0 < stored["compile_seconds"] < stored["seconds"]
+    assert all(0 <= row["data_wait_share"] <= 1 and row["images"] > 0 for row in rows)
+    assert any((folder / "tensorboard").iterdir())
+    params, metadata = load_params(folder)
+    _assert_same(params, result.params)
+    assert metadata["config"] == config.to_dict(cfg)
+    assert [entry["stage"] for entry in metadata["history"]] == ["sft"]
+
+
+def test_a_finished_run_is_not_run_again(stage):
+    cfg = stage(steps=2)
+    first = train(cfg)
+    second = train(cfg, on_step=lambda *_: pytest.fail("a step ran"))
+    _assert_same(first.params, second.params)
+    assert {k: v for k, v in vars(second).items() if k != "params"} == {
+        k: v for k, v in vars(first).items() if k != "params"
+    }
+    (Path(cfg.train.output) / "result.json").unlink()  # as if killed between the last checkpoint and the result
+    assert train(cfg, on_step=lambda *_: pytest.fail("a step ran")).loss_last == first.loss_last
+    assert (Path(cfg.train.output) / "result.json").exists()
+
+
+_CHILD = """
+import json, os, signal, sys, time
+from pathlib import Path
+from infimed_jax import config
+from infimed_jax.errors import Interrupted
+from infimed_jax.train.loop import train
+
+cfg = config.from_dict(config.Config, json.loads(sys.argv[1]))
+number, at = int(sys.argv[2]), int(sys.argv[3])
+
+def on_step(step, total, row):
+    if step == at:
+        while not (Path(cfg.train.output) / "checkpoints/3").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+try:
+    train(cfg, on_step=on_step)
+except Interrupted as stop:
+    print(stop)
+    sys.exit(75)
+"""
+
+
+def _child(cfg: Config, number: signal.Signals, at: int, cache: Path) -> subprocess.CompletedProcess:
+    """A run in a new process that gets the signal when step `at` is reported."""
+    environment = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    return subprocess.run(
+        [sys.executable, "-c", _CHILD, json.dumps(config.to_dict(cfg)), str(int(number)), str(at)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_killed_and_a_stopped_run_continue_bit_for_bit_in_new_processes(stage, tmp_path: Path):
+    """Three steps an epoch, a checkpoint every three: the kill resumes at an epoch's edge, the stop within one."""
+    whole = stage(steps=8, count=6, output=str(tmp_path / "whole"))
+    assert make_loader(whole, mesh=make_mesh(whole.mesh)).steps_per_epoch == 3
+    parts = _with_train(whole, output=str(tmp_path / "parts"))
+    expected = train(whole)
+    killed = _child(parts, signal.SIGKILL, 5, tmp_path / "cache")
+    assert killed.returncode == -signal.SIGKILL
+    stopped = _child(parts, signal.SIGTERM, 6, tmp_path / "cache")
+    assert stopped.returncode == 75, stopped.stderr
+    assert "stopped after step 7 of 8" in stopped.stdout and "the same command continues" in stopped.stdout
+    result = train(parts)
+    assert _losses(parts.train.output) == _losses(whole.train.output)
+    _assert_same(result.params, expected.params)
+    assert (result.loss_first, result.loss_last, result.tokens) == (
+        expected.loss_first,
+        expected.loss_last,
+        expected.tokens,
+    )
+
+
+def test_ctrl_c_finishes_the_step_saves_and_gives_the_handlers_back(stage):
+    cfg = stage()
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match="stopped after step 3 of 7"):
+        train(cfg, on_step=lambda step, *_: os.kill(os.getpid(), signal.SIGINT) if step == 2 else None)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert train(cfg).steps == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda cfg: _with_train(cfg, global_batch=4), "train.global_batch was 2, is 4"),
+        (
+            lambda cfg: dataclasses.replace(cfg, optimizer=dataclasses.replace(cfg.optimizer, beta2=0.5)),
+            "optimizer.beta2 was 0.999, is 0.5",
+        ),
+    ],
+)
+def test_another_runs_folder_is_refused_by_what_differs(stage, change, message: str):
+    cfg = stage(steps=1)
+    train(cfg)
+    with pytest.raises(UserError, match=message):
+        train(change(cfg))
+
+
+def test_other_data_is_refused_and_moved_data_is_not(stage, dataset, tmp_path: Path):
+    cfg = stage(steps=1)
+    train(cfg)
+    moved = tmp_path / "elsewhere"
+    write_samples(moved, list(open_samples(dataset())), name="toy")
+    train(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, dataset=str(moved))))
+    with pytest.raises(UserError, match="the data, the tokenizer or the packing has changed"):
+        train(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, dataset=str(dataset("question", 11)))))
+
+
+def test_settings_that_change_no_result_may_change_on_resume(stage):
+    cfg = stage(steps=3)
+    with pytest.raises(Interrupted):
+        train(cfg, on_step=lambda step, *_: os.kill(os.getpid(), signal.SIGINT) if step == 1 else None)
+    train(_with_train(cfg, log_every=1, checkpoint_every=1, keep_checkpoints=1))
+
+
+@pytest.mark.parametrize("kind", ["document", "question", "reasoning"])
+def test_each_stage_overfits_one_batch(stage, kind: str):
+    visual_tokens = 4 if kind == "document" else 16
+    cfg = stage(
+        kind=kind, count=4, visual_tokens=visual_tokens, global_batch=4, steps=120, rate=1e-2, checkpoint_every=500
+    )
+    result = train(cfg)
+    assert result.loss_first > 4  # untrained: about ln 330 = 5.8
+    assert result.loss_last < 0.05
+
+
+def test_stages_follow_each_other_and_the_frozen_tower_stays_bit_for_bit(stage, tmp_path: Path):
+    first = stage(kind="document", visual_tokens=4, steps=2, output=str(tmp_path / "pretrain"), stage="pretrain")
+    train(first)
+    before, _ = load_params(first.train.output)
+    second = stage(steps=2, output=str(tmp_path / "sft"), init_from=first.train.output, stage="sft", train=("text",))
+    result = train(second)
+    _assert_same(before["vision"], result.params["vision"])
+    _assert_same(before["projector"], result.params["projector"])
+    changed = jax.tree.map(
+        lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), before["text"], result.params["text"]
+    )
+    assert all(jax.tree.leaves(changed)), "every text parameter learns"
+    assert [entry["stage"] for entry in load_params(second.train.output)[1]["history"]] == ["pretrain", "sft"]
+
+
+def test_micro_batches_give_the_same_losses(stage, tmp_path: Path):
+    whole = train(stage(global_batch=4, steps=3, output=str(tmp_path / "1")))
+    pieces = train(stage(global_batch=4, steps=3, micro_batches=4, output=str(tmp_path / "4")))
+    # Float32 sums in another order, over three updates.
+    np.testing.assert_allclose(
+        [row["loss"] for row in whole.history], [row["loss"] for row in pieces.history], rtol=2e-5
+    )
+
+
+def _random_params(cfg: Config) -> dict:
+    with jax.set_mesh(make_mesh(cfg.mesh)):
+        return init_params(jax.random.key(5), cfg.model)
+
+
+def test_given_parameters_are_the_start_and_stay_whole(stage):
+    cfg = stage(steps=1, rate=0.0)
+    params = _random_params(cfg)
+    result = train(cfg, params=params)
+    _assert_same(result.params, params)
+    with pytest.raises(UserError, match="choose one"):
+        train(_with_train(cfg, init_from="somewhere"), params=params)
+
+
+def test_non_finite_updates_end_the_run_and_name_the_samples(stage):
+    cfg = stage(max_skipped_updates=3)
+    params = jax.tree.map(np.array, _random_params(cfg))
+    params["text"]["norm"]["scale"][0] = np.nan
+    with pytest.raises(UserError, match=r"3 updates in a row .* step 3 on samples toy/train/"):
+        train(cfg, params=params)
+    assert [row["skipped"] for row in read_metrics(cfg.train.output)] == [1, 1, 1]
+
+
+def test_a_batch_with_nothing_to_learn_is_an_error_not_a_loss_of_zero(stage, dataset, tmp_path: Path):
+    """Every image is damaged and every share of damage allowed: the rows become padding."""
+    damaged = [dataclasses.replace(sample, images=(b"no image",)) for sample in open_samples(dataset())]
+    write_samples(tmp_path / "damaged", damaged, name="toy")
+    cfg = stage()
+    data = dataclasses.replace(cfg.data, dataset=str(tmp_path / "damaged"), max_bad_records=1.0)
+    with pytest.raises(UserError, match="step 1: no token of the batch carries loss"):
+        train(dataclasses.replace(cfg, data=data))
+
+
+def test_settings_that_cannot_be_are_refused_before_anything_is_written(stage, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"train\.output"):
+        train(stage(output=""))
+    with pytest.raises(UserError, match="names 'tail'"):
+        train(stage(train=("tail",)))
+    with pytest.raises(UserError, match="does not exist"):
+        train(stage(init_from=str(tmp_path / "nowhere"), output=str(tmp_path / "other")))
