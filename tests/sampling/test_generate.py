@@ -5,20 +5,27 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+import torch
+from scipy.stats import chisquare
 
 from infimed_jax.config import Sampling
+from infimed_jax.data.batch import Segment
 from infimed_jax.errors import UserError
 from infimed_jax.sampling import decode
 from infimed_jax.sampling import generate as engine
 from infimed_jax.sampling.generate import generate
+from infimed_jax.sampling.weights import sampler_weights
+from tests.models import reference
 
 IMAGE_TOKEN = 3
-STOP = 5
+STOPS = (33, 45)
 GREEDY = Sampling(max_tokens=12, slots=4, burst=5)
 DRAWN = replace(GREEDY, temperature=1.0)
 
 
-def _run(tiny, prompts, sampling=GREEDY, stops=(STOP,), banned=(IMAGE_TOKEN,), seed=0, weights=None, **options):
+def _run(
+    tiny, prompts, sampling=GREEDY, stops=STOPS, banned=(IMAGE_TOKEN,), seed=0, weights=None, max_prompt=32, **options
+):
     return generate(
         weights or tiny.weights,
         tiny.model,
@@ -28,14 +35,15 @@ def _run(tiny, prompts, sampling=GREEDY, stops=(STOP,), banned=(IMAGE_TOKEN,), s
         banned_tokens=banned,
         key=jax.random.key(seed),
         compute=tiny.compute,
+        max_prompt=max_prompt,
         **options,
     )
 
 
 def _mixed_prompts(tiny):
-    """Eleven prompts of 0 to 3 images and several lengths, more than the four slots."""
+    """Nine prompts of 0 to 3 images and 2 to 32 tokens, more than the four slots."""
     images = [tiny.image(seed) for seed in range(3)]
-    shapes = [(9, 0), (4, 1), (30, 0), (7, 3), (12, 1), (2, 0), (17, 2), (40, 1), (3, 0), (9, 3), (5, 2)]
+    shapes = [(9, 0), (4, 1), (5, 0), (7, 3), (12, 1), (2, 0), (20, 3), (11, 0), (9, 1)]
     return [tiny.prompt(seed, length, tuple(images[:n])) for seed, (length, n) in enumerate(shapes)]
 
 
@@ -61,6 +69,41 @@ def test_decoding_equals_the_full_forward(tiny, images):
         assert len(set(reply.tokens.tolist())) > 2
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_equals_hugging_face(tiny, penalty):
+    text = reference.TEXT
+    module = reference.torch_qwen3(text)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(8, text.vocab_size, length).astype(np.int32) for length in (3, 17, 9, 5, 12)]
+    stop = 11
+    expected = [
+        module.generate(
+            torch.from_numpy(prompt)[None].long(),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=20,
+            repetition_penalty=penalty,
+            eos_token_id=stop,
+            pad_token_id=0,
+        )[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+    params = tiny.params | {"text": reference.qwen3_params(module, text)}
+    model = replace(tiny.model, text=text)
+    replies = generate(
+        sampler_weights(params, model, "float32"),
+        model,
+        [Segment(p, np.zeros(len(p), np.float32), np.zeros(len(p), bool)) for p in prompts],
+        Sampling(max_tokens=20, slots=2, burst=3, repetition_penalty=penalty),
+        stop_tokens=(stop,),
+        banned_tokens=(),
+        key=jax.random.key(0),
+        compute=tiny.compute,
+    )
+    assert [reply.tokens.tolist() for reply in replies] == expected
+    assert len({token for reply in expected for token in reply}) > 8
+
+
 def test_alone_equals_in_a_batch_with_refills(tiny):
     prompts = _mixed_prompts(tiny)
     for sampling in (GREEDY, DRAWN):
@@ -73,10 +116,11 @@ def test_alone_equals_in_a_batch_with_refills(tiny):
             _assert_equal(alone, together[number : number + 1])
 
 
-@pytest.mark.parametrize("changes", [{"slots": 1}, {"slots": 7}, {"slots": 16}, {"burst": 1}, {"burst": 64}])
+@pytest.mark.parametrize("changes", [{"slots": 1, "burst": 2}, {"slots": 7}])
 def test_slots_and_bursts_change_nothing(tiny, changes):
     prompts = _mixed_prompts(tiny)
-    _assert_equal(_run(tiny, prompts, replace(DRAWN, **changes)), _run(tiny, prompts, DRAWN))
+    changed = _run(tiny, prompts, replace(DRAWN, **changes))
+    _assert_equal(changed, _run(tiny, prompts, DRAWN))
 
 
 def test_group_is_prefilled_once_and_equals_separate_prompts(tiny, monkeypatch):
@@ -108,14 +152,14 @@ def test_group_larger_than_the_slots(tiny):
 
 
 def test_banned_tokens_are_never_sampled_even_when_likeliest(tiny):
-    table = tiny.weights["text"]["embed_tokens"]
-    # The image token's logit is far the largest: its row is the sum of what the model says otherwise.
     prompts = [tiny.prompt(seed) for seed in range(4)]
     free = _run(tiny, prompts, banned=(), stops=())
+    # The image token wins wherever this model's favourite did, and by far.
     favourite = np.bincount(np.concatenate([reply.tokens for reply in free])).argmax()
-    weights = tiny.weights | {
-        "text": tiny.weights["text"] | {"embed_tokens": table.at[IMAGE_TOKEN].set(table[favourite] * 9)}
-    }
+    head = np.array(tiny.weights["text"]["lm_head"])
+    head[:, IMAGE_TOKEN] = head[:, favourite] * 9
+    head = jax.device_put(head, tiny.weights["text"]["lm_head"].sharding)
+    weights = tiny.weights | {"text": tiny.weights["text"] | {"lm_head": head}}
     eager = _run(tiny, prompts, banned=(), stops=(), weights=weights)
     assert any(IMAGE_TOKEN in reply.tokens for reply in eager)
     for sampling in (GREEDY, DRAWN):
@@ -147,19 +191,6 @@ def test_a_stop_as_the_last_allowed_token_is_a_stop(tiny):
     assert (len(cut.tokens), cut.finish) == (last, "length")
 
 
-def test_repetition_penalty_sees_prompt_and_reply(tiny):
-    prompts = _mixed_prompts(tiny)[:6]
-    sampling = replace(GREEDY, repetition_penalty=1.5)
-    for prompt, reply in zip(prompts, _run(tiny, prompts, sampling, stops=()), strict=True):
-        logits = tiny.full_logits(prompt, reply.tokens)
-        for n, token in enumerate(reply.tokens):
-            scores = logits[n].copy()
-            seen = np.unique(np.concatenate([prompt.tokens, reply.tokens[:n]]))
-            scores[seen] = np.where(scores[seen] < 0, scores[seen] * 1.5, scores[seen] / 1.5)
-            scores[IMAGE_TOKEN] = -np.inf
-            assert token == scores.argmax()
-
-
 def test_key_decides_the_draws(tiny):
     prompts = [tiny.prompt(1, 8)] * 4
     once, again, other = (_run(tiny, prompts, DRAWN, seed=seed) for seed in (1, 1, 2))
@@ -176,22 +207,21 @@ def test_first_tokens_follow_the_softmax(tiny):
     wanted = np.exp(logits - logits.max())
     wanted *= draws / wanted.sum()
     counts = np.bincount(tokens, minlength=len(wanted))
-    rare = wanted < 5
-    cells = np.append(wanted[~rare], wanted[rare].sum())
-    statistic = ((np.append(counts[~rare], counts[rare].sum()) - cells) ** 2 / cells).sum()
-    freedom = len(cells) - 1
-    assert freedom > 5
-    assert statistic < freedom + 4 * np.sqrt(2 * freedom)
+    rare = wanted < 5  # the chi-square approximation wants five expected draws a cell
+    observed, expected = (np.append(x[~rare], x[rare].sum()) for x in (counts, wanted))
+    assert counts[IMAGE_TOKEN] == 0
+    assert len(expected) > 5
+    assert chisquare(observed, expected).pvalue > 1e-3
 
 
 def test_new_weights_keys_and_prompts_compile_nothing(tiny):
     prompts = [tiny.prompt(seed, 8, (tiny.image(seed),)) for seed in range(3)]
-    _run(tiny, prompts, DRAWN, max_prompt=20)
+    _run(tiny, prompts, DRAWN)
     programs = (decode.encode, decode.prefill, decode.burst, decode.empty_slots)
     before = [program._cache_size() for program in programs]
     changed = jax.tree.map(lambda x: x * 1.01, tiny.weights)
     other = [tiny.prompt(seed, 5 + seed % 5, (tiny.image(seed),)) for seed in range(9)]
-    _run(tiny, other, DRAWN, weights=changed, seed=5, max_prompt=20)
+    _run(tiny, other, DRAWN, weights=changed, seed=5)
     assert [program._cache_size() for program in programs] == before
 
 
@@ -235,7 +265,7 @@ def _broken(tiny, problem):
 )
 def test_impossible_prompts_are_named(tiny, problem):
     with pytest.raises(UserError, match=f"prompt 1 .*{problem}"):
-        _run(tiny, [tiny.prompt(0), _broken(tiny, problem)], max_prompt=32)
+        _run(tiny, [tiny.prompt(0), _broken(tiny, problem)])
 
 
 def test_impossible_tokens_and_broken_weights_are_named(tiny):
@@ -243,7 +273,7 @@ def test_impossible_tokens_and_broken_weights_are_named(tiny):
     with pytest.raises(UserError, match="token 61 is outside"):
         _run(tiny, prompts, stops=(61,))
     with pytest.raises(UserError, match="both banned and a stop"):
-        _run(tiny, prompts, banned=(STOP,))
+        _run(tiny, prompts, banned=(33,))
     with pytest.raises(UserError, match="every token"):
         _run(tiny, prompts, stops=(), banned=range(61))
     broken = jax.tree.map(lambda x: x * np.nan, tiny.weights)
