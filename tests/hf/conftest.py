@@ -38,12 +38,12 @@ def tokenizer_folder(tmp_path_factory):
     return make_tokenizer(texts, tmp_path_factory.mktemp("tokenizer"), vocab_size=400)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def model():
     return MODEL
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def untied(model):
     return dataclasses.replace(model, text=dataclasses.replace(model.text, tie_embeddings=False))
 

@@ -16,7 +16,7 @@ from infimed_jax.hf.processor import write_processor
 QWEN3 = Path(__file__).resolve().parents[3] / "shared/data/tokenizers/qwen3"
 
 
-@pytest.fixture(params=["tiny", "qwen3"])
+@pytest.fixture(scope="module", params=["tiny", "qwen3"])
 def tokenizer(request, tokenizer_folder):
     if request.param == "tiny":
         return tokenizer_folder
@@ -25,10 +25,16 @@ def tokenizer(request, tokenizer_folder):
     return QWEN3
 
 
-@pytest.fixture
-def processor(tokenizer, model, tmp_path):
-    write_processor(tokenizer, model, tmp_path)
-    return AutoProcessor.from_pretrained(tmp_path)
+@pytest.fixture(scope="module")
+def processor(tokenizer, model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processor")
+    write_processor(tokenizer, model, folder)
+    return AutoProcessor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def original(tokenizer):
+    return AutoTokenizer.from_pretrained(tokenizer)
 
 
 def picture(seed: int = 0, size=(50, 37)) -> Image.Image:
@@ -119,8 +125,7 @@ TOOL = {"type": "function", "function": {"name": "look", "description": "d", "pa
 
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("options", [{}, {"tools": [TOOL]}, {"enable_thinking": False}])
-def test_string_content_renders_as_before(processor, tokenizer, chat, options):
-    original = AutoTokenizer.from_pretrained(tokenizer)
+def test_string_content_renders_as_before(processor, original, chat, options):
     options = options | {"tokenize": False, "add_generation_prompt": True}
     assert processor.apply_chat_template(chat, **options) == original.apply_chat_template(chat, **options)
     assert processor.tokenizer.apply_chat_template(chat, **options) == original.apply_chat_template(chat, **options)
