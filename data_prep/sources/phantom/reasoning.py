@@ -10,11 +10,12 @@ from dataclasses import replace
 import numpy as np
 
 from data_prep.sources.phantom.captions import places
+from data_prep.sources.phantom.questions import description
 from data_prep.sources.phantom.scene import COUNT_CHANCES, INTENSITIES, SIDES, SIZES, Scene
 from data_prep.sources.procedural import Question
 
 _GUESS = ("My first guess is {}.", "At first glance: {}.", "I would say {}.")
-_REFLECT = ("Wait, let me look again:", "Wait, let me check the image:", "But wait, I should check:")
+_REFLECT = ("Wait, let me look again:", "Wait, checking the image:", "But wait, I should check:")
 _CORRECTED = ("So the answer is {answer}, not {guess}.", "So not {guess}, but {answer}.")
 _CONFIRMED = ("So {answer} is right.", "So the answer is indeed {answer}.")
 
@@ -89,5 +90,5 @@ def evidence(scene: Scene, template: str) -> str:
     if template in ("intensity", "intensity_check"):
         return f"the lesion is {scene.intensity}er than the {scene.organ}"
     if template == "describe":
-        return f"it is {scene.size}, {scene.intensity} and {scene.shape}, in the {scene.only.side} {scene.organ}"
+        return f"it is a {description(scene)}"
     return f"the lesion is in the {scene.only.quadrant} {scene.organ}"
