@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources import SOURCES
-from data_prep.sources.source import Source
+from data_prep.sources.source import Source, read_json
 from infimed_jax.data.images import ImageError, decode_image
 from infimed_jax.data.sample import Sample, Skipped
 from infimed_jax.data.storage import MANIFEST, open_samples, write_samples
@@ -87,10 +87,9 @@ def _ingest_split(
 ) -> dict[str, Any]:
     recipe = {"version": VERSION, "source": adapter.name, "split": split, "inputs": inputs, "limit": limit}
     folder, report_file = output / split, output / f"{split}.json"
-    if prepared_by(folder, recipe) and report_file.is_file():
-        report = json.loads(report_file.read_text(encoding="utf-8"))
-        if report["fingerprint"] == open_samples(folder).fingerprint:
-            return report
+    finished = _finished_report(folder, report_file, recipe)
+    if finished is not None:
+        return finished
     skipped: list[Skipped] = []
     samples = _kept(adapter, input, split, skipped, on_progress, limit)
     try:
@@ -117,6 +116,17 @@ def _ingest_split(
     }
     write_json(report_file, report)
     return report
+
+
+def _finished_report(folder: Path, report_file: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
+    """The report of a split that is done already; None where the dataset or its report is missing, old or broken."""
+    if not prepared_by(folder, recipe):
+        return None
+    try:
+        report = read_json(report_file, dict)
+    except UserError:
+        return None
+    return report if report.get("fingerprint") == open_samples(folder).fingerprint else None
 
 
 def _by_reason(skipped: Iterable[Skipped]) -> dict[str, int]:
@@ -167,9 +177,10 @@ class NoSamples(UserError):
 
 def prepared_by(folder: Path, recipe: dict[str, Any]) -> bool:
     """Whether `folder` is a whole dataset that was made by exactly this recipe."""
-    if not (folder / MANIFEST).is_file():
+    try:
+        info = open_samples(folder).manifest["info"]
+    except UserError:  # absent, or damaged: either way it is to be made
         return False
-    info = open_samples(folder).manifest["info"]
     return {key: info.get(key) for key in recipe} == recipe
 
 

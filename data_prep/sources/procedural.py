@@ -85,7 +85,7 @@ def write_folder(
         "sizes": dict(sizes),
         "per_image": per_image,
     }
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if (folder / RECIPE).is_file() and read_json(folder / RECIPE, dict) == recipe:
             return folder
         raise UserError(f"{folder} holds other files than {procedure.name} images of seed {seed}: remove it")

@@ -155,11 +155,30 @@ def test_done_work_is_kept_until_its_inputs_change(hostile, tmp_path, monkeypatc
     assert len(open_samples(tmp_path / "out" / "train")) == second["train"]["samples"]
 
 
-def test_a_lost_report_is_written_again(hostile, tmp_path):
-    first = ingest("vqa_rad", hostile, tmp_path / "out", ["train"])
-    (tmp_path / "out" / "train.json").unlink()
-    assert ingest("vqa_rad", hostile, tmp_path / "out", ["train"]) == first
-    assert (tmp_path / "out" / "train.json").is_file()
+def lose_report(out: Path) -> None:
+    (out / "train.json").unlink()
+
+
+def break_report(out: Path) -> None:
+    (out / "train.json").write_text('{"fingerprint": ')
+
+
+def lose_shard(out: Path) -> None:
+    next((out / "train").glob("*array_record*")).unlink()
+
+
+def break_manifest(out: Path) -> None:
+    (out / "train" / MANIFEST).write_text("")
+
+
+@pytest.mark.parametrize("damage", [lose_report, break_report, lose_shard, break_manifest])
+def test_damaged_results_are_made_again(hostile, tmp_path, damage):
+    out = tmp_path / "out"
+    first = ingest("vqa_rad", hostile, out, ["train"])
+    damage(out)
+    assert ingest("vqa_rad", hostile, out, ["train"]) == first
+    assert json.loads((out / "train.json").read_text()) == first["train"]
+    assert len(list(open_samples(out / "train"))) == len(USABLE)
 
 
 @pytest.mark.parametrize("earlier", [False, True])
