@@ -127,7 +127,7 @@ def grpo(args: argparse.Namespace) -> None:
             params=params,
             samples=samples,
             tokenizer=tokenizer,
-            on_step=lambda step, metrics: progress.update(step, config.grpo.steps, metrics),
+            on_step=progress.update,
         )
     rewards = [row["reward"] for row in result.history]
     print(f"grpo: {len(rewards)} steps, reward {rewards[0]:.4f} -> {rewards[-1]:.4f}")

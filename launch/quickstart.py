@@ -7,6 +7,7 @@ A finished step leaves `steps/NAME.json`; `--resume` reads it instead of running
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import shutil
 import time
@@ -117,6 +118,7 @@ def quickstart(options: Options) -> dict[str, Any]:
     """Run the chain and return what `summary.json` holds. Raises UserError for a folder that holds another run."""
     plan = load_plan(options)
     prepare_folder(options)
+    log_to(options.output / "run.log")
     # Imported only now, so that a mistake in the arguments is answered at once.
     from launch import quickstart_report, quickstart_stages
 
@@ -130,6 +132,17 @@ def quickstart(options: Options) -> dict[str, Any]:
     print(f"Export:  {summary['export']['path']}")
     print(f"Outputs: {options.output}/summary.json")
     return summary
+
+
+def log_to(file: Path) -> None:
+    """The stages' own lines go to a file: five runs' worth of them would bury the chain's progress."""
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        root.removeHandler(handler)
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
 
 
 def load_plan(options: Options) -> dict[str, Any]:

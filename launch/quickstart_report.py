@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +71,21 @@ def _export(chain: Chain, results: dict[str, Any]) -> tuple[dict[str, Any], str]
         stages=tuple(f"{title}: {results[name]['steps']} steps" for name, title in {**STAGES, "grpo": "GRPO"}.items()),
         sources=tuple(DataSource(SOURCES[s].name, SOURCES[s].licence, SOURCES[s].commercial_use) for s in sources),
         results={
-            f"{chain.plan['test']} after {name}": f"{s['accuracy']:.1%} [{s['low']:.1%}, {s['high']:.1%}], n = {s['n']}"
+            f"{chain.plan['test']} after {name}": "{:.1%} [{:.1%}, {:.1%}], n = {}".format(
+                s["accuracy"], *s["interval"], s["n"]
+            )
             for name, s in scores.items()
         },
     )
+    shutil.rmtree(chain.folder / "export", ignore_errors=True)  # of a run that was stopped before its proof
     with jax.set_mesh(make_mesh(config.mesh)):
         path = to_hf(params, config.model, chain.tokenizer_folder, chain.folder / "export", card=card)
         proof = verify(params, config.model, path, chain.tokenizer_folder)
     values: dict[str, Any] = {"path": str(path), "status": proof["status"]}
     if proof["status"] == "skipped":
         return values | {"reason": proof["reason"]}, f"written; comparison skipped: {proof['reason']}"
+    if proof["status"] == "failed":
+        return values | {"failures": proof["failures"]}, f"DIFFERS from transformers: {'; '.join(proof['failures'])}"
     logits = [case["logits"] for case in proof["cases"]]
     values["max_abs_logit_diff"] = max(case["max_abs"] for case in logits)
     values["top1_agreement"] = min(case["top1_agreement"] for case in logits)
@@ -238,6 +244,8 @@ def _points(c: dict[str, float]) -> str:
 def _export_fact(export: dict[str, Any]) -> str:
     if export["status"] == "skipped":
         return f"not compared: {export['reason']}"
+    if export["status"] == "failed":
+        return f"FAILED: {'; '.join(export['failures'])}"
     return (
         f"{export['status']}: largest logit difference {export['max_abs_logit_diff']:.1e}, "
         f"top-1 agreement {export['top1_agreement']:.1%}"

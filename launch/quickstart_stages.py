@@ -84,10 +84,9 @@ def _grpo(chain: Chain, name: str, previous: str) -> tuple[dict[str, Any], str]:
     if name == "control":
         config = replace(config, grpo=replace(config.grpo, reward="constant"))
     params, _ = load_params(chain.run_folder(previous))
-    history: list[dict[str, float]] = []
 
-    def on_step(step: int, metrics: dict[str, float]) -> None:
-        chain.progress.update(step / config.grpo.steps, step_note(step, config.grpo.steps, metrics))
+    def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
+        chain.progress.update(step / total, step_note(step, total, metrics))
 
     result = grpo(
         config,
@@ -116,8 +115,8 @@ def _evaluation(chain: Chain, stage: str, title: str, samples: list[Any], *, ima
         config = chain.stage_config("grpo" if stage in ("grpo", "control") else stage)
         evaluation = _evaluate(chain, config, params, samples, name, reasoning=stage in REASONING, image=image)
         summary = evaluation.summary()
-        line = f"{summary['accuracy']:.1%} of {summary['n']:,} [{summary['low']:.1%}, {summary['high']:.1%}]"
-        return summary, line
+        low, high = summary["interval"]
+        return summary, f"{summary['accuracy']:.1%} of {summary['n']:,} [{low:.1%}, {high:.1%}]"
 
     return chain.step(f"evaluation_{name}", title, work)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import sys
 from pathlib import Path
@@ -29,6 +30,8 @@ def configure_jax() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every folder is given by path: nothing is looked up
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_commands(parser.add_subparsers(dest="command", required=True, metavar="COMMAND"))
     args = parser.parse_args(arguments)
     configure_jax()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
         args.run(args)
     except Interrupted as stop:

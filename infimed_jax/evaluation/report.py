@@ -110,7 +110,7 @@ def _stage_row(stage: Stage) -> dict[str, str]:
         "seconds": f"{stage.seconds:.0f}",
         "curve": "–" if stage.first is None or stage.last is None else f"{stage.first:.3f} → {stage.last:.3f}",
         "accuracy": f"{summary['accuracy']:.1%}" if summary else "–",
-        "interval": f"{summary['low']:.1%} – {summary['high']:.1%}" if summary else "–",
+        "interval": f"{summary['interval'][0]:.1%} – {summary['interval'][1]:.1%}" if summary else "–",
         "unparsed": f"{summary['unparsed_rate']:.1%}" if summary else "–",
         "truncated": f"{summary['truncated_rate']:.1%}" if summary else "–",
     }
@@ -165,8 +165,8 @@ def _accuracy_figure(stages: Sequence[Stage], baseline: float, blind: float | No
     figure, axes = _figure()
     values = [s.summary["accuracy"] for s in stages]
     spread = [
-        [v - s.summary["low"] for v, s in zip(values, stages, strict=True)],
-        [s.summary["high"] - v for v, s in zip(values, stages, strict=True)],
+        [v - s.summary["interval"][0] for v, s in zip(values, stages, strict=True)],
+        [s.summary["interval"][1] - v for v, s in zip(values, stages, strict=True)],
     ]
     axes.bar(range(len(stages)), values, color=ACCENT, width=0.6)
     axes.errorbar(range(len(stages)), values, yerr=spread, fmt="none", ecolor=INK, elinewidth=1, capsize=3)
@@ -174,7 +174,7 @@ def _accuracy_figure(stages: Sequence[Stage], baseline: float, blind: float | No
     if blind is not None:
         axes.axhline(blind, color="#7a4fa3", linestyle=":", linewidth=1.4)
     for x, (value, stage) in enumerate(zip(values, stages, strict=True)):
-        axes.annotate(f"{value:.0%}", (x, stage.summary["high"]), (0, 3), textcoords="offset points",
+        axes.annotate(f"{value:.0%}", (x, stage.summary["interval"][1]), (0, 3), textcoords="offset points",
                       ha="center", fontsize=8, color=INK)  # fmt: skip
     axes.set_xticks(range(len(stages)), [s.title.replace(" ", "\n") for s in stages], fontsize=7.5)
     axes.set_ylim(0, 1.05)
@@ -202,7 +202,7 @@ def _policy_figure(grpo: Stage) -> Any:
     right.spines[["top", "left"]].set_visible(False)
     right.tick_params(colors=SOFT, labelsize=8.5)
     steps = [r["step"] for r in grpo.history]
-    length = axes.plot(steps, [r["response_length"] for r in grpo.history], color=ACCENT, linewidth=1.4)
+    length = axes.plot(steps, [r["response_tokens"] for r in grpo.history], color=ACCENT, linewidth=1.4)
     entropy = right.plot(steps, [r["entropy"] for r in grpo.history], color=SECOND, linewidth=1.4)
     axes.legend([*length, *entropy], ["tokens a reply", "entropy"], frameon=False, fontsize=8, labelcolor=SOFT)
     axes.set_xlabel("GRPO steps", fontsize=8.5, color=SOFT)
