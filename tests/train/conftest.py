@@ -17,7 +17,7 @@ MODEL = Model(
     vision=Vision(image_size=16, patch_size=4, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2),
     projector=Projector(visual_tokens=16),
     text=Text(
-        vocab_size=400, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16
     ),
 )
 
