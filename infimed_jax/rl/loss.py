@@ -6,6 +6,8 @@ asymmetric clip and the token mean, dual-clip PPO (arXiv 1912.09729) for the bou
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,12 @@ from jaxtyping import Array, Bool, Float
 from infimed_jax import config
 from infimed_jax.data.batch import Batch
 from infimed_jax.models import infimed
+from infimed_jax.models.compute import Compute
+from infimed_jax.sharding import reshape_rows
 from infimed_jax.train.step import LossFn
+
+Scorer = Callable[[Any, Batch], jax.Array]
+"""`(params, batch) -> f32[B,T]` log-probabilities."""
 
 LOG_RATIO_BOUND = 20.0
 """|log ratio| beyond which exponentials are held: e^20 is finite in float32, and far outside every clip."""
@@ -69,7 +76,7 @@ def k3(new: Float[Array, "*shape"], reference: Float[Array, "*shape"]) -> Float[
 
 
 def completion_logprobs(
-    params: Any, batch: Batch, model: config.Model, compute: infimed.Compute, temperature: float = 1.0
+    params: Any, batch: Batch, model: config.Model, compute: Compute, temperature: float = 1.0
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probability of `tokens[b, t+1]` and entropy at t where `loss_weights` is not 0, else 0; float32, nats.
 
@@ -83,21 +90,61 @@ def completion_logprobs(
     return infimed.token_logprobs(params, hidden, targets, batch.loss_weights, model, compute)
 
 
-def grpo_loss(model: config.Model, compute: infimed.Compute, grpo: config.Grpo) -> LossFn:
+@functools.lru_cache(maxsize=4)
+def make_scorer(model: config.Model, compute: Compute, temperature: float, pieces: int) -> Scorer:
+    """`logprobs(params, batch) -> f32[B,T]`, jitted: in the train step's pieces, none that is all padding."""
+
+    @jax.jit
+    def logprobs(params: Any, batch: Batch) -> jax.Array:
+        def piece(_: None, rows: Batch) -> tuple[None, jax.Array]:
+            def compute_all(rows: Batch) -> jax.Array:
+                return completion_logprobs(params, rows, model, compute, temperature)[0]
+
+            return None, jax.lax.cond(
+                jnp.any(rows.loss_weights > 0), compute_all, lambda rows: jnp.zeros_like(rows.loss_weights), rows
+            )
+
+        split = jax.tree.map(
+            lambda x: reshape_rows(x, x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        _, scored = jax.lax.scan(piece, None, split)
+        return reshape_rows(scored.swapaxes(0, 1), *batch.tokens.shape)
+
+    return logprobs
+
+
+def grpo_loss(model: config.Model, compute: Compute, grpo: config.Grpo) -> LossFn:
     """`loss_fn(params, batch: GrpoBatch) -> (sum of the loss, sums)` for `train.step.make_train_step`.
 
     Sums over completion tokens: `weight` (the divisor), `entropy`, `ratio`, `clip_fraction`, `kl` against the
-    reference, and, on-policy, `logprob_gap` (absolute difference to the sampler's). A piece of a batch without any
-    completion token is not computed at all, so rows of padding at a batch's end cost nothing.
+    reference, and, on-policy, `logprob_gap`: the absolute difference to the sampler's, which it reports at temperature
+    1 only. A piece of a batch without any completion token is not computed, so padding at a batch's end costs nothing.
     """
+    return _grpo_loss(model, compute, _read_by_the_loss(grpo))
 
+
+def _read_by_the_loss(grpo: config.Grpo) -> config.Grpo:
+    """`grpo` with everything else at one value, so that runs which differ there share a compiled program."""
+    return config.Grpo(
+        prompts=1 if on_policy(grpo) else 2,
+        update_prompts=1,
+        temperature=grpo.temperature,
+        kl_coefficient=grpo.kl_coefficient,
+        clip_low=grpo.clip_low,
+        clip_high=grpo.clip_high,
+        dual_clip=grpo.dual_clip,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _grpo_loss(model: config.Model, compute: Compute, grpo: config.Grpo) -> LossFn:
     def sums(params: Any, batch: GrpoBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
         weights = batch.batch.loss_weights
         new, entropy = completion_logprobs(params, batch.batch, model, compute, grpo.temperature)
         old = jax.lax.stop_gradient(new) if on_policy(grpo) else batch.old_logprobs
         loss, ratio, clipped = policy_loss(new, old, batch.advantages, grpo)
         parts = {"entropy": entropy, "ratio": ratio, "clip_fraction": clipped}
-        if on_policy(grpo):
+        if on_policy(grpo) and grpo.temperature == 1.0:
             parts["logprob_gap"] = jnp.abs(new - batch.old_logprobs)
         if grpo.kl_coefficient > 0:
             parts["kl"] = k3(new, batch.reference_logprobs)

@@ -12,7 +12,7 @@ import numpy as np
 from infimed_jax import config
 from infimed_jax.data.batch import Batch, Segment, build_row, stack_rows
 from infimed_jax.data.chat import Tokenizer, render_prompt
-from infimed_jax.data.images import decode_image
+from infimed_jax.data.images import ImageError, decode_image
 from infimed_jax.data.prompts import QUESTION_KINDS, prompt_for
 from infimed_jax.data.sample import Sample
 from infimed_jax.errors import UserError
@@ -32,27 +32,54 @@ class Questions:
     """Most images of a prompt."""
     dropped: dict[str, int]
     """Samples left out, by reason."""
+    fingerprint: str
+    """SHA-256 of prompts, images and gold answers, in order."""
 
 
-def questions(samples: Sequence[Sample], tokenizer: Tokenizer, settings: config.Config) -> Questions:
-    """Measure every prompt once. Raises UserError where nothing is left to ask."""
+def questions(samples: Sequence[Sample], tokenizer: Tokenizer, cfg: config.Config) -> Questions:
+    """Look at every sample once, its images included: nothing unreadable may turn up in the middle of a run.
+
+    Raises UserError where nothing is left to ask.
+    """
     numbers, longest, images, dropped = [], 0, 0, Counter()
+    readable: dict[bytes, bool] = {}
+    content = hashlib.sha256()
     for number, sample in enumerate(samples):
-        if sample.kind not in QUESTION_KINDS or not sample.answer.strip():
-            dropped["no gold answer"] += 1
-            continue
-        if len(sample.images) > settings.data.images_per_row:
-            dropped["more images than data.images_per_row"] += 1
-            continue
-        length = len(_render(sample, tokenizer, settings))
-        if length > settings.grpo.max_prompt:
-            dropped["longer than grpo.max_prompt"] += 1
+        digests = [_check(data, cfg.model.vision.image_size, readable) for data in sample.images]
+        reason, length = _problem(sample, tokenizer, cfg, all(readable[digest] for digest in digests))
+        if reason:
+            dropped[reason] += 1
             continue
         numbers.append(number)
         longest, images = max(longest, length), max(images, len(sample.images))
+        content.update(b"".join([repr((sample.id, sample.answer, length, sample.turns)).encode(), *digests]))
     if not numbers:
         raise UserError(f"no sample can be asked in GRPO: {dict(dropped) or 'the dataset is empty'}")
-    return Questions(np.array(numbers), longest, images, dict(dropped))
+    return Questions(np.array(numbers), longest, images, dict(dropped), content.hexdigest())
+
+
+def _problem(sample: Sample, tokenizer: Tokenizer, cfg: config.Config, readable: bool) -> tuple[str, int]:
+    """(why the sample cannot be asked, or "", tokens of its prompt)."""
+    if sample.kind not in QUESTION_KINDS or not sample.answer.strip():
+        return "no gold answer", 0
+    if len(sample.images) > cfg.data.images_per_row:
+        return "more images than data.images_per_row", 0
+    if not readable:
+        return "unreadable image", 0
+    length = len(_render(sample, tokenizer, cfg))
+    return ("longer than grpo.max_prompt" if length > cfg.grpo.max_prompt else ""), length
+
+
+def _check(data: bytes, size: int, readable: dict[bytes, bool]) -> bytes:
+    """The image's digest; `readable` remembers whether it can be decoded."""
+    digest = hashlib.sha256(data).digest()
+    if digest not in readable:
+        try:
+            decode_image(data, size)
+            readable[digest] = True
+        except ImageError:
+            readable[digest] = False
+    return digest
 
 
 def prompt_order(count: int, prompts: int, seed: int, step: int) -> np.ndarray:
@@ -62,7 +89,7 @@ def prompt_order(count: int, prompts: int, seed: int, step: int) -> np.ndarray:
     return np.array([epochs[place // count][place % count] for place in places])
 
 
-def render_prompts(samples: Sequence[Sample], tokenizer: Tokenizer, settings: config.Config) -> list[Segment]:
+def render_prompts(samples: Sequence[Sample], tokenizer: Tokenizer, cfg: config.Config) -> list[Segment]:
     """Prompts up to the place where the reply begins; equal images share one decoded array."""
     decoded: dict[bytes, np.ndarray] = {}
 
@@ -70,17 +97,15 @@ def render_prompts(samples: Sequence[Sample], tokenizer: Tokenizer, settings: co
         for data in sample.images:
             digest = hashlib.sha256(data).digest()
             if digest not in decoded:
-                decoded[digest] = decode_image(data, settings.model.vision.image_size)
+                decoded[digest] = decode_image(data, cfg.model.vision.image_size)
             yield decoded[digest]
 
-    return [_render(sample, tokenizer, settings, tuple(pixels(sample))) for sample in samples]
+    return [_render(sample, tokenizer, cfg, tuple(pixels(sample))) for sample in samples]
 
 
-def _render(
-    sample: Sample, tokenizer: Tokenizer, settings: config.Config, pixels: tuple[np.ndarray, ...] = ()
-) -> Segment:
+def _render(sample: Sample, tokenizer: Tokenizer, cfg: config.Config, pixels: tuple[np.ndarray, ...] = ()) -> Segment:
     asked = prompt_for(sample, reasoning=True)  # the reward reads a boxed answer, so the prompt must ask for one
-    return render_prompt(asked, tokenizer, settings.model.projector.visual_tokens, pixels, thinking=True)
+    return render_prompt(asked, tokenizer, cfg.model.projector.visual_tokens, pixels, thinking=True)
 
 
 @dataclass(frozen=True)
@@ -104,9 +129,9 @@ class Layout:
         return self.piece * self.pieces
 
 
-def plan_layout(found: Questions, settings: config.Config) -> Layout:
+def plan_layout(found: Questions, cfg: config.Config) -> Layout:
     """Rows that hold any `update_prompts * group_size` completions. Raises ConfigError where one does not fit a row."""
-    context, grpo = settings.data.context, settings.grpo
+    context, grpo = cfg.data.context, cfg.grpo
     longest = found.longest + grpo.max_response
     if longest > context:
         raise config.ConfigError(
@@ -118,11 +143,11 @@ def plan_layout(found: Questions, settings: config.Config) -> Layout:
     fit = context // longest
     images = 0
     if found.images:
-        prompts = min(1 + -(-(fit - 1) // grpo.group_size), settings.data.images_per_row // found.images)
+        prompts = min(1 + -(-(fit - 1) // grpo.group_size), cfg.data.images_per_row // found.images)
         fit = min(fit, (prompts - 1) * grpo.group_size + 1)
         images = prompts * found.images
     rows = -(-grpo.update_prompts * grpo.group_size // fit)
-    piece = settings.train.global_batch // settings.train.micro_batches
+    piece = cfg.train.global_batch // cfg.train.micro_batches
     return Layout(context, images, piece, -(-rows // piece))
 
 

@@ -57,12 +57,12 @@ def tiny(tmp_path_factory):
             config.Text(len(tokenizer) + 3, 32, 48, 2, num_heads=4, num_kv_heads=2, head_dim=8, rope_theta=1e4),
         ),
         data=config.Data(context=160, images_per_row=4),
-        optimizer=config.Optimizer(3e-3, warmup_fraction=0.0, schedule="constant", weight_decay=0.0),
+        optimizer=config.Optimizer(3e-2, warmup_fraction=0.0, schedule="constant", weight_decay=0.0),
         train=config.Train(
-            global_batch=8, micro_batches=4, compute_dtype="float32", remat="none", logit_chunk=32, checkpoint_every=1
+            global_batch=16, micro_batches=2, compute_dtype="float32", remat="none", logit_chunk=32, checkpoint_every=1
         ),
         sampling=config.Sampling(slots=16, burst=6),
-        grpo=config.Grpo(steps=3, prompts=4, group_size=4, update_prompts=4, max_prompt=120, max_response=6),
+        grpo=config.Grpo(steps=3, prompts=4, group_size=8, update_prompts=4, max_prompt=120, max_response=6),
     )
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
         params = infimed.init_params(jax.random.key(0), cfg.model)

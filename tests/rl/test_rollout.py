@@ -13,9 +13,9 @@ from infimed_jax.data.batch import Segment
 from infimed_jax.data.chat import render_prompt
 from infimed_jax.data.prompts import prompt_for
 from infimed_jax.errors import UserError
+from infimed_jax.models import infimed
 from infimed_jax.models.compute import Compute
-from infimed_jax.rl.grpo import make_scorer
-from infimed_jax.rl.loss import GrpoBatch, completion_logprobs, grpo_loss
+from infimed_jax.rl.loss import GrpoBatch, completion_logprobs, grpo_loss, make_scorer
 from infimed_jax.rl.rollout import (
     Questions,
     next_fit,
@@ -54,6 +54,8 @@ def test_questions_left_out_are_counted_by_reason(tiny):
     }
     prompts = render_prompts(tiny.samples[:3], tiny.tokenizer, tiny.cfg)
     assert (found.longest, found.images) == (max(map(len, prompts)), 1)
+    broken = replace(tiny.samples[0], images=(tiny.samples[0].images[0][:40],))
+    assert questions([broken, *tiny.samples[:3]], tiny.tokenizer, tiny.cfg).dropped == {"unreadable image": 1}
     with pytest.raises(UserError, match="no sample can be asked"):
         questions([chat], tiny.tokenizer, tiny.cfg)
 
@@ -70,7 +72,7 @@ def test_prompts_ask_for_reasoning_and_share_decoded_images(tiny):
 
 
 def test_a_completion_that_fits_no_row_is_refused_with_the_mend(tiny):
-    found = Questions(np.arange(3), longest=158, images=1, dropped={})
+    found = Questions(np.arange(3), longest=158, images=1, dropped={}, fingerprint="")
     with pytest.raises(config.ConfigError, match=r"data.context 160 .* raise it to 164"):
         plan_layout(found, tiny.cfg)
 
@@ -90,7 +92,7 @@ def test_the_planned_rows_hold_every_rollout(data):
         train=config.Train(global_batch=4, micro_batches=2),
         grpo=config.Grpo(prompts=prompts, update_prompts=prompts, group_size=group, max_response=reply),
     )  # fmt: skip
-    layout = plan_layout(Questions(np.arange(9), longest, images, {}), cfg)
+    layout = plan_layout(Questions(np.arange(9), longest, images, {}, ""), cfg)
     segments = []
     for _ in range(prompts):
         pixels = tuple(np.zeros(0) for _ in range(data.draw(st.integers(0, images))))
@@ -115,8 +117,8 @@ def replies(tiny, number, seed=0):
 
 @pytest.fixture(scope="module")
 def rollout(tiny):
-    """(prompts, completions, advantages, layout, GrpoBatch) of four groups of four."""
-    group = tiny.cfg.grpo.group_size
+    """(prompts, completions, advantages, layout, GrpoBatch): half the completions that the plan has room for."""
+    group = tiny.cfg.grpo.group_size // 2
     prompts = [p for p in render_prompts(tiny.samples[1:5], tiny.tokenizer, tiny.cfg) for _ in range(group)]
     completions = list(replies(tiny, len(prompts)))
     advantages = np.random.default_rng(1).normal(size=len(prompts)).astype(np.float32)
@@ -244,3 +246,22 @@ def test_on_policy_ignores_what_the_sampler_said_but_reports_the_gap(rollout, ti
     jax.tree.map(np.testing.assert_array_equal, grads, other)
     assert float(other_aux["logprob_gap"]) != float(aux["logprob_gap"]) > 0
     assert max(float(abs(x).max()) for x in jax.tree.leaves(grads)) > 0
+
+
+def test_logprobs_at_another_temperature_are_of_the_scaled_logits(rollout, tiny):
+    *_, rows = rollout
+    batch = jax.tree.map(lambda x: jax.numpy.asarray(x[:2]), rows.batch)
+    model = tiny.cfg.model
+
+    @jax.jit
+    def both(params, batch):
+        hidden = infimed.hidden_states(params, batch, model, COMPUTE)
+        scaled = infimed.logits(params, hidden, model, COMPUTE) / 2.0
+        return completion_logprobs(params, batch, model, COMPUTE, 2.0), jax.nn.log_softmax(scaled)
+
+    (logprobs, entropy), expected = both(tiny.params, batch)
+    chosen = np.take_along_axis(np.asarray(expected)[:, :-1], np.asarray(batch.tokens)[:, 1:, None], axis=2)[..., 0]
+    weighted = np.asarray(batch.loss_weights)[:, :-1] > 0
+    np.testing.assert_allclose(np.asarray(logprobs)[:, :-1][weighted], chosen[weighted], atol=1e-4)
+    surprise = -(np.exp(expected) * expected).sum(-1)
+    np.testing.assert_allclose(np.asarray(entropy)[:, :-1][weighted], surprise[:, :-1][weighted], atol=1e-4)

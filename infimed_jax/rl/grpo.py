@@ -1,0 +1,282 @@
+"""A GRPO run: open, start or resume, step, save, report.
+
+What a step does is a pure function of the state, the seed and the step's number, so a stopped run goes on exactly as if
+it had not been stopped. The folder holds what a training run's does, and replies.jsonl: one group a step, to be read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+
+from infimed_jax import config
+from infimed_jax.data.chat import Tokenizer
+from infimed_jax.data.sample import Sample
+from infimed_jax.errors import Interrupted, UserError
+from infimed_jax.models.compute import Compute
+from infimed_jax.models.infimed import abstract_params
+from infimed_jax.rl.loss import grpo_loss, make_scorer
+from infimed_jax.rl.rewards import score
+from infimed_jax.rl.rollout import Questions, plan_layout, prompt_order, questions
+from infimed_jax.rl.step import Plan, Reply, RewardFn, grpo_step
+from infimed_jax.sharding import local_rows, make_mesh
+from infimed_jax.train.checkpoint import CHECKPOINTS, Checkpoints, Metadata
+from infimed_jax.train.loop import OnStep
+from infimed_jax.train.optimizer import make_optimizer
+from infimed_jax.train.state import Params, TrainState, abstract_like, init_state, split_params
+from infimed_jax.train.step import make_train_step
+from infimed_jax.train.stopping import stop_requests
+from infimed_jax.train.telemetry import MetricsLog, Row
+
+REPLIES = "replies.jsonl"
+RESULT = "result.json"
+
+_BOUND = {
+    "data": ("context", "images_per_row"),
+    "train": ("train", "compute_dtype", "global_batch", "micro_batches", "seed", "init_from"),
+}
+"""Settings that a resumed run must share, beside those of the model, the optimizer and GRPO itself."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GrpoResult:
+    params: Params
+    """After the last update, on the devices."""
+    history: list[Row]
+    """The lines of metrics.jsonl."""
+    steps: int
+    tokens: int
+    """Trained on, prompts included, non-padding."""
+    reward_first: float
+    """Mean of the first tenth of the steps."""
+    reward_last: float
+    """Mean of the last tenth of the steps."""
+    seconds: float
+    """In steps, compiling included."""
+    skipped_updates: int
+    dropped: dict[str, int]
+    """Samples that could not be asked, by reason."""
+
+
+def grpo(
+    cfg: config.Config,
+    *,
+    params: Params,
+    samples: Sequence[Sample],
+    tokenizer: Tokenizer,
+    on_step: OnStep | None = None,
+    reward: RewardFn = score,
+) -> GrpoResult:
+    """Align `params` in `cfg.train.output` with `grpo.steps` rollouts, or what a stopped run has left of them.
+
+    The reference of the KL penalty is `params` as given, also on resume. Raises Interrupted after Ctrl-C or SIGTERM,
+    with the state saved; UserError where the folder holds another run, nothing can be asked, a completion fits no row,
+    or updates stay non-finite.
+    """
+    if not cfg.train.output:
+        raise config.ConfigError("train.output is empty: name the run's folder")
+    mesh = make_mesh(cfg.mesh)
+    local_rows(cfg.train.global_batch // cfg.train.micro_batches, mesh)
+    found = questions(samples, tokenizer, cfg)
+    folder = Path(cfg.train.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, cfg.train.keep_checkpoints)
+    try:
+        with jax.set_mesh(mesh):
+            params = _place(params, cfg.model)
+            plan = _plan(cfg, params, tokenizer, found, reward)
+            return _run(plan, found, params, samples, checkpoints, on_step)
+    finally:
+        checkpoints.close()
+
+
+def _place(params: Params, model: config.Model) -> Params:
+    mesh = jax.sharding.get_mesh()
+    return jax.tree.map(
+        lambda leaf, like: jax.device_put(leaf, jax.sharding.NamedSharding(mesh, like.sharding.spec)),
+        params,
+        abstract_params(model),
+    )
+
+
+def _plan(cfg: config.Config, params: Params, tokenizer: Tokenizer, found: Questions, reward: RewardFn) -> Plan:
+    layout, compute = plan_layout(found, cfg), Compute.of(cfg.train)
+    reference = None
+    if cfg.grpo.kl_coefficient > 0:
+        learnt, frozen = split_params(params, cfg.train.train)
+        # In the very dtypes of the state, so that the first divergence is exactly 0.
+        reference = jax.tree.map(lambda x: x.astype(jnp.float32), learnt)
+        reference |= jax.tree.map(lambda x: x.astype(cfg.train.compute_dtype), frozen)
+    return Plan(
+        cfg=cfg,
+        tokenizer=tokenizer,
+        reward=reward,
+        layout=layout,
+        longest_prompt=found.longest,
+        update=make_train_step(grpo_loss(cfg.model, compute, cfg.grpo), make_optimizer(cfg.optimizer), layout.pieces),
+        logprobs=make_scorer(cfg.model, compute, cfg.grpo.temperature, layout.pieces),
+        reference=reference,
+    )
+
+
+def _run(
+    plan: Plan,
+    found: Questions,
+    params: Params,
+    samples: Sequence[Sample],
+    checkpoints: Checkpoints,
+    on_step: OnStep | None,
+) -> GrpoResult:
+    cfg, folder, main = plan.cfg, Path(plan.cfg.train.output), jax.process_index() == 0
+    start = checkpoints.latest_step() or 0
+    metadata = _metadata(cfg, found, plan.tokenizer)
+    state = init_state(params, cfg, make_optimizer(cfg.optimizer))
+    if start:
+        _check_same_run(folder, checkpoints.metadata(start)["grpo"], metadata["grpo"])
+        state = checkpoints.restore(abstract_like(state), start)
+    elif main:
+        (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(cfg), sort_keys=False), encoding="utf-8")
+    _announce(plan, found, start)
+    metrics_log = MetricsLog(folder, start, cfg.train.log_every, active=main)
+    try:
+        state = _steps(plan, state, start, found, samples, checkpoints, metadata, metrics_log, on_step)
+    finally:
+        metrics_log.close()
+    checkpoints.wait()
+    result = _result(state, metrics_log.rows, found)
+    if main:
+        summary = {name: value for name, value in vars(result).items() if name not in ("params", "history")}
+        part = folder / (RESULT + ".part")
+        part.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        part.replace(folder / RESULT)
+    return result
+
+
+def _steps(
+    plan: Plan,
+    state: TrainState,
+    start: int,
+    found: Questions,
+    samples: Sequence[Sample],
+    checkpoints: Checkpoints,
+    metadata: Metadata,
+    metrics_log: MetricsLog,
+    on_step: OnStep | None,
+) -> TrainState:
+    """The loop proper: from step `start` (from 0) to the last, saving as it goes."""
+    cfg, total = plan.cfg, plan.cfg.grpo.steps
+    with _open_replies(Path(cfg.train.output), start) as replies_file, stop_requests() as asked_to_stop:
+        for step in range(start, total):
+            begin = time.perf_counter()
+            places = prompt_order(len(found.numbers), cfg.grpo.prompts, cfg.train.seed, step)
+            asked = [samples[int(number)] for number in found.numbers[places]]
+            state, metrics, replies = grpo_step(plan, state, step, asked)
+            done = step + 1
+            row = {"step": done, **metrics, "seconds": time.perf_counter() - begin}
+            metrics_log.write(row)
+            _write_replies(replies_file, done, replies[: cfg.grpo.group_size])
+            _check_skips(cfg, metrics_log.rows, asked)
+            if done % cfg.train.log_every == 0 or done == total:
+                log.info("step %d/%d  reward %.4f  accuracy %.4f", done, total, row["reward"], row["accuracy"])
+            if on_step is not None:
+                on_step(done, total, row)
+            stop = asked_to_stop(done)
+            if stop or done == total or done % cfg.train.checkpoint_every == 0:
+                checkpoints.save(done, state, metadata)
+            if stop and done < total:
+                checkpoints.wait()
+                raise Interrupted(
+                    f"{cfg.train.stage} stopped after step {done} of {total} and saved in {cfg.train.output}: "
+                    "the same command continues from there"
+                )
+    return state
+
+
+def _metadata(cfg: config.Config, found: Questions, tokenizer: Tokenizer) -> Metadata:
+    """What a checkpoint carries: as in a training run, and under `grpo` all that a resumed run must share."""
+    values = config.to_dict(cfg)
+    bound = {f"{part}.{key}": value for part in ("model", "optimizer", "grpo") for key, value in values[part].items()}
+    bound |= {f"{part}.{key}": values[part][key] for part, keys in _BOUND.items() for key in keys}
+    bound |= {"the questions": found.fingerprint, "the tokenizer": tokenizer.fingerprint}
+    history = [{"stage": cfg.train.stage, "fingerprint": found.fingerprint}]
+    return {"config": values, "fingerprint": found.fingerprint, "history": history, "grpo": bound}
+
+
+def _check_same_run(folder: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    changed = [f"{key} was {saved.get(key)!r}, is {ours[key]!r}" for key in ours if saved.get(key) != ours[key]]
+    if changed:
+        raise UserError(f"cannot resume {folder}: {'; '.join(changed)}; restore that or name another train.output")
+
+
+def _announce(plan: Plan, found: Questions, start: int) -> None:
+    settings, layout = plan.cfg.grpo, plan.layout
+    log.info("%s: %d steps%s", plan.cfg.train.stage, settings.steps, f", continued after step {start}" if start else "")
+    log.info("questions: %d, longest prompt %d tokens; left out: %s", len(found.numbers), found.longest, found.dropped)
+    log.info(
+        "update: %d completions in at most %d rows of %d tokens and %d images, %d rows at once",
+        settings.update_prompts * settings.group_size,
+        layout.rows,
+        layout.context,
+        layout.images,
+        layout.piece,
+    )
+
+
+def _check_skips(cfg: config.Config, rows: list[Row], asked: Sequence[Sample]) -> None:
+    """A policy that has turned to NaN samples "!!!!" for ever: end the run instead."""
+    in_a_row = 0
+    for row in reversed(rows):
+        in_a_row += row["skipped"]
+        if row["skipped"] < cfg.grpo.prompts // cfg.grpo.update_prompts:
+            break
+    if 0 < cfg.train.max_skipped_updates <= in_a_row:
+        ids = ", ".join(sorted({sample.id for sample in asked})[:8])
+        raise UserError(
+            f"{in_a_row} updates in a row had a non-finite loss or gradient, the last at step {rows[-1]['step']} with "
+            f"samples {ids}, …: lower optimizer.learning_rate; the last checkpoint is sound"
+        )
+
+
+def _open_replies(folder: Path, start: int) -> TextIO:
+    """replies.jsonl, for appending, without what follows step `start`: those steps run again."""
+    file = folder / REPLIES
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] <= start]
+    if jax.process_index() == 0:
+        file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    return file.open("a", encoding="utf-8", buffering=1)
+
+
+def _write_replies(file: TextIO, step: int, replies: Sequence[Reply]) -> None:
+    if jax.process_index() != 0:
+        return
+    for reply in replies:
+        values = {"step": step, "sample": reply.sample, "reply": reply.text, "finish": reply.finish}
+        file.write(json.dumps(values | {"reward": reply.reward._asdict()}, ensure_ascii=False) + "\n")
+
+
+def _result(state: TrainState, rows: list[Row], found: Questions) -> GrpoResult:
+    edge = max(1, round(0.1 * len(rows)))
+    return GrpoResult(
+        params=state.params,
+        history=rows,
+        steps=len(rows),
+        tokens=sum(row["tokens"] for row in rows),
+        reward_first=float(np.mean([row["reward"] for row in rows[:edge]])),
+        reward_last=float(np.mean([row["reward"] for row in rows[-edge:]])),
+        seconds=sum(row["seconds"] for row in rows),
+        skipped_updates=sum(row["skipped"] for row in rows),
+        dropped=found.dropped,
+    )

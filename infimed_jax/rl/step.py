@@ -1,0 +1,161 @@
+"""One step of synchronous GRPO, read top to bottom: rollout, score, update, on plain arrays."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from infimed_jax import config
+from infimed_jax.data.chat import Tokenizer
+from infimed_jax.data.sample import Sample
+from infimed_jax.models.compute import Compute
+from infimed_jax.rl.advantages import group_advantages, without_variance
+from infimed_jax.rl.loss import Scorer, on_policy
+from infimed_jax.rl.rewards import Reward
+from infimed_jax.rl.rollout import Layout, render_prompts, training_rows
+from infimed_jax.sampling.generate import Completion, generate
+from infimed_jax.sampling.weights import sampler_weights
+from infimed_jax.sharding import local_rows, place_batch
+from infimed_jax.train.optimizer import learning_rate
+from infimed_jax.train.state import Params, TrainState
+from infimed_jax.train.step import TrainStep
+from infimed_jax.train.telemetry import Row, batch_counts
+
+RewardFn = Callable[[str, bool, Sample, config.Grpo], Reward]
+"""`(reply, finished, sample, settings) -> Reward`; `rewards.score` is the one that runs use."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays the same through a run."""
+
+    cfg: config.Config
+    tokenizer: Tokenizer
+    reward: RewardFn
+    layout: Layout
+    longest_prompt: int
+    """Tokens; with it the sampler's cache has one shape."""
+    update: TrainStep
+    logprobs: Scorer
+    reference: Params | None
+    """The frozen policy that the penalty holds on to; None where `kl_coefficient` is 0."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A completion as a person reads it."""
+
+    sample: str
+    text: str
+    reward: Reward
+    finish: str
+
+
+def grpo_step(plan: Plan, state: TrainState, step: int, asked: Sequence[Sample]) -> tuple[TrainState, Row, list[Reply]]:
+    """One rollout of `asked` (`grpo.prompts` samples) and its updates; `state` is donated."""
+    cfg, settings, tokenizer, mesh = plan.cfg, plan.cfg.grpo, plan.tokenizer, jax.sharding.get_mesh()
+    clock = [time.perf_counter()]
+
+    # Rollout. A group is `group_size` times the same object, side by side: its prompt is prefilled once.
+    prompts = [p for p in render_prompts(asked, tokenizer, cfg) for _ in range(settings.group_size)]
+    weights = sampler_weights(state.params, cfg.model, cfg.train.compute_dtype)
+    completions = generate(
+        weights,
+        cfg.model,
+        prompts,
+        rollout_sampling(cfg),
+        stop_tokens=tokenizer.stop_tokens,
+        banned_tokens=(*tokenizer.banned_tokens, *range(len(tokenizer), cfg.model.text.vocab_size)),
+        key=jax.random.fold_in(jax.random.key(cfg.train.seed), step),
+        compute=Compute.of(cfg.train),
+        max_prompt=plan.longest_prompt,
+    )
+    del weights  # with the caches, which died with `generate`: the update gets the memory
+    clock.append(time.perf_counter())
+
+    # Score.
+    replies = []
+    for number, completion in enumerate(completions):
+        sample, text = asked[number // settings.group_size], tokenizer.decode(completion.text_tokens)
+        earned = plan.reward(text, completion.finish == "stop", sample, settings)
+        replies.append(Reply(sample.id, text, earned, completion.finish))
+    totals = np.array([reply.reward.total for reply in replies]).reshape(-1, settings.group_size)
+    advantages = group_advantages(totals, settings.normalize_std).ravel()
+    local = local_rows(plan.layout.rows, mesh)
+    batches, gaps = [], []
+    for part in np.split(np.arange(len(prompts)), settings.prompts // settings.update_prompts):
+        rows = training_rows(
+            [prompts[i] for i in part], [completions[i] for i in part], advantages[part], plan.layout, cfg.model
+        )
+        batch = place_batch(jax.tree.map(lambda x: x[local], rows), mesh)
+        if not on_policy(settings):  # else the update itself computes them
+            old = plan.logprobs(state.params, batch.batch)
+            if settings.temperature == 1.0:  # at which the sampler reports its own
+                gaps.append(jnp.abs(old - batch.old_logprobs))
+            batch = replace(batch, old_logprobs=old)
+        if plan.reference is not None:
+            batch = replace(batch, reference_logprobs=plan.logprobs(plan.reference, batch.batch))
+        batches.append(jax.block_until_ready(batch))
+    clock.append(time.perf_counter())
+
+    # Update.
+    total = settings.steps * len(batches)
+    updates = []
+    for number, batch in enumerate(batches):
+        rate = learning_rate(cfg.optimizer, step * len(batches) + number, total)
+        state, sums = plan.update(state, batch, rate)
+        updates.append(jax.device_get(sums) | {"learning_rate": rate})
+    clock.append(time.perf_counter())
+    counts = [jax.device_get(batch_counts(batch.batch, cfg.model.projector.visual_tokens)) for batch in batches]
+    metrics = rollout_metrics(replies, completions, totals) | update_metrics(updates, gaps)
+    metrics |= {name: int(sum(count[name] for count in counts)) for name in counts[0]}
+    seconds = dict(zip(("rollout_seconds", "score_seconds", "update_seconds"), np.diff(clock).tolist(), strict=True))
+    return state, metrics | seconds, replies
+
+
+def rollout_sampling(cfg: config.Config) -> config.Sampling:
+    """The rollout's decoding: the policy itself at `grpo.temperature`, on the slots of `sampling`."""
+    return replace(
+        cfg.sampling,
+        temperature=cfg.grpo.temperature,
+        top_p=cfg.grpo.top_p,
+        top_k=0,
+        repetition_penalty=1.0,
+        max_tokens=cfg.grpo.max_response,
+    )
+
+
+def rollout_metrics(replies: Sequence[Reply], completions: Sequence[Completion], totals: np.ndarray) -> Row:
+    """Means over the completions; `no_variance` is the share of groups that taught nothing."""
+    lengths = [len(c.tokens) for c in completions]
+    return {
+        "reward": float(totals.mean()),
+        "accuracy": float(np.mean([reply.reward.accuracy for reply in replies])),
+        "format": float(np.mean([reply.reward.format for reply in replies])),
+        "no_variance": float(without_variance(totals).mean()),
+        "response_tokens": float(np.mean(lengths)),
+        "response_tokens_max": float(max(lengths)),
+        "truncated": float(np.mean([c.finish == "length" for c in completions])),
+    }
+
+
+def update_metrics(updates: Sequence[dict[str, Any]], gaps: Sequence[jax.Array]) -> Row:
+    """Means over a rollout's tokens, or its updates; a skipped update counts as `skipped` and for nothing else."""
+    good = [u for u in updates if not u["non_finite"]]
+    weights = np.array([u["weight"] for u in good], np.float64)
+    metrics = {"skipped": len(updates) - len(good), "learning_rate": float(updates[0]["learning_rate"])}
+    if good:
+        metrics["grad_norm"] = float(np.mean([u["grad_norm"] for u in good]))
+        of_tokens = good[0].keys() - {"weight", "non_finite", "learning_rate", "grad_norm"}
+        metrics |= {name: float(np.average([u[name] for u in good], weights=weights)) for name in sorted(of_tokens)}
+    if gaps:
+        tokens = sum(float(u["weight"]) for u in updates)
+        metrics["logprob_gap"] = sum(float(jnp.sum(gap)) for gap in gaps) / tokens
+        metrics["logprob_gap_max"] = max(float(jnp.max(gap)) for gap in gaps)
+    return metrics

@@ -1,0 +1,130 @@
+"""The run: it learns what is rewarded, learns nothing from a constant, and goes on exactly where it stopped."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from infimed_jax.config import ConfigError
+from infimed_jax.errors import Interrupted, UserError
+from infimed_jax.rl.grpo import grpo
+from infimed_jax.rl.rewards import Reward
+from infimed_jax.train.checkpoint import load_params
+
+
+def configure(tiny, folder, *, train=None, optimizer=None, **settings):
+    cfg = tiny.cfg
+    return replace(
+        cfg,
+        train=replace(cfg.train, output=str(folder), **(train or {})),
+        optimizer=replace(cfg.optimizer, **(optimizer or {})),
+        grpo=replace(cfg.grpo, **settings),
+    )
+
+
+def align(tiny, cfg, **kwargs):
+    return grpo(cfg, params=tiny.params, samples=tiny.samples, tokenizer=tiny.tokenizer, **kwargs)
+
+
+def says_bright(reply, finished, sample, settings):
+    """A bandit: 1 for any letter `b` in the reply."""
+    right = float("b" in reply)
+    return Reward(right, right, 0.0)
+
+
+def leaves_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+# Two settings, so that all tests here share two compiled updates.
+ON_POLICY = {"kl_coefficient": 0.0}
+OFF_POLICY = {"update_prompts": 2, "kl_coefficient": 0.05, "clip_low": 0.05, "clip_high": 0.05}
+
+
+def test_it_learns_what_is_rewarded(tiny, tmp_path):
+    cfg = configure(tiny, tmp_path, steps=15, train={"checkpoint_every": 100}, **ON_POLICY)
+    seen = []
+    result = align(tiny, cfg, reward=says_bright, on_step=lambda step, total, row: seen.append((step, total)))
+    rewards = [row["reward"] for row in result.history]
+    assert rewards[0] < 0.3 and np.mean(rewards[-2:]) > 0.9
+    assert result.reward_first == np.mean(rewards[:2]) and result.reward_last == np.mean(rewards[-2:])
+    assert seen == [(i + 1, 15) for i in range(15)]
+    for row in result.history:
+        assert row["logprob_gap"] < 1e-4  # the sampler's log-probabilities are the trainer's, in float32
+        assert row["ratio"] == 1 and row["clip_fraction"] == 0 and row["skipped"] == 0 and "kl" not in row
+        assert 1 <= row["response_tokens"] <= 6 and row["loss_tokens"] == row["response_tokens"] * 32
+        assert row["seconds"] > 0 and row["tokens"] > row["loss_tokens"]
+    assert result.history[-1]["entropy"] < result.history[0]["entropy"]  # the policy settles
+    stored, metadata = load_params(tmp_path)
+    leaves_equal(stored, result.params)
+    assert metadata["config"]["grpo"]["steps"] == 15
+    lines = [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines()]
+    assert len(lines) == 15 * 8 and {line["reward"]["total"] for line in lines} == {0.0, 1.0}
+    assert json.loads((tmp_path / "result.json").read_text())["steps"] == 15
+
+
+def test_a_constant_reward_moves_nothing(tiny, tmp_path):
+    """No group has variance: loss and gradient are exactly 0, and so is the update."""
+    result = align(tiny, configure(tiny, tmp_path, steps=3, reward="constant", **ON_POLICY))
+    for row in result.history:
+        assert row["reward"] == 1 and row["no_variance"] == 1 and row["loss"] == 0 and row["grad_norm"] == 0
+        assert row["skipped"] == 0 and row["accuracy"] == 0
+    leaves_equal(result.params, tiny.params)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_a_reward_that_is_not_finite_ends_the_run(tiny, tmp_path):
+    """Every loss is infinite: updates are skipped, then the run stops and says with what samples."""
+
+    def broken(reply, finished, sample, settings):
+        return Reward(np.inf if len(reply) % 2 else 0.0, 0.0, 0.0)
+
+    cfg = configure(tiny, tmp_path, steps=9, train={"max_skipped_updates": 2, "checkpoint_every": 1}, **ON_POLICY)
+    with pytest.raises(UserError, match=r"2 updates in a row .* step 2 with samples tiny/train/"):
+        align(tiny, cfg, reward=broken)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped"] for row in rows] == [1, 1]
+    stored, _ = load_params(tmp_path)
+    leaves_equal(stored, tiny.params)
+
+
+def test_a_stopped_run_goes_on_exactly(tiny, tmp_path):
+    """With several updates a rollout, clipping and a reference: everything that a state could forget."""
+    cfg = configure(tiny, tmp_path / "whole", steps=4, **OFF_POLICY)
+    whole = align(tiny, cfg, reward=says_bright)
+    for row in whole.history:
+        assert row["logprob_gap"] < row["logprob_gap_max"] < 1e-4
+        assert row["ratio"] != 1 and row["kl"] > 0
+    assert 0 < max(row["clip_fraction"] for row in whole.history) < 1
+
+    def stop(step, total, row):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    cfg = configure(tiny, tmp_path / "parts", steps=4, train={"checkpoint_every": 100}, **OFF_POLICY)
+    with pytest.raises(Interrupted, match="after step 2 of 4"):
+        align(tiny, cfg, reward=says_bright, on_step=stop)
+    parts = align(tiny, cfg, reward=says_bright)
+    leaves_equal(parts.params, whole.params)
+    assert timeless(parts.history) == timeless(whole.history)
+    assert (tmp_path / "parts/replies.jsonl").read_text() == (tmp_path / "whole/replies.jsonl").read_text()
+
+    again = align(tiny, cfg, reward=says_bright, on_step=lambda *_: pytest.fail("a finished run stepped"))
+    assert again.history == parts.history
+    with pytest.raises(UserError, match=r"grpo.clip_high was 0.05, is 0.4"):
+        align(tiny, replace(cfg, grpo=replace(cfg.grpo, clip_high=0.4)), reward=says_bright)
+    with pytest.raises(UserError, match="the questions was"):
+        grpo(cfg, params=tiny.params, samples=tiny.samples[:-1], tokenizer=tiny.tokenizer)
+
+
+def timeless(history):
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in history]
+
+
+def test_a_run_needs_a_folder(tiny):
+    with pytest.raises(ConfigError, match=r"train.output"):
+        align(tiny, tiny.cfg)
