@@ -20,7 +20,7 @@ from infimed_jax import config
 from infimed_jax.models import infimed
 from infimed_jax.models.compute import Compute
 from infimed_jax.ops.attention import Mask, attention
-from infimed_jax.sampling.cache import ROWS, Cache, attend_and_append, empty_cache, insert
+from infimed_jax.sampling.cache import ROWS, Cache, append_and_attend, empty_cache, insert
 from infimed_jax.sampling.sampler import next_token
 from infimed_jax.sharding import BATCH
 
@@ -243,7 +243,7 @@ def decode_logits(
     x = infimed.embed(weights, slots.token[:, None], no_image, nothing, model, compute)
     cache = []
     for layer, old in zip(weights["text"]["layers"], slots.cache, strict=True):
-        attend = functools.partial(attend_and_append, old, slots.length)
+        attend = functools.partial(append_and_attend, old, slots.length)
         x, new = infimed.text_block(layer, x, slots.length[:, None], attend, model, compute)
         cache.append(new)
     return infimed.logits(weights, infimed.final_norm(weights, x[:, 0], model), model, compute), tuple(cache)

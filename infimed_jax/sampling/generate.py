@@ -173,6 +173,9 @@ def _admit(engine: _Engine, slots: decode.Slots, queue: deque[int], running: dic
         token[slot], length[slot] = prompt.tokens[-1], len(prompt) - 1
         if seen is not None:
             seen[slot, prompt.tokens] = True
+    # A second, shorter program for the few distinct prompts that a group's slots make room for.
+    short = max(engine.shards, height // 4)
+    height = short if len(rows) <= short else height
     admission = decode.Admission(source, token, length, request, seen)
     return _prefill(engine, slots, [prompt for _, prompt in rows.values()], admission, context, height)
 

@@ -66,7 +66,7 @@ def burst_text(mesh: jax.sharding.Mesh) -> str:
         assert not any("fsdp" in str(x.sharding.spec) for x in jax.tree.leaves(weights))
         slots = decode.empty_slots(8, 64, MODEL.text, "float32", False)
         keys = slots.cache[0][0]
-        assert keys.sharding.shard_shape(keys.shape) == (2, 64, 1, 8)
+        assert keys.sharding.shard_shape(keys.shape) == (2, 1, 64, 8)
         stops, banned = np.array(STOPS, np.int32), np.zeros(64, bool)
         lowered = decode.burst.lower(
             weights, slots, banned, stops, jax.random.key(0), np.int32(0), MODEL, COMPUTE,
@@ -91,6 +91,7 @@ def main() -> None:
     assert {reply.finish for reply in sharded} == {"stop", "length"}
 
     text = burst_text(eight)
+    assert not re.search(r"f32\[2,1,64,8\]\S* copy\(", text), "the cache is copied, not written in place"
     moved = re.findall(r"= f32\[([\d,]*)\]\S* (all-gather|all-to-all|collective-permute)\(", text)
     # Gathered are a step's logits over the vocabulary's shards, and a burst's log-probabilities; no weight, no cache.
     sizes = {int(np.prod([int(n) for n in shape.split(",") if n])) for shape, _ in moved}
