@@ -40,6 +40,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.timeout(600)
 def test_eight_devices_continue_what_one_began_with_equal_losses(stage, tmp_path: Path):
     whole = stage(steps=4, global_batch=8, micro_batches=2, output=str(tmp_path / "whole"))
     expected = train(whole)

@@ -111,6 +111,7 @@ def _child(cfg: Config, number: signal.Signals, at: int, cache: Path) -> subproc
     )
 
 
+@pytest.mark.timeout(600)
 def test_a_killed_and_a_stopped_run_continue_bit_for_bit_in_new_processes(stage, tmp_path: Path):
     """Three steps an epoch, a checkpoint every three: the kill resumes at an epoch's edge, the stop within one."""
     whole = stage(steps=8, count=6, output=str(tmp_path / "whole"))

@@ -1,0 +1,100 @@
+"""Two processes over loopback train as one does: the same losses, one set of files, stops that both agree on."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from infimed_jax import config
+from infimed_jax.config import Config
+from infimed_jax.train.checkpoint import load_params
+from infimed_jax.train.loop import train
+from infimed_jax.train.telemetry import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+_CHILD = """
+import json, os, signal, sys, time
+import jax
+cfg, number, port, stop_at = json.loads(sys.argv[1]), *map(int, sys.argv[2:])
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
+from infimed_jax import config
+from infimed_jax.errors import Interrupted
+from infimed_jax.train.loop import train
+
+def on_step(step, total, row):
+    if stop_at:
+        time.sleep(0.3)  # the notice takes its time to reach the other process; steps of this model take none
+    if step == stop_at and number == 1:  # one process alone is told
+        os.kill(os.getpid(), signal.SIGTERM)
+
+try:
+    train(config.from_dict(config.Config, cfg), on_step=on_step)
+except Interrupted as stop:
+    print(stop)
+    sys.exit(75)
+"""
+
+
+def _two_processes(cfg: Config, cache: Path, stop_at: int = 0) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", _CHILD, json.dumps(config.to_dict(cfg)), str(number), str(port), str(stop_at)],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        outputs = [child.communicate(timeout=280) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    return [(child.returncode, *output) for child, output in zip(children, outputs, strict=True)]
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_train_stop_and_resume_as_one_does(stage, tmp_path: Path):
+    alone = stage(steps=12, global_batch=4, checkpoint_every=50, output=str(tmp_path / "alone"))
+    together = dataclasses.replace(alone, train=dataclasses.replace(alone.train, output=str(tmp_path / "together")))
+    expected = train(alone)
+    stopped = _two_processes(together, tmp_path / "cache", stop_at=1)
+    assert [code for code, _, _ in stopped] == [75, 75], stopped[0][2][-2000:] + stopped[1][2][-2000:]
+    lines = {output.splitlines()[-1] for _, output, _ in stopped}
+    assert len(lines) == 1 and "the same command continues" in lines.pop(), "both stop after the same step"
+    assert len(read_metrics(together.train.output)) < 12
+    finished = _two_processes(together, tmp_path / "cache")
+    assert [code for code, _, _ in finished] == [0, 0], finished[0][2][-2000:] + finished[1][2][-2000:]
+    losses = [[(row["loss"], row["grad_norm"]) for row in read_metrics(cfg.train.output)] for cfg in (alone, together)]
+    # Float32 sums over four devices run in another order.
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    counts = [[(row["tokens"], row["images"]) for row in read_metrics(cfg.train.output)] for cfg in (alone, together)]
+    assert counts[0] == counts[1]
+    params, _ = load_params(together.train.output)
+    np.testing.assert_allclose(params["text"]["embed_tokens"], expected.params["text"]["embed_tokens"], atol=5e-4)
+
+
+def test_a_sigterm_reaches_a_lone_process_too():
+    """The handlers of `stop_requests` need the main thread; this is it."""
+    from infimed_jax.train.stopping import stop_requests
+
+    with stop_requests() as asked:
+        assert not asked(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked(2)
