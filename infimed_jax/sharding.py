@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -87,7 +88,7 @@ def spec_of(x: jax.Array) -> tuple[Any, ...]:
 
 def reshape_rows(x: jax.Array, *shape: int) -> jax.Array:
     """Reshape where only axis 0 is split, and stays so; explicit meshes want the result's sharding named."""
-    return x.reshape(shape, out_sharding=PartitionSpec(spec_of(x)[0]))
+    return jnp.reshape(x, shape, out_sharding=PartitionSpec(spec_of(x)[0]))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -62,7 +62,8 @@ def abstract_params(model: config.Model) -> Params:
 
 def param_count(model: config.Model) -> dict[str, int]:
     """Parameters of each part and in `total`; needs no mesh and no memory."""
-    with jax.sharding.use_abstract_mesh(sharding.abstract_mesh()):
+    current = jax.sharding.get_abstract_mesh()
+    with jax.sharding.use_abstract_mesh(sharding.abstract_mesh() if current.empty else current):
         tree = abstract_params(model)
     counts = {part: sum(math.prod(x.shape) for x in jax.tree.leaves(tree[part])) for part in tree}
     return counts | {"total": sum(counts.values())}

@@ -45,7 +45,7 @@ def weight(
 
 
 class Linear(nn.Module):
-    """Contract the last axes of x with the first axes of the kernel; attention keeps its heads as an axis of their own."""
+    """Contract the last axes of x with the first of the kernel; attention keeps its heads as an axis of their own."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -56,7 +56,7 @@ class Linear(nn.Module):
     init: Initializer = normal_002
 
     @nn.compact
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def __call__(self, x: Array) -> Array:
         contracted = len(self.inputs)
         kernel = weight(self, "kernel", self.inputs + self.outputs, self.axes, self.init, self.dtype)
         lead = x.ndim - contracted

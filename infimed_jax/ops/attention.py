@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import jax
 from jaxtyping import Array, Float, Int
 
+from infimed_jax.ops.attention_rows import rows_attention
 from infimed_jax.ops.attention_splash import splash_attention
 from infimed_jax.ops.attention_xla import xla_attention
 
@@ -41,7 +42,8 @@ class Mask:
             raise ValueError("Mask: positions restrict nothing unless causal")
 
 
-_BACKENDS = {"xla": xla_attention, "splash": splash_attention}
+_BACKENDS = {"xla": xla_attention, "rows": rows_attention, "splash": splash_attention}
+_BY_PLATFORM = {"tpu": "splash", "cpu": "rows"}
 
 
 def attention(
@@ -54,8 +56,8 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """Softmax attention, scaled by 1/sqrt(H), N/K queries to a key head; a query that sees nothing returns zeros.
 
-    `implementation` is "xla", "splash" (TPU), or None: splash on TPU, else XLA; the choice is logged once.
-    Raises ValueError for an unknown name and for what the backend cannot do.
+    `implementation` is "xla", "rows" (CPU), "splash" (TPU), or None for the platform's own, XLA elsewhere; the choice
+    is logged once. Raises ValueError for an unknown name and for what the backend cannot do.
     """
     name = implementation or _platform_choice(jax.default_backend())
     if name not in _BACKENDS:
@@ -65,6 +67,6 @@ def attention(
 
 @functools.cache
 def _platform_choice(platform: str) -> str:
-    name = "splash" if platform == "tpu" else "xla"
+    name = _BY_PLATFORM.get(platform, "xla")
     log.info("attention: %s on %s", name, platform)
     return name

@@ -31,7 +31,7 @@ def xla_attention(
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
     else:
-        # Masked by a finite number and once more after exp: rows that see nothing sum to 0, and no NaN reaches a gradient.
+        # A finite number, and zeros after exp: rows that see nothing sum to 0, and no NaN reaches a gradient.
         scores = jnp.where(visible, scores, -1e30)
         weights = jnp.where(visible, jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))), 0.0)
         total = weights.sum(-1, keepdims=True)
