@@ -1,5 +1,6 @@
 """Checkpoints: round trips, damage, mismatches, a full disk, and a kill in the middle of a save."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -80,12 +81,12 @@ def test_round_trip_in_the_abstract_states_shardings(tmp_path: Path, _mesh):
 def test_only_the_latest_are_kept(tmp_path: Path):
     _saved(tmp_path, steps=(1, 2, 5), keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5"]
-    assert Checkpoints(tmp_path).latest_step() == 5
+    assert find_checkpoint(tmp_path).name == "5"
 
 
 def test_saving_a_step_again_leaves_it_as_it_is(tmp_path: Path):
     _saved(tmp_path, steps=(3, 3))
-    assert Checkpoints(tmp_path).latest_step() == 3
+    assert find_checkpoint(tmp_path).name == "3"
 
 
 def test_a_state_donated_right_after_the_save_is_written_as_it_was(tmp_path: Path):
@@ -184,7 +185,8 @@ def test_a_flipped_bit_raises_or_lies_where_nothing_is_read(tmp_path: Path):
         for place in range(0, len(content), 199):
             path.write_bytes(content[:place] + bytes([content[place] ^ 0x10]) + content[place + 1 :])
             try:
-                _equal(Checkpoints(tmp_path).restore(abstract_like(state), 1), state)
+                with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+                    _equal(checkpoints.restore(abstract_like(state), 1), state)
             except UserError as error:
                 assert "damaged" in str(error) or "cannot be read" in str(error)
                 raised += 1
@@ -204,8 +206,11 @@ def test_the_checksum_is_what_catches_a_changed_value(tmp_path: Path, monkeypatc
         return loaded | {"trainable.head.bias": jnp.asarray(bits.view(np.float32))}
 
     monkeypatch.setattr(checkpoint.ocp, "load", flip)
-    with pytest.raises(UserError, match=r"damaged at trainable\.head\.bias"):
-        Checkpoints(tmp_path).restore(abstract_like(state), 1)
+    with (
+        contextlib.closing(Checkpoints(tmp_path)) as checkpoints,
+        pytest.raises(UserError, match=r"damaged at trainable\.head\.bias"),
+    ):
+        checkpoints.restore(abstract_like(state), 1)
     with pytest.raises(UserError, match=r"damaged at trainable\.head\.bias"):
         load_params(tmp_path)
 
