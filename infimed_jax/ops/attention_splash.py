@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from infimed_jax.sharding import spec_of
 
@@ -44,38 +46,42 @@ def splash_attention(
         raise ValueError(
             f"splash attention tiles by {_LANES}: rows of {tokens} tokens with heads of {width} need attention='xla'"
         )
-    block = next(size for size in _BLOCKS if tokens % size == 0)
-    shape = (tokens, tokens)
-    head_mask = splash_attention_mask.CausalMask(shape) if mask.causal else splash_attention_mask.FullMask(shape)
-    kernel = splash_attention_kernel.make_splash_mqa_single_device(
-        splash_attention_mask.MultiHeadMask([head_mask] * groups),
-        block_sizes=splash_attention_kernel.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
-        ),
-        interpret=interpret,
-    )
-
-    def row(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
-        """[T,K,G,H], [T,K,H], [T,K,H], [T] → [T,K,G,H]."""
-        ids = None if segments is None else splash_attention_kernel.SegmentIds(segments, segments)
-        out = jax.vmap(lambda q, k, v: kernel(q, k, v, ids))(
-            q.transpose(1, 2, 0, 3), k.transpose(1, 0, 2), v.transpose(1, 0, 2)
-        )
-        out = out.transpose(2, 0, 1, 3)
-        # The kernel lets padding see padding; here padding sees nothing.
-        return out if segments is None else jnp.where(segments[:, None, None, None] != 0, out, 0)
 
     def shard(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
-        grouped = (q * width**-0.5).reshape(*q.shape[:2], k.shape[2], -1, width)
-        return jax.vmap(row)(grouped, k, v, segments).reshape(q.shape)
+        # The kernel's tables are arrays, so they are made here, where no axis is explicit.
+        kernel = _kernel(tokens, groups, mask.causal, interpret)
+        grouped = (q * width**-0.5).reshape(*q.shape[:2], k.shape[2], groups, width)
+        return jax.vmap(functools.partial(_row, kernel))(grouped, k, v, segments).reshape(q.shape)
 
     placed = PartitionSpec(*spec_of(q))
     rows = None if mask.query_segments is None else PartitionSpec(placed[0])
     return jax.shard_map(shard, in_specs=(placed, placed, placed, rows), out_specs=placed, check_vma=False)(
         q, k, v, mask.query_segments
     )
+
+
+def _kernel(tokens: int, groups: int, causal: bool, interpret: bool) -> Callable[..., Array]:
+    """The multi-query kernel for the `groups` queries of one key head."""
+    block = next(size for size in _BLOCKS if tokens % size == 0)
+    blocks = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    shape = (tokens, tokens)
+    head = splash_attention_mask.CausalMask(shape) if causal else splash_attention_mask.FullMask(shape)
+    return splash_attention_kernel.make_splash_mqa_single_device(
+        splash_attention_mask.MultiHeadMask([head] * groups),
+        block_sizes=splash_attention_kernel.BlockSizes(**dict.fromkeys(blocks, block)),
+        interpret=interpret,
+    )
+
+
+def _row(
+    kernel: Callable[..., Array],
+    q: Float[Array, "T K G H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    segments: Int[Array, " T"] | None,
+) -> Float[Array, "T K G H"]:
+    ids = None if segments is None else splash_attention_kernel.SegmentIds(segments, segments)
+    heads = q.transpose(1, 2, 0, 3), k.swapaxes(0, 1), v.swapaxes(0, 1)
+    out = jax.vmap(lambda q, k, v: kernel(q, k, v, ids))(*heads).transpose(2, 0, 1, 3)
+    # The kernel lets padding see padding; here padding sees nothing.
+    return out if segments is None else jnp.where(segments[:, None, None, None] != 0, out, 0)

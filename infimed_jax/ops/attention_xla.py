@@ -19,25 +19,27 @@ def xla_attention(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Mask
 ) -> Float[Array, "B T N H"]:
     """Scores and softmax in float32, one [B, N, T, S] array at a time."""
-    _, _, heads, width = q.shape
-    groups = heads // k.shape[2]
-    batch, _, split, _ = spec_of(q)
-    q = (q * width**-0.5).reshape(
-        *q.shape[:2], k.shape[2], groups, width, out_sharding=PartitionSpec(batch, None, split)
-    )
+    batch, queries, heads, width = q.shape
+    keys, kv_heads = k.shape[1:3]
+    rows, _, split, _ = spec_of(q)
+    grouped = (batch, queries, kv_heads, heads // kv_heads, width)
+    q = jnp.reshape(q * width**-0.5, grouped, out_sharding=PartitionSpec(rows, None, split))
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
-    visible = dense_mask(mask, q.shape[1], k.shape[1])
+    weights = _masked_softmax(scores, dense_mask(mask, queries, keys)).astype(v.dtype)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
+    return jnp.reshape(out, (batch, queries, heads, width), out_sharding=PartitionSpec(rows, None, split))
+
+
+def _masked_softmax(
+    scores: Float[Array, "B K G T S"], visible: Bool[Array, "B 1 1 T S"] | None
+) -> Float[Array, "B K G T S"]:
     if visible is None:
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
-    else:
-        # A finite number, and zeros after exp: rows that see nothing sum to 0, and no NaN reaches a gradient.
-        scores = jnp.where(visible, scores, -1e30)
-        weights = jnp.where(visible, jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))), 0.0)
-        total = weights.sum(-1, keepdims=True)
-        weights = (weights / jnp.where(total == 0.0, 1.0, total)).astype(v.dtype)
-        out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
-    return out.reshape(*out.shape[:2], heads, width, out_sharding=PartitionSpec(batch, None, split))
+        return jax.nn.softmax(scores, axis=-1)
+    # A finite number, and zeros after exp: rows that see nothing sum to 0, and no NaN reaches a gradient.
+    scores = jnp.where(visible, scores, -1e30)
+    weights = jnp.where(visible, jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))), 0.0)
+    total = weights.sum(-1, keepdims=True)
+    return weights / jnp.where(total == 0.0, 1.0, total)
 
 
 def dense_mask(mask: Mask, queries: int, keys: int) -> Bool[Array, "B 1 1 T S"] | None:
