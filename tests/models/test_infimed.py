@@ -1,6 +1,7 @@
 """The whole model: what packing and padding may not change, and how many parameters it has."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from tests.models.reference import MODEL, qwen3_params, siglip_params, torch_qwe
 
 FLOAT32 = Compute("float32", "none", "xla", 8)
 P = MODEL.projector.visual_tokens
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "models"
 
 
 @pytest.fixture(scope="module")
@@ -153,24 +155,14 @@ def test_bfloat16_is_close_to_float32(params):
     np.testing.assert_allclose(actual, expected, rtol=0.02)  # 8 bits of mantissa through three layers
 
 
-QWEN3_1P7B = config.Text(hidden_size=2048, intermediate_size=6144, num_layers=28, num_heads=16)
-
-
 @pytest.mark.parametrize(
-    ("text", "text_count", "projector_count"),
-    [
-        (config.Text(), 4_022_468_096, 1152 * 2560 + 2560 + 2560 * 2560 + 2560),
-        (QWEN3_1P7B, 1_720_574_976, 1152 * 2048 + 2048 + 2048 * 2048 + 2048),
-    ],
+    ("name", "text", "width"), [("foundation_4b", 4_022_468_096, 2560), ("foundation_1p7b", 1_720_574_976, 2048)]
 )
-def test_parameter_counts_are_the_published_ones(text, text_count, projector_count):
-    counts = infimed.param_count(config.Model(text=text))
-    assert counts == {
-        "vision": 397_745_440,
-        "projector": projector_count,
-        "text": text_count,
-        "total": 397_745_440 + projector_count + text_count,
-    }
+def test_parameter_counts_are_the_published_ones(name, text, width):
+    model = config.load([CONFIGS / f"{name}.yaml"]).model
+    vision, projector = 397_745_440, 1152 * width + width + width * width + width
+    counts = {"vision": vision, "projector": projector, "text": text, "total": vision + projector + text}
+    assert infimed.param_count(model) == counts
 
 
 def test_initial_parameters_are_those_of_hugging_face():
