@@ -93,16 +93,19 @@ def embed(
     model: config.Model,
     compute: Compute,
 ) -> Float[Array, "B T D"]:
-    """Text embeddings, with the row's visual tokens laid over the places whose index is not negative."""
+    """Text embeddings, with the row's visual tokens laid over the places whose index is not negative.
+
+    A token or an index that does not exist becomes NaN, so that the loss shows it, instead of a neighbour's value.
+    """
     split = sharding.spec_of(tokens)[0]
     with jax.named_scope("embed"):
         table = jax.sharding.reshard(params["text"]["embed_tokens"].astype(compute.dtype), PartitionSpec())
-        text = table.at[tokens].get(mode="clip", out_sharding=PartitionSpec(split))
+        text = table.at[tokens].get(mode="fill", fill_value=jnp.nan, out_sharding=PartitionSpec(split))
     if visual.shape[1] == 0:
         return text
     with jax.named_scope("merge"):
         # Row by row, so that no device needs another's images: `.at[rows, index]` would compile to an all-gather.
-        take = jax.vmap(lambda row, i: row.at[i].get(mode="fill", fill_value=0, wrap_negative_indices=False))
+        take = jax.vmap(lambda row, i: row.at[i].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False))
         return jnp.where(visual_index[..., None] >= 0, take(visual, visual_index).astype(text.dtype), text)
 
 

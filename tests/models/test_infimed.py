@@ -146,6 +146,21 @@ def test_how_it_is_computed_changes_no_gradient(params, compute):
     close(forward_and_grad(params, batch, compute), forward_and_grad(params, batch, FLOAT32), atol=1e-4, rtol=1e-4)
 
 
+def test_a_token_or_image_place_that_does_not_exist_is_nan(params):
+    batch = stack_rows([row([segment(np.random.default_rng(7), 9)], 10, 0)])
+    visual = jnp.ones((1, 2 * P, MODEL.text.hidden_size))
+
+    def nan_places(tokens, index):
+        out = infimed.embed(params, jnp.asarray(tokens), jnp.asarray(index), visual, MODEL, FLOAT32)
+        return np.flatnonzero(np.isnan(out).all(-1)[0]).tolist()
+
+    tokens, index = batch.tokens.copy(), batch.visual_index.copy()
+    index[0, 3] = 2 * P - 1
+    assert nan_places(tokens, index) == []
+    tokens[0, 1], index[0, 5] = MODEL.text.vocab_size, 2 * P
+    assert nan_places(tokens, index) == [1, 5]
+
+
 def test_bfloat16_is_close_to_float32(params):
     rng = np.random.default_rng(6)
     batch = stack_rows([row([segment(rng, 9, image(rng)), segment(rng, 4)], 32, 2)] * 2)
