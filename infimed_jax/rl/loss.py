@@ -116,9 +116,10 @@ def make_scorer(model: config.Model, compute: Compute, temperature: float, piece
 def grpo_loss(model: config.Model, compute: Compute, grpo: config.Grpo) -> LossFn:
     """`loss_fn(params, batch: GrpoBatch) -> (sum of the loss, sums)` for `train.step.make_train_step`.
 
-    Sums over completion tokens: `weight` (the divisor), `entropy`, `ratio`, `clip_fraction`, `kl` against the
-    reference, and, on-policy, `logprob_gap`: the absolute difference to the sampler's, which it reports at temperature
-    1 only. A piece of a batch without any completion token is not computed, so padding at a batch's end costs nothing.
+    Sums over completion tokens: `weight` (the divisor) of all; of those computed `computed` (their number), `ratio`,
+    `clip_fraction`, `kl` against the reference, and, on-policy, `logprob_gap`: the absolute difference to the
+    sampler's, which it reports at temperature 1 only. A piece of a batch is not computed where its loss is known to be
+    0: all padding, or, without a reference, no advantage (groups without variance, which are often half).
     """
     return _grpo_loss(model, compute, _read_by_the_loss(grpo))
 
@@ -140,17 +141,17 @@ def _read_by_the_loss(grpo: config.Grpo) -> config.Grpo:
 def _grpo_loss(model: config.Model, compute: Compute, grpo: config.Grpo) -> LossFn:
     def sums(params: Any, batch: GrpoBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
         weights = batch.batch.loss_weights
-        new, entropy = completion_logprobs(params, batch.batch, model, compute, grpo.temperature)
+        new, _ = completion_logprobs(params, batch.batch, model, compute, grpo.temperature)
         old = jax.lax.stop_gradient(new) if on_policy(grpo) else batch.old_logprobs
         loss, ratio, clipped = policy_loss(new, old, batch.advantages, grpo)
-        parts = {"entropy": entropy, "ratio": ratio, "clip_fraction": clipped}
+        parts = {"computed": jnp.ones_like(weights), "ratio": ratio, "clip_fraction": clipped}
         if on_policy(grpo) and grpo.temperature == 1.0:
             parts["logprob_gap"] = jnp.abs(new - batch.old_logprobs)
         if grpo.kl_coefficient > 0:
             parts["kl"] = k3(new, batch.reference_logprobs)
             loss = loss + grpo.kl_coefficient * parts["kl"]
         aux = {name: jnp.sum(weights * jax.lax.stop_gradient(part)) for name, part in parts.items()}
-        return jnp.sum(weights * loss), aux | {"weight": jnp.sum(weights)}
+        return jnp.sum(weights * loss), aux
 
     def loss_fn(params: Any, batch: GrpoBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
         shapes = jax.eval_shape(sums, params, batch)
@@ -158,6 +159,9 @@ def _grpo_loss(model: config.Model, compute: Compute, grpo: config.Grpo) -> Loss
         def nothing(params: Any, batch: GrpoBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
             return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-        return jax.lax.cond(jnp.any(batch.batch.loss_weights > 0), sums, nothing, params, batch)
+        weights = batch.batch.loss_weights
+        felt = weights if grpo.kl_coefficient > 0 else weights * batch.advantages
+        loss, aux = jax.lax.cond(jnp.any(felt != 0), sums, nothing, params, batch)
+        return loss, aux | {"weight": jnp.sum(weights)}
 
     return loss_fn

@@ -27,6 +27,9 @@ from infimed_jax.train.state import Params, TrainState
 from infimed_jax.train.step import TrainStep
 from infimed_jax.train.telemetry import Row, batch_counts
 
+OF_COMPUTED = ("ratio", "clip_fraction", "kl", "logprob_gap")
+"""Sums that `grpo_loss` takes over the tokens whose loss it computes."""
+
 RewardFn = Callable[[str, bool, Sample, config.Grpo], Reward]
 """`(reply, finished, sample, settings) -> Reward`; `rewards.score` is the one that runs use."""
 
@@ -89,7 +92,10 @@ def grpo_step(plan: Plan, state: TrainState, step: int, asked: Sequence[Sample])
     advantages = group_advantages(totals, settings.normalize_std).ravel()
     local = local_rows(plan.layout.rows, mesh)
     batches, gaps = [], []
-    for part in np.split(np.arange(len(prompts)), settings.prompts // settings.update_prompts):
+    groups = np.arange(len(prompts)).reshape(-1, settings.group_size)
+    for part in np.split(np.arange(len(groups)), settings.prompts // settings.update_prompts):
+        # Groups that teach nothing come last: without a reference, pieces of theirs alone need not be computed.
+        part = groups[part[np.argsort(without_variance(totals[part]), kind="stable")]].ravel()
         rows = training_rows(
             [prompts[i] for i in part], [completions[i] for i in part], advantages[part], plan.layout, cfg.model
         )
@@ -132,13 +138,17 @@ def rollout_sampling(cfg: config.Config) -> config.Sampling:
 
 
 def rollout_metrics(replies: Sequence[Reply], completions: Sequence[Completion], totals: np.ndarray) -> Row:
-    """Means over the completions; `no_variance` is the share of groups that taught nothing."""
+    """Means over the completions; `no_variance` is the share of groups that taught nothing.
+
+    `entropy` is the sampled tokens' mean surprisal, nats: at temperature 1 its expectation is the policy's entropy.
+    """
     lengths = [len(c.tokens) for c in completions]
     return {
         "reward": float(totals.mean()),
         "accuracy": float(np.mean([reply.reward.accuracy for reply in replies])),
         "format": float(np.mean([reply.reward.format for reply in replies])),
         "no_variance": float(without_variance(totals).mean()),
+        "entropy": -float(np.concatenate([c.logprobs for c in completions]).mean()),
         "response_tokens": float(np.mean(lengths)),
         "response_tokens_max": float(max(lengths)),
         "truncated": float(np.mean([c.finish == "length" for c in completions])),
@@ -146,16 +156,22 @@ def rollout_metrics(replies: Sequence[Reply], completions: Sequence[Completion],
 
 
 def update_metrics(updates: Sequence[dict[str, Any]], gaps: Sequence[jax.Array]) -> Row:
-    """Means over a rollout's tokens, or its updates; a skipped update counts as `skipped` and for nothing else."""
+    """`loss` over a rollout's tokens, the rest over those computed, `grad_norm` over its updates.
+
+    A skipped update counts as `skipped` and for nothing else; means over nothing are left out.
+    """
     good = [u for u in updates if not u["non_finite"]]
-    weights = np.array([u["weight"] for u in good], np.float64)
+    tokens = np.array([u["weight"] for u in good], np.float64)
+    computed = tokens * [u["computed"] for u in good]
     metrics = {"skipped": len(updates) - len(good), "learning_rate": float(updates[0]["learning_rate"])}
     if good:
         metrics["grad_norm"] = float(np.mean([u["grad_norm"] for u in good]))
-        of_tokens = good[0].keys() - {"weight", "non_finite", "learning_rate", "grad_norm"}
-        metrics |= {name: float(np.average([u[name] for u in good], weights=weights)) for name in sorted(of_tokens)}
+        metrics["loss"] = float(np.average([u["loss"] for u in good], weights=tokens))
+        metrics["computed"] = float(computed.sum() / tokens.sum())
+    for name in OF_COMPUTED if computed.sum() > 0 else ():
+        if name in good[0]:
+            metrics[name] = float(np.sum([u[name] for u in good] * tokens) / computed.sum())
     if gaps:
-        tokens = sum(float(u["weight"]) for u in updates)
-        metrics["logprob_gap"] = sum(float(jnp.sum(gap)) for gap in gaps) / tokens
+        metrics["logprob_gap"] = sum(float(jnp.sum(gap)) for gap in gaps) / sum(float(u["weight"]) for u in updates)
         metrics["logprob_gap_max"] = max(float(jnp.max(gap)) for gap in gaps)
     return metrics

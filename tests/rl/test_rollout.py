@@ -229,6 +229,18 @@ def test_the_loss_over_rows_equals_the_papers_formula(rollout, tiny):
     ]
     np.testing.assert_allclose(sum(p[0] for p in pieces), loss, rtol=0, atol=rounding)
     assert float(pieces[-1][0]) == 0 and float(pieces[-1][1]["weight"]) == 0  # a piece of padding
+    assert float(pieces[-1][1]["ratio"]) == 0
+
+
+def test_groups_that_teach_nothing_count_but_are_not_computed_without_a_reference(rollout, tiny):
+    *_, rows = rollout
+    quiet = jax.tree.map(jax.numpy.asarray, replace(rows, advantages=np.zeros_like(rows.advantages)))
+    tokens = rows.batch.loss_weights.sum()
+    for coefficient, computed in ((0.0, 0), (0.1, tokens)):
+        g = replace(tiny.cfg.grpo, kl_coefficient=coefficient)
+        loss, aux = jax.jit(grpo_loss(tiny.cfg.model, COMPUTE, g))(tiny.params, quiet)
+        assert float(aux["weight"]) == tokens and float(aux["computed"]) == computed
+        assert (float(loss) == 0) == (coefficient == 0)
 
 
 def test_on_policy_ignores_what_the_sampler_said_but_reports_the_gap(rollout, tiny):
@@ -242,7 +254,7 @@ def test_on_policy_ignores_what_the_sampler_said_but_reports_the_gap(rollout, ti
 
     aux, grads = run(rows)
     other_aux, other = run(replace(rows, old_logprobs=rows.old_logprobs - 1.0))
-    assert float(aux["ratio"]) == float(aux["weight"]) and "kl" not in aux
+    assert float(aux["ratio"]) == float(aux["computed"]) == float(aux["weight"]) and "kl" not in aux
     jax.tree.map(np.testing.assert_array_equal, grads, other)
     assert float(other_aux["logprob_gap"]) != float(aux["logprob_gap"]) > 0
     assert max(float(abs(x).max()) for x in jax.tree.leaves(grads)) > 0
