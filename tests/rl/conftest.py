@@ -46,15 +46,15 @@ class Tiny:
         )
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
+def make_tiny(folder) -> Tiny:
+    """Under the current mesh."""
     text = question_text("yes_no", "Is it bright? Is it dark, or is it round?", reasoning=True)
-    tokenizer = load_tokenizer(make_tokenizer([text] * 4, tmp_path_factory.mktemp("tokenizer"), vocab_size=400))
+    tokenizer = load_tokenizer(make_tokenizer([text] * 4, folder / "tokenizer", vocab_size=400))
     cfg = config.Config(
         model=config.Model(
             config.Vision(SIDE, 3, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2),
             config.Projector(visual_tokens=4),
-            config.Text(len(tokenizer) + 3, 32, 48, 2, num_heads=4, num_kv_heads=2, head_dim=8, rope_theta=1e4),
+            config.Text(len(tokenizer) + 4, 32, 48, 2, num_heads=4, num_kv_heads=2, head_dim=8, rope_theta=1e4),
         ),
         data=config.Data(context=160, images_per_row=4),
         optimizer=config.Optimizer(3e-2, warmup_fraction=0.0, schedule="constant", weight_decay=0.0),
@@ -64,8 +64,13 @@ def tiny(tmp_path_factory):
         sampling=config.Sampling(slots=16, burst=6),
         grpo=config.Grpo(steps=3, prompts=4, group_size=8, update_prompts=4, max_prompt=120, max_response=6),
     )
+    params = infimed.init_params(jax.random.key(0), cfg.model)
+    # Larger weights than at initialisation: else the tied embedding repeats the last token for ever.
+    params = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, params)
+    return Tiny(cfg, params, tokenizer, [Tiny.question(i) for i in range(10)])
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
-        params = infimed.init_params(jax.random.key(0), cfg.model)
-        # Larger weights than at initialisation: else the tied embedding repeats the last token for ever.
-        params = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, params)
-        yield Tiny(cfg, params, tokenizer, [Tiny.question(i) for i in range(10)])
+        yield make_tiny(tmp_path_factory.mktemp("tiny"))
