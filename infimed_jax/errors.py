@@ -5,5 +5,5 @@ class UserError(ValueError):
     """Something the user gave cannot be used; the message says what, and what to do instead."""
 
 
-class Interrupted(Exception):  # noqa: N818 - it is no error
+class Interrupted(Exception):
     """A run was stopped by Ctrl-C or SIGTERM after saving its state; the message says how to resume."""

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -25,10 +25,12 @@ from infimed_jax.errors import UserError
 
 SceneT = TypeVar("SceneT")
 
-SPLITS = ("pretrain", "train", "reflective", "rl", "test")
-"""`pretrain` holds captions, `reflective` questions with reasoning, the others plain questions. No image is shared."""
+SPLITS = ("pretrain", "train", "reflective", "rl", "test", "alignment")
+"""`pretrain` holds captions as documents, `alignment` captions that a user asks for, `reflective` questions with
+reasoning, the others plain questions. No image is shared."""
+CAPTIONED = ("pretrain", "alignment")
 RECIPE = "recipe.json"
-VERSION = 1
+VERSION = 2
 """Of the drawings and wordings; raise it when they change, so that old folders are not taken for new ones."""
 
 
@@ -113,7 +115,7 @@ def _write_split(procedure: Procedure, folder: Path, seed: int, split: str, coun
         (folder / "images" / f"{split}_{number:06d}.png").write_bytes(procedure.png(scene))
         scenes.append(scene)
         captions.append(procedure.caption(scene, rng))
-        questions = procedure.ask(scene, rng) if split != "pretrain" else []
+        questions = procedure.ask(scene, rng) if split not in CAPTIONED else []
         asked.append([questions[i] for i in rng.permutation(len(questions))[:per_image]])
     rng = np.random.default_rng([seed, stream, count, 1])
     records = []
@@ -134,7 +136,7 @@ def _write_split(procedure: Procedure, folder: Path, seed: int, split: str, coun
 def balance(asked: Sequence[Sequence[Question]], rng: np.random.Generator) -> list[list[Question]]:
     """The questions of each image, thinned so that within a template every answer is equally frequent.
 
-    Options are shuffled so that a template's right letters take turns. Open questions stay as they are.
+    Options stand in a fixed order, so letters are as balanced as answers. Open questions stay as they are.
     """
     places: dict[str, dict[str, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
     for image, questions in enumerate(asked):
@@ -144,23 +146,11 @@ def balance(asked: Sequence[Sequence[Question]], rng: np.random.Generator) -> li
     for by_answer in places.values():
         is_open = any(asked[i][j].kind == "open" for found in by_answer.values() for i, j in found)
         size = min(map(len, by_answer.values())) if len(by_answer) > 1 else 0  # one answer to all needs no image
-        turn = 0
         for answer in sorted(by_answer):
             found = by_answer[answer]
             for image, number in found if is_open else [found[i] for i in rng.permutation(len(found))[:size]]:
-                kept[image, number] = _with_letter(asked[image][number], turn, rng)
-                turn += 1
+                kept[image, number] = asked[image][number]
     return [[kept[i, j] for j in range(len(asked[i])) if (i, j) in kept] for i in range(len(asked))]
-
-
-def _with_letter(question: Question, turn: int, rng: np.random.Generator) -> Question:
-    """A choice with its options shuffled, the right one at place `turn` modulo their number."""
-    if not question.options:
-        return question
-    others = [option for option in question.options if option != question.answer]
-    options = [others[i] for i in rng.permutation(len(others))]
-    options.insert(turn % len(question.options), question.answer)
-    return replace(question, options=tuple(options))
 
 
 def read_folder(name: str, folder: Path, split: str) -> Iterator[Sample | Skipped]:
@@ -178,6 +168,9 @@ def read_folder(name: str, folder: Path, split: str) -> Iterator[Sample | Skippe
         elif split == "pretrain":
             turn = Turn("document", (0, "\n" + caption))
             yield Sample(id, name, split, "document", (image,), (turn,), meta=meta | {"template": "caption"})
+        elif split == "alignment":
+            turns = (Turn("user", (0, "\nDescribe this image.")), Turn("assistant", (caption,)))
+            yield Sample(id, name, split, "chat", (image,), turns, meta=meta | {"template": "caption"})
         else:
             for q, question in enumerate(questions):
                 yield _sample(f"{id}-{q}", name, split, image, question, meta)

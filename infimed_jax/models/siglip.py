@@ -13,6 +13,10 @@ from infimed_jax.models.layers import LayerNorm, Linear, fan_in_normal, weight
 from infimed_jax.ops.attention import Mask, attention
 from infimed_jax.sharding import reshape_rows
 
+_POSITION_INIT = nn.initializers.normal(0.75)
+"""For towers that learn from scratch: as large as the patches' own embedding. With Hugging Face's 1/sqrt(D) the
+quickstart's model was blind to where things are (held-out accuracy 46 % after 600 steps, with this 74 %)."""
+
 
 class SelfAttention(nn.Module):
     vision: config.Vision
@@ -79,9 +83,7 @@ class SiglipTower(nn.Module):
                 (p * p * 3,), (d,), (None, "embed"), dtype, True, fan_in_normal(p * p * 3), name="patch_embedding"
             )
             x = embedding(normalised)
-            x = x + weight(
-                self, "position_embedding", (vision.num_patches, d), (None, "embed"), fan_in_normal(d), dtype
-            )
+            x = x + weight(self, "position_embedding", (vision.num_patches, d), (None, "embed"), _POSITION_INIT, dtype)
         if vision.num_blocks == 0:
             return x
         blocks = Block(vision, self.compute, name="blocks")

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from data_prep.sources.phantom.scene import INTENSITIES, MODALITIES, ORGANS, QUADRANTS, SHAPES, SIDES, Scene
+from data_prep.sources.phantom.scene import MODALITIES, ORGANS, QUADRANTS, SHAPES, Scene
 from data_prep.sources.procedural import Question
 
 WORDINGS: dict[str, tuple[str, ...]] = {
     "presence": ("Is there a lesion?", "Does this image show a lesion?", "Can a lesion be seen?"),
     "several": ("Is there more than one lesion?", "Are there several lesions?", "Does the image show several lesions?"),
-    "side_check": ("Is the lesion on the {}?", "Does the lesion lie on the {} side?", "Is the {} side affected?"),
-    "intensity_check": ("Is the lesion {}?", "Does the lesion look {}?", "Does the lesion appear {}?"),
+    "side_check": ("Is the lesion on the left?", "Does the lesion lie on the left side?", "Is the left side affected?"),
+    "intensity_check": ("Is the lesion bright?", "Does the lesion look bright?", "Does the lesion appear bright?"),
     "organ_check": ("Is the {} shown?", "Does this image show the {}?", "Is this an image of the {}?"),
     "modality": ("Which modality is this?", "How was this image taken?", "What kind of image is this?"),
     "organ": ("Which organ is shown?", "What does this image show?", "Which part of the body is this?"),
@@ -50,12 +50,10 @@ def ask(scene: Scene, rng: np.random.Generator) -> list[Question]:
     if scene.count != 1:
         return questions
     questions = [question for question in questions if rng.random() < 0.3]
-    claimed_side = SIDES[rng.integers(len(SIDES))]
-    claimed_intensity = INTENSITIES[rng.integers(len(INTENSITIES))]
     return [
         *questions,
-        _question("side_check", "yes_no", _yes(claimed_side == scene.only.side), rng, claimed_side),
-        _question("intensity_check", "yes_no", _yes(claimed_intensity == scene.intensity), rng, claimed_intensity),
+        _question("side_check", "yes_no", _yes(scene.only.side == "left"), rng),
+        _question("intensity_check", "yes_no", _yes(scene.intensity == "bright"), rng),
         _question("shape", "choice", scene.shape, rng),
         _question("quadrant", "choice", scene.only.quadrant, rng),
         _question("side", "closed", scene.only.side, rng),

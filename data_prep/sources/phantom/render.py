@@ -64,6 +64,7 @@ def lesion_coverage(scene: Scene, lesion: Lesion) -> np.ndarray:
 
 
 def _paint_lesions(image: np.ndarray, scene: Scene, dark: float | np.ndarray, bright: float | np.ndarray) -> None:
+    image[:] = 0.22 + 0.5 * np.clip(image, 0, 1)  # anatomy keeps to the middle greys; the ends belong to lesions
     for lesion in scene.lesions:
         paint(image, lesion_coverage(scene, lesion), bright if scene.intensity == "bright" else dark)
 
@@ -91,7 +92,7 @@ def _brain_ct(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     for side in (-1, 1):
         paint(image, body.ellipse(side * 0.045, -0.06, 0.022, 0.085, side * 0.3, blur=2), 0.22)
         paint(image, body.ellipse(side * 0.045, 0.09, 0.018, 0.06, -side * 0.4, blur=2), 0.22)
-    _paint_lesions(image, scene, 0.08, 0.97)
+    _paint_lesions(image, scene, 0.0, 1.0)
     return image + _grain(rng, 0.03)
 
 
@@ -111,7 +112,7 @@ def _brain_mr(scene: Scene, rng: np.random.Generator) -> np.ndarray:
         paint(image, body.ellipse(side * 0.042, -0.05, 0.026, 0.09, side * 0.28, blur=2), 0.2)
         paint(image, body.ellipse(side * 0.045, 0.1, 0.02, 0.065, -side * 0.4, blur=2), 0.2)
         paint(image, body.ellipse(side * 0.09, 0.0, 0.022, 0.04, side * 0.3, blur=3), 0.48)  # deep grey matter
-    _paint_lesions(image, scene, 0.06, 0.99)
+    _paint_lesions(image, scene, 0.0, 1.0)
     return image * (1 + 0.07 * smooth_noise(rng, 2)) + _grain(rng, 0.018)
 
 
