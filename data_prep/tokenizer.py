@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from data_prep.sources import phantom, shapes
 from data_prep.sources.procedural import write_folder
-from infimed_jax.data.prompts import prompt_for
+from infimed_jax.data.prompts import QUESTION_KINDS, prompt_for
 from infimed_jax.errors import UserError
 
 PRETOKENIZER = (
@@ -141,7 +141,7 @@ def _procedural_texts(images: int = 400) -> list[str]:
             folder = write_folder(blank, Path(scratch) / source.name, 0, dict.fromkeys(source.splits, images))
             for split in source.splits:
                 for sample in source.read(folder, split):
-                    asked = [prompt_for(sample, reasoning=True)] if sample.kind != "document" else []
+                    asked = [prompt_for(sample, reasoning=True)] if sample.kind in QUESTION_KINDS else []
                     for turn in (turn for variant in (sample, *asked) for turn in variant.turns):
                         texts += [piece for piece in (*turn.content, turn.reasoning) if isinstance(piece, str)]
     return texts

@@ -25,7 +25,7 @@ from data_prep.sources.procedural import SPLITS
 from infimed_jax.data.sample import Sample, Skipped
 from infimed_jax.errors import UserError
 
-SIZES = {"pretrain": 30, "train": 400, "reflective": 120, "rl": 30, "test": 200}
+SIZES = {"pretrain": 30, "train": 400, "reflective": 120, "rl": 30, "test": 200, "alignment": 20}
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_no_question_can_be_guessed_without_its_image(folder):
 
 
 def test_checked_claims_are_no_hint():
-    """`Is the lesion on the left?` is as often right as wrong, for each claim by itself."""
+    """`Is the lesion on the left?` is as often right as wrong, each claim by itself."""
     truths = defaultdict(list)
     for i in range(3000):
         rng = np.random.default_rng([5, i])
@@ -160,7 +160,7 @@ def test_checked_claims_are_no_hint():
             if question.template in ("side_check", "intensity_check", "organ_check"):
                 claim = re.search(r"left|right|dark|bright|lung|brain|kidney|tissue", question.text).group()
                 truths[claim].append(question.answer == "yes")
-    assert len(truths) == 8
+    assert set(truths) == {"left", "bright", "lung", "brain", "kidney", "tissue"}
     for claim, values in truths.items():
         assert abs(np.mean(values) - 0.5) < 4 * 0.5 / np.sqrt(len(values)), claim
 
@@ -276,6 +276,9 @@ def test_forms_of_the_splits(folder):
     by_split = {split: list(SOURCE.read(folder, split)) for split in SPLITS}
     assert {s.kind for s in by_split["pretrain"]} == {"document"}
     assert len(by_split["pretrain"]) == SIZES["pretrain"]
+    for sample in by_split["alignment"]:
+        assert sample.kind == "chat" and [turn.role for turn in sample.turns] == ["user", "assistant"]
+        assert "lesion" in sample.turns[1].content[0]
     assert {s.kind for s in by_split["train"]} == {"yes_no", "choice", "closed", "open"}
     for sample in by_split["train"]:
         assert sample.turns[0].content[0] == 0 and not sample.turns[-1].reasoning

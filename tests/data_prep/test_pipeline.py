@@ -220,7 +220,7 @@ def test_a_kill_between_writing_and_renaming_is_survived(hostile, tmp_path, monk
 
 
 def test_procedural_sources_go_through_the_same_door(tmp_path):
-    sizes = {"pretrain": 4, "train": 12, "reflective": 12, "rl": 12, "test": 12}
+    sizes = {"pretrain": 4, "alignment": 4, "train": 12, "reflective": 12, "rl": 12, "test": 12}
     reports = ingest("phantom", write_phantom(tmp_path / "in", 1, sizes), tmp_path / "out")
     assert set(reports) == set(SOURCES["phantom"].splits)
     for split, report in reports.items():

@@ -73,4 +73,10 @@ def make_tiny(folder) -> Tiny:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
-        yield make_tiny(tmp_path_factory.mktemp("tiny"))
+        return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def mesh():
+    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
+        yield

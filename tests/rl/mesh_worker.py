@@ -15,8 +15,9 @@ from infimed_jax.rl.rewards import Reward
 from infimed_jax.sharding import make_mesh
 
 
-def says_bright(reply, finished, sample, settings):
-    right = float("b" in reply)
+def even_length(reply, finished, sample, settings):
+    """Whatever the random model says, about half of a group earns it: there is a gradient to compare."""
+    right = float(len(reply) % 2 == 0)
     return Reward(right, right, 0.0)
 
 
@@ -28,7 +29,7 @@ def on_mesh(shape, tiny, params, folder):
         train=replace(tiny.cfg.train, output=str(folder), micro_batches=1),  # half the compilation
         grpo=replace(tiny.cfg.grpo, steps=1, kl_coefficient=0.05),
     )
-    result = run.grpo(cfg, params=params, samples=tiny.samples, tokenizer=tiny.tokenizer, reward=says_bright)
+    result = run.grpo(cfg, params=params, samples=tiny.samples, tokenizer=tiny.tokenizer, reward=even_length)
     return result.history[0]
 
 

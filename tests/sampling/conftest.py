@@ -83,4 +83,10 @@ def tiny():
         # Sharper than at initialisation: likelihoods are far from equal. Untied, or it would repeat the last token.
         params = jax.tree.map_with_path(lambda path, x: x if "scale" in str(path[-1]) else x * 4, params)
         params["text"]["lm_head"] *= 4
-        yield Tiny(model, compute, params, sampler_weights(params, model, "float32"))
+        return Tiny(model, compute, params, sampler_weights(params, model, "float32"))
+
+
+@pytest.fixture(autouse=True)
+def mesh():
+    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
+        yield

@@ -19,8 +19,8 @@ INTENSITIES = ("dark", "bright")
 SHAPES = ("round", "oval", "irregular", "ring-shaped")
 SIDES = ("left", "right")
 QUADRANTS = ("upper left", "upper right", "lower left", "lower right")
-RADIUS = {"small": 0.075, "large": 0.13}
-"""In image sides: 3.6 and 6.2 pixels where the model sees 48."""
+RADIUS = {"small": 0.055, "large": 0.1}
+"""In image sides: 2.6 and 4.8 pixels where the model sees 48."""
 COUNT_CHANCES = (0.15, 0.6, 0.125, 0.125)
 """Of 0, 1, 2, 3 lesions: most questions want exactly one."""
 
