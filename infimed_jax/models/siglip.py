@@ -14,8 +14,9 @@ from infimed_jax.ops.attention import Mask, attention
 from infimed_jax.sharding import reshape_rows
 
 _POSITION_INIT = nn.initializers.normal(0.75)
-"""For towers that learn from scratch: as large as the patches' own embedding. With Hugging Face's 1/sqrt(D) the
-quickstart's model was blind to where things are (held-out accuracy 46 % after 600 steps, with this 74 %)."""
+"""For towers that learn from scratch: of the size of the patches' own embedding, where Hugging Face has 1/sqrt(D).
+One trial each, one seed, same data: with 1/sqrt(D) questions of place stayed at chance after 1,500 steps, with this
+they were answered after 900. The two runs differ in the length of their schedule too."""
 
 
 class SelfAttention(nn.Module):
