@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.pipeline import prepared_by, replace_dataset, write_json
+from data_prep.pipeline import prepared_by, replace_dataset
 from data_prep.sources import SOURCES
 from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import CorruptRecord, Samples, open_samples
 from infimed_jax.errors import UserError
+from infimed_jax.files import write_json
 
 VERSION = 1
 """Of the way in which samples are drawn and ordered."""

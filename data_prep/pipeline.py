@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import shutil
 from collections import Counter
@@ -18,6 +17,7 @@ from infimed_jax.data.images import ImageError, decode_image
 from infimed_jax.data.sample import Sample, Skipped
 from infimed_jax.data.storage import MANIFEST, open_samples, write_samples
 from infimed_jax.errors import UserError
+from infimed_jax.files import write_json
 
 VERSION = 1
 """Of what adapters make of the same files; raise it when that changes, so that datasets are prepared again."""
@@ -200,10 +200,3 @@ def replace_dataset(folder: Path, samples: Iterator[Sample], name: str, info: di
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(fresh, folder)
     return manifest
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Written beside its place and renamed, so never half."""
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, file)

@@ -21,6 +21,7 @@ import yaml
 
 from infimed_jax import config as configuration
 from infimed_jax.errors import UserError
+from infimed_jax.files import write_json
 from launch.progress import ChainProgress
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,14 +107,6 @@ class Chain:
         return -(-len(load_tokenizer(self.tokenizer_folder)) // 128) * 128
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Written beside its place and renamed: never half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
 def quickstart(options: Options) -> dict[str, Any]:
     """Run the chain and return what `summary.json` holds. Raises UserError for a folder that holds another run."""
     plan = load_plan(options)
@@ -123,7 +116,7 @@ def quickstart(options: Options) -> dict[str, Any]:
     from launch import quickstart_report, quickstart_stages
 
     started = time.monotonic()
-    with ChainProgress(planned_steps(plan)) as progress:
+    with ChainProgress(planned_steps()) as progress:
         chain = Chain(options, plan, progress)
         progress.say(f"{plan['title']}, seed {options.seed}, in {options.output}")
         results = quickstart_stages.run(chain)
@@ -177,10 +170,11 @@ def prepare_folder(options: Options) -> None:
             raise UserError(
                 f"cannot resume {options.output}: {'; '.join(changed)}; use the first arguments or --overwrite"
             )
+    (options.output / "steps").mkdir(parents=True, exist_ok=True)
     write_json(file, identity)
 
 
-def planned_steps(plan: Mapping[str, Any]) -> dict[str, float]:
+def planned_steps() -> dict[str, float]:
     """Title of each step -> its usual seconds on two cores, the shares of the time-left estimate."""
     steps = {"Data": 20.0}
     for title in STAGES.values():

@@ -14,14 +14,15 @@ import jax
 from data_prep.sources import SOURCES
 from infimed_jax.evaluation.report import Report, Stage, write_report
 from infimed_jax.evaluation.run import Record
-from infimed_jax.evaluation.statistics import Comparison, accuracy, compare
+from infimed_jax.evaluation.statistics import Comparison, accuracy, compare, majority_baseline
+from infimed_jax.files import write_json
 from infimed_jax.hf.card import Card, DataSource
 from infimed_jax.hf.export import to_hf
 from infimed_jax.hf.verify import verify
 from infimed_jax.sharding import make_mesh
 from infimed_jax.train.checkpoint import load_params
 from launch.progress import clock
-from launch.quickstart import STAGES, Chain, write_json
+from launch.quickstart import STAGES, Chain
 from launch.quickstart_data import test_samples
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "torch", "numpy")
@@ -119,7 +120,7 @@ def _summary(
         },
         "export": export,
         "skipped": results["data"]["skipped"],
-        "seconds_total": sum(_wall(results)),
+        "seconds_total": sum(_wall(results)) + export["wall_seconds"],
         "seconds_this_process": seconds,
         "peak_memory_bytes": memory,
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
@@ -269,6 +270,4 @@ def _closing_lines(chain: Chain, results: dict[str, Any], summary: dict[str, Any
 
 
 def _share_of_majority(chain: Chain, answer_type: str) -> float:
-    from infimed_jax.evaluation.statistics import majority_baseline
-
     return majority_baseline([s for s in test_samples(chain) if s.meta.get("answer_type") == answer_type]).accuracy

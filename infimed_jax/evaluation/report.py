@@ -17,6 +17,7 @@ from PIL import Image
 
 from infimed_jax.data.sample import Sample
 from infimed_jax.evaluation.run import Record
+from infimed_jax.files import write_text
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 INK, SOFT, ACCENT, SECOND = "#1c2733", "#5b6b7b", "#0b6e75", "#c98a12"
@@ -72,9 +73,7 @@ def write_report(report: Report, path: Path) -> None:
     """Render `report` to one HTML file without outside references; written whole or not at all."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(**_context(report))
-    part = path.with_suffix(".part")
-    part.write_text(page, encoding="utf-8")
-    part.replace(path)
+    write_text(path, page)
 
 
 def _context(report: Report) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from infimed_jax.errors import UserError
 from infimed_jax.evaluation.answers import Status
 from infimed_jax.evaluation.protocols import PROTOCOLS
 from infimed_jax.evaluation.statistics import Accuracy, Comparison, accuracy, compare
+from infimed_jax.files import write_text
 from infimed_jax.models.compute import Compute
 from infimed_jax.sampling.generate import Completion, generate
 
@@ -123,8 +124,8 @@ class Evaluation:
         """`replies.jsonl`, a record a line, and `summary.json`; each written whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(asdict(record), ensure_ascii=False) for record in self.records]
-        _write(folder / "replies.jsonl", "\n".join(lines) + "\n")
-        _write(
+        write_text(folder / "replies.jsonl", "\n".join(lines) + "\n")
+        write_text(
             folder / "summary.json", json.dumps(self.summary(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         )
 
@@ -316,9 +317,3 @@ def _plain(share: Accuracy) -> dict[str, Any]:
 
 def _digest(image: bytes) -> str:
     return hashlib.sha256(image).hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

@@ -23,6 +23,7 @@ from infimed_jax import config
 from infimed_jax.data.chat import Tokenizer
 from infimed_jax.data.sample import Sample
 from infimed_jax.errors import Interrupted, UserError
+from infimed_jax.files import write_json
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.infimed import abstract_params
 from infimed_jax.rl.loss import grpo_loss, make_scorer
@@ -158,9 +159,7 @@ def _run(
     result = _result(state, metrics_log.rows, found)
     if main:
         summary = {name: value for name, value in vars(result).items() if name not in ("params", "history")}
-        part = folder / (RESULT + ".part")
-        part.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        part.replace(folder / RESULT)
+        write_json(folder / RESULT, summary)
     return result
 
 

@@ -22,6 +22,7 @@ from infimed_jax.config import Config, ConfigError
 from infimed_jax.data.chat import load_tokenizer
 from infimed_jax.data.loader import Loader, make_loader
 from infimed_jax.errors import Interrupted, UserError
+from infimed_jax.files import write_json
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.infimed import abstract_params, init_params
 from infimed_jax.train import telemetry
@@ -125,7 +126,7 @@ def _run(
     checkpoints.wait()
     result = _result(cfg, state, metrics_log.rows, _data_report(loader, metadata))
     if main:
-        _write_json(folder / RESULT, {k: v for k, v in vars(result).items() if k not in ("params", "history")})
+        write_json(folder / RESULT, {k: v for k, v in vars(result).items() if k not in ("params", "history")})
     return result
 
 
@@ -323,9 +324,3 @@ def _result(cfg: Config, state: TrainState, rows: list[Row], data: dict[str, Any
         skipped_updates=sum(row["skipped"] for row in rows),
         data=data,
     )
-
-
-def _write_json(file: Path, values: dict[str, Any]) -> None:
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(file)
