@@ -1,0 +1,17 @@
+"""The commands of `launch/run.py`, a module each: their arguments, and the call that each one is.
+
+Each imports what it needs when it runs: `--help` must not wait for JAX.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from launch.commands import convert, data, evaluate, quickstart, train
+
+MODULES = (quickstart, train, evaluate, data, convert)
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    for module in MODULES:
+        module.add(commands)

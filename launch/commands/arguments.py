@@ -1,0 +1,30 @@
+"""What the commands' parsers share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+Run = Callable[[argparse.Namespace], None]
+
+
+def add_command(commands: argparse._SubParsersAction, name: str, run: Run, text: str) -> argparse.ArgumentParser:
+    """A command that calls `run(args)`; `text` is its help, one line."""
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_group(commands: argparse._SubParsersAction, name: str, text: str) -> argparse._SubParsersAction:
+    """A command that only holds others: `run.py NAME STEP …`."""
+    parser = commands.add_parser(name, help=text, description=text)
+    return parser.add_subparsers(dest=f"{name}_step", required=True, metavar="STEP")
+
+
+def add_settings(parser: argparse.ArgumentParser, *, files: bool = True) -> None:
+    if files:
+        parser.add_argument("--config", action="append", default=[], type=Path, metavar="FILE",
+                            help="YAML settings, repeatable; later files lie over earlier ones")  # fmt: skip
+    parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="such as train.steps=20")

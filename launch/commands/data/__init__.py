@@ -1,0 +1,16 @@
+"""`data STEP`: raw sources to prepared datasets."""
+
+from __future__ import annotations
+
+import argparse
+
+from launch.commands.arguments import add_group
+from launch.commands.data import sources
+
+STEPS = (sources,)
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    steps = add_group(commands, "data", "Raw sources to prepared datasets.")
+    for module in STEPS:
+        module.add(steps)

@@ -1,0 +1,61 @@
+"""`evaluate`: a checkpoint's replies to a prepared test set, graded."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from launch.commands.arguments import add_command, add_settings
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    p = add_command(commands, "evaluate", evaluate, "Answer and grade a prepared test set with a checkpoint.")
+    p.add_argument("--checkpoint", type=Path, required=True, help="a run's folder, or one checkpoint")
+    p.add_argument("--dataset", type=Path, required=True, help="a prepared dataset, as `data ingest` writes it")
+    p.add_argument("--output", type=Path, required=True, help="folder for replies.jsonl and summary.json")
+    p.add_argument("--protocol", default="strict", help="strict, medevalkit-fixed or medevalkit-2025-06 [%(default)s]")
+    p.add_argument("--reasoning", action="store_true", help="ask for reasoning and a boxed answer")
+    p.add_argument("--blind", action="store_true", help="the control: the same questions without their images")
+    p.add_argument("--limit", type=int, default=0, help="questions at most, the first ones [all]")
+    add_settings(p, files=False)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    import jax
+
+    from infimed_jax.config import Config, from_dict, with_overrides
+    from infimed_jax.data.chat import load_tokenizer
+    from infimed_jax.data.storage import open_samples
+    from infimed_jax.evaluation.run import evaluate
+    from infimed_jax.evaluation.statistics import majority_baseline
+    from infimed_jax.models.compute import Compute
+    from infimed_jax.sampling.weights import sampler_weights
+    from infimed_jax.sharding import make_mesh
+    from infimed_jax.train.checkpoint import load_params
+    from launch.progress import StepProgress
+
+    params, metadata = load_params(args.checkpoint)
+    config = from_dict(Config, with_overrides(metadata["config"], args.settings))
+    dataset = open_samples(args.dataset)
+    samples = [dataset[i] for i in range(min(len(dataset), args.limit or len(dataset)))]
+    compute = Compute.of(config.train)
+    with jax.set_mesh(make_mesh(config.mesh)), StepProgress("evaluate") as progress:
+        result = evaluate(
+            samples,
+            weights=sampler_weights(params, config.model, compute.dtype),
+            model=config.model,
+            compute=compute,
+            tokenizer=load_tokenizer(config.data.tokenizer),
+            sampling=config.sampling,
+            key=jax.random.key(config.train.seed),
+            protocol=args.protocol,
+            reasoning=args.reasoning,
+            image=not args.blind,
+            folder=args.output,
+            name=str(args.checkpoint),
+            on_progress=lambda done, total, _: progress.update(done, total, {}),
+        )
+    share = result.accuracy
+    print(f"{args.protocol}: {share.accuracy:.1%} of {share.n:,} [{share.low:.1%}, {share.high:.1%}]; "
+          f"majority answer per template {majority_baseline(samples).accuracy:.1%}")  # fmt: skip
+    print(f"Outputs: {args.output}")
