@@ -27,12 +27,15 @@ from launch.progress import ChainProgress
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 STAGES = {
+    "warmup": "Warm-up",
     "pretrain": "Continual pretraining",
     "sft_general": "General SFT",
     "sft_medical": "Medical SFT",
     "sft_cross_distribution": "Cross-distribution SFT",
     "sft_reflective": "Reflective CoT SFT",
 }
+PUBLISHED = {"warmup": "pretrain"}
+"""Whose published settings a stage of the demo's own starts from."""
 REASONING = ("sft_reflective", "grpo", "control")
 """Stages whose questions are put in the reasoning wording, as they were trained."""
 
@@ -82,7 +85,7 @@ class Chain:
         """The published stage's settings with the quickstart's over them."""
         files = [
             CONFIGS / "models/tiny.yaml",
-            CONFIGS / f"stages/{stage}.yaml",
+            CONFIGS / f"stages/{PUBLISHED.get(stage, stage)}.yaml",
             CONFIGS / f"runs/quickstart/{stage}.yaml",
         ]
         config = configuration.load(files, [*self.plan.get("settings", ()), *self.options.settings])

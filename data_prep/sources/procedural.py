@@ -30,7 +30,7 @@ SPLITS = ("pretrain", "train", "reflective", "rl", "test", "alignment")
 reasoning, the others plain questions. No image is shared."""
 CAPTIONED = ("pretrain", "alignment")
 RECIPE = "recipe.json"
-VERSION = 2
+VERSION = 3
 """Of the drawings and wordings; raise it when they change, so that old folders are not taken for new ones."""
 
 
@@ -62,8 +62,8 @@ class Procedure(Generic[SceneT]):
     caption: Callable[[SceneT, np.random.Generator], str]
     ask: Callable[[SceneT, np.random.Generator], list[Question]]
     """One question of each template that fits the scene."""
-    think: Callable[[SceneT, Question, np.random.Generator], Question] | None
-    """The question with reasoning; None where the source has none."""
+    think: Callable[[SceneT, Question, np.random.Generator], Question]
+    """The question with reasoning."""
     meta: Callable[[SceneT], dict[str, str]]
 
 
@@ -120,8 +120,7 @@ def _write_split(procedure: Procedure, folder: Path, seed: int, split: str, coun
     rng = np.random.default_rng([seed, stream, count, 1])
     records = []
     for number, questions in enumerate(balance(asked, rng)):
-        if procedure.think is not None:
-            questions = [procedure.think(scenes[number], question, rng) for question in questions]
+        questions = [procedure.think(scenes[number], question, rng) for question in questions]
         record = {
             "image": f"images/{split}_{number:06d}.png",
             "meta": procedure.meta(scenes[number]),

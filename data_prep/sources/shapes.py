@@ -12,6 +12,7 @@ import numpy as np
 from data_prep.sources import procedural
 from data_prep.sources.canvas import SIDE, box, ellipse, encode_png, paint, polygon, star
 from data_prep.sources.procedural import Question
+from data_prep.sources.second_look import reflect
 from data_prep.sources.source import Source
 
 COLOURS = {
@@ -22,6 +23,8 @@ COLOURS = {
 }
 FORMS = ("circle", "square", "triangle", "star")
 PLACES = ("upper left", "upper right", "lower left", "lower right")
+NUMBERS = ("1", "2", "3", "4")
+THINGS = ("nothing", *(f"{colour} {form}" for colour in COLOURS for form in FORMS))
 
 
 @dataclass(frozen=True)
@@ -156,8 +159,32 @@ def _yes(truth: bool) -> str:
     return "yes" if truth else "no"
 
 
+def think(scene: Shapes, question: Question, rng: np.random.Generator) -> Question:
+    """The question with reasoning that names the item it is about, or says what there is none of."""
+    values = {"number": NUMBERS, "content": THINGS}.get(question.template, question.options or ("yes", "no"))
+    others = [value for value in values if value != question.answer]
+    return reflect(question, question.answer, others, evidence(scene, question), rng)
+
+
+def evidence(scene: Shapes, question: Question) -> str:
+    """The true statement that settles the question."""
+    if question.template == "number":
+        count = len(scene.items)
+        return f"there are {count} shapes" if count > 1 else "there is one shape"
+    asked = [item for item in scene.items if _is_named(item, question)]
+    if asked:
+        return f"there is a {asked[0].colour} {asked[0].form} in the {asked[0].place}"
+    return "there is nothing" if question.template == "content" else "there is no such shape"
+
+
+def _is_named(item: Item, question: Question) -> bool:
+    """Whether the question points at the item; items share no form, colour or place, so one word settles it."""
+    word = {"form": item.colour, "content": item.place}.get(question.template, item.form)
+    return word in question.text
+
+
 SHAPES: procedural.Procedure[Shapes] = procedural.Procedure(
-    name="shapes", draw=draw_shapes, png=render_png, caption=caption, ask=ask, think=None, meta=lambda scene: {}
+    name="shapes", draw=draw_shapes, png=render_png, caption=caption, ask=ask, think=think, meta=lambda scene: {}
 )
 
 
@@ -173,7 +200,7 @@ SOURCE = Source(
     commercial_use=True,
     allow_external_api=True,
     training_allowed=True,
-    splits=tuple(split for split in procedural.SPLITS if split != "reflective"),
+    splits=procedural.SPLITS,
     layout="images/*.png, SPLIT.json for each split",
     obtain="data_prep.sources.shapes.write_shapes(folder, seed, sizes) draws them",
     read=partial(procedural.read_folder, "shapes"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -73,3 +74,26 @@ def test_captions_name_every_item(folder):
     for row in json.loads((folder / "pretrain.json").read_text()):
         for item in row["scene"]["items"]:
             assert f"a {item['colour']} {item['form']} in the {item['place']}" in row["caption"]
+
+
+def test_reasoning_ends_in_the_answer_and_its_evidence_is_true(folder):
+    """The second look names an item that is there, the right number, or something that is not there."""
+    reflections = Counter()
+    for row in json.loads((folder / "train.json").read_text()):
+        items = row["scene"]["items"]
+        named = {f"there is a {item['colour']} {item['form']} in the {item['place']}" for item in items}
+        for question in row["questions"]:
+            guess, look, ending = question["reasoning"].split(". ", 2)
+            evidence = look.split(": ")[1]
+            if question["template"] == "number":
+                count = re.search(r"one|\d", evidence)[0].replace("one", "1")
+                assert int(count) == len(items)
+            elif "nothing" in evidence or "no such" in evidence:
+                assert question["answer"] in ("nothing", "no")
+            else:
+                assert evidence in named, question
+            assert ending.startswith(f"So {question['answer']}")
+            corrected = question["reflection"] == "corrected"
+            assert guess.endswith(question["answer"]) != corrected
+            reflections[question["reflection"]] += 1
+    assert min(reflections.values()) > 0.4 * reflections.total()

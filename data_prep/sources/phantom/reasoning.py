@@ -1,11 +1,6 @@
-"""Reasoning about a phantom with a reflective turn: a first guess, a second look at the image, then the conclusion.
-
-Half of the guesses are wrong and get corrected, half are right and get confirmed. What the second look states is true.
-"""
+"""Reasoning about a phantom: what is guessed at first, and the true statement that settles each question."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import numpy as np
 
@@ -13,11 +8,7 @@ from data_prep.sources.phantom.captions import places
 from data_prep.sources.phantom.questions import description
 from data_prep.sources.phantom.scene import COUNT_CHANCES, INTENSITIES, SIDES, SIZES, Scene
 from data_prep.sources.procedural import Question
-
-_GUESS = ("My first guess is {}.", "At first glance: {}.", "I would say {}.")
-_REFLECT = ("Wait, let me look again:", "Wait, checking the image:", "But wait, I should check:")
-_CORRECTED = ("So the answer is {answer}, not {guess}.", "So not {guess}, but {answer}.")
-_CONFIRMED = ("So {answer} is right.", "So the answer is indeed {answer}.")
+from data_prep.sources.second_look import reflect
 
 _MODALITY_LOOK = {
     "CT": "bone is white in a thin slice",
@@ -44,21 +35,7 @@ _WRONG = {"side": SIDES, "size": SIZES, "intensity": INTENSITIES, "count": tuple
 def think(scene: Scene, question: Question, rng: np.random.Generator) -> Question:
     """The question with its reasoning, and in `reflection` whether the first guess was corrected or confirmed."""
     answer, alternatives = _short_answer(scene, question)
-    corrected = rng.random() < 0.5
-    guess = alternatives[rng.integers(len(alternatives))] if corrected else answer
-    endings = _CORRECTED if corrected else _CONFIRMED
-    ending = endings[rng.integers(len(endings))].format(answer=answer, guess=guess)
-    if question.options:
-        ending += f" Option {question.letter}."
-    reasoning = " ".join(
-        (
-            _GUESS[rng.integers(len(_GUESS))].format(guess),
-            _REFLECT[rng.integers(len(_REFLECT))],
-            f"{evidence(scene, question.template)}.",
-            ending,
-        )
-    )
-    return replace(question, reasoning=reasoning, reflection="corrected" if corrected else "confirmed")
+    return reflect(question, answer, alternatives, evidence(scene, question.template), rng)
 
 
 def _short_answer(scene: Scene, question: Question) -> tuple[str, list[str]]:

@@ -1,4 +1,4 @@
-"""What one phantom image shows: a modality, an organ, and up to three alike lesions, each in a quadrant of its own.
+"""What one phantom image shows: a modality, an organ, and up to two alike lesions, in opposite quadrants.
 
 Left and right are the image's, as a viewer sees them, not the patient's.
 """
@@ -19,10 +19,12 @@ INTENSITIES = ("dark", "bright")
 SHAPES = ("round", "oval", "irregular", "ring-shaped")
 SIDES = ("left", "right")
 QUADRANTS = ("upper left", "upper right", "lower left", "lower right")
-RADIUS = {"small": 0.055, "large": 0.1}
-"""In image sides: 2.6 and 4.8 pixels where the model sees 48."""
-COUNT_CHANCES = (0.15, 0.6, 0.125, 0.125)
-"""Of 0, 1, 2, 3 lesions: most questions want exactly one."""
+RADIUS = {"small": 0.075, "large": 0.125}
+"""In image sides: 3.6 and 6 pixels where the model sees 48."""
+COUNT_CHANCES = (0.2, 0.6, 0.2)
+"""Of 0, 1, 2 lesions: most questions want exactly one."""
+TAKEN = (((),), ((0,), (1,), (2,), (3,)), ((0, 3), (1, 2)))
+"""Quadrants by count: two lesions lie across the centre from each other, where large ones cannot touch."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,8 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     modality = modalities[rng.integers(len(modalities))]
     view = VIEWS[modality, organ]
     x, y = 0.5 + rng.uniform(-0.02, 0.02, 2)
-    count = rng.choice(len(COUNT_CHANCES), p=COUNT_CHANCES)
-    quadrants = np.sort(rng.choice(len(QUADRANTS), count, replace=False))
+    taken = TAKEN[rng.choice(len(COUNT_CHANCES), p=COUNT_CHANCES)]
+    quadrants = taken[rng.integers(len(taken))]
     scale = rng.uniform(0.96, 1.04)
     lesions = tuple(
         Lesion(

@@ -1,0 +1,33 @@
+"""The reflective turn that procedural reasoning has: a first guess, a second look at the image, then the conclusion.
+
+Half of the guesses are wrong and get corrected, half are right and get confirmed. What the second look states is true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from data_prep.sources.procedural import Question
+
+_GUESS = ("At first glance: {}.", "My first guess is {}.")
+_LOOK = ("Wait, let me look again:", "Wait, checking the image:")
+
+
+def reflect(
+    question: Question, answer: str, alternatives: Sequence[str], evidence: str, rng: np.random.Generator
+) -> Question:
+    """The question with its reasoning, and in `reflection` whether the first guess was corrected or confirmed.
+
+    `answer` is what is guessed at, `alternatives` what it might be instead, `evidence` the true statement that
+    settles it, without a full stop.
+    """
+    corrected = rng.random() < 0.5
+    guess = alternatives[rng.integers(len(alternatives))] if corrected else answer
+    ending = f"So {answer}, not {guess}." if corrected else f"So {answer} it is."
+    letter = f" Option {question.letter}." if question.options else ""
+    guessed, look = _GUESS[rng.integers(len(_GUESS))].format(guess), _LOOK[rng.integers(len(_LOOK))]
+    reasoning = f"{guessed} {look} {evidence}. {ending}{letter}"
+    return replace(question, reasoning=reasoning, reflection="corrected" if corrected else "confirmed")
