@@ -84,7 +84,7 @@ def _tar_member(tar: tarfile.TarFile, info: tarfile.TarInfo, where: str, limit: 
     if info.size > limit:
         return Unusable(MEMBER_TOO_LARGE, where)
     stream = tar.extractfile(info)
-    data = stream.read(limit + 1) if stream is not None else b""
+    data = stream.read(info.size) if stream is not None else b""
     if len(data) != info.size:
         raise tarfile.ReadError("unexpected end of data")
     return Member(info.name, data)
@@ -225,7 +225,7 @@ class ZipFiles:
             raise Unusable(BOMB, self.file.name)
         try:
             with self._zip.open(info) as stream:
-                data = stream.read(self.limit + 1)  # never more than declared: the reader stops there
+                data = stream.read(info.file_size + 1)  # never more than declared: the reader stops there
         except MemoryError:
             raise
         except Exception as error:  # wrong checksums, unknown methods, truncated streams
