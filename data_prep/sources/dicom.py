@@ -13,8 +13,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 import io
+import logging
 import os
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,32 +88,57 @@ def read(
                 yield Skipped(id, fault.reason, f"file {number} of the sorted listing")
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """pydicom's warnings and log lines quote the header's values: none may reach a screen or a log."""
+    logger = logging.getLogger("pydicom")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before
+
+
 def _samples(
     file: Path, id: str, seen: set[str], salt: Secret, window: str, burned_in: str, frames: str
 ) -> Iterator[Sample]:
-    header = _header(file)
-    uid = hashed(salt, header.get("SOPInstanceUID", ""))
+    with _silent():
+        header = _header(file)
+        facts = _facts(header, salt)
+        numbers = _frames(header, frames)
+    uid = facts["image_id"]
     if uid in seen:
         raise Unusable(DUPLICATE)
     seen.add(uid)
-    risk = burned_in_risk(header)
-    if risk and burned_in == "skip":
+    if facts["burned_in_risk"] and burned_in == "skip":
         raise Unusable(BURNED_IN)
-    meta = filled(
-        image_id=f"{NAME}/{uid}",
-        study=hashed(salt, header.get("StudyInstanceUID", "")),
-        patient=hashed(salt, header.get("PatientID", "")),
-        burned_in_risk=risk,
-        window=window,
-        language="en",
-        **_coded(header),
-    )
+    meta = filled(**facts, window=window, language="en")
     words = ", ".join(meta[key] for key in ("modality", "organ", "view") if key in meta) or "medical image"
-    for frame in _frames(header, frames):
-        name = id if frame is None else f"{id}-{frame:04d}"
-        if frame is not None:
-            meta = meta | {"image_id": f"{NAME}/{uid}-{frame}", "frame": str(frame)}
-        yield caption_sample(name, (_png(file, header, window, frame),), words, meta)
+    for number in numbers:
+        if number is None:
+            name, at = id, {}
+        else:
+            name, at = f"{id}-{number:04d}", {"image_id": f"{uid}-{number}", "frame": str(number)}
+        with _silent():
+            image = _png(file, header, window, number)
+        yield caption_sample(name, (image,), words, meta | at)
+
+
+def _facts(header: Any, salt: bytes) -> dict[str, str]:
+    """All that is taken from a header but the pixels."""
+    part, view = (str(header.get(key, "")).upper().strip() for key in ("BodyPartExamined", "ViewPosition"))
+    return {
+        "image_id": f"{NAME}/{hashed(salt, header.get('SOPInstanceUID', ''))}",
+        "study": hashed(salt, header.get("StudyInstanceUID", "")),
+        "patient": hashed(salt, header.get("PatientID", "")),
+        "burned_in_risk": burned_in_risk(header),
+        "modality": MODALITIES.get(str(header.get("Modality", "")).upper().strip(), ""),
+        "organ": part.lower() if part in BODY_PARTS else "",
+        "view": view if view in VIEWS else "",
+    }
 
 
 def _header(file: Path) -> Any:
@@ -161,15 +189,6 @@ def burned_in_risk(header: Any) -> str:
     if str(header.get("RecognizableVisualFeatures", "")).upper() == "YES":
         return "recognizable features"
     return ""
-
-
-def _coded(header: Any) -> dict[str, str]:
-    part, view = (str(header.get(key, "")).upper().strip() for key in ("BodyPartExamined", "ViewPosition"))
-    return {
-        "modality": MODALITIES.get(str(header.get("Modality", "")).upper().strip(), ""),
-        "organ": part.lower() if part in BODY_PARTS else "",
-        "view": view if view in VIEWS else "",
-    }
 
 
 def _frames(header: Any, frames: str) -> list[int | None]:
