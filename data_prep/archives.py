@@ -186,7 +186,7 @@ def _group(file: Path, key: str, group: dict[str, bytes], seen: set[str]) -> dic
 
 
 class ZipFiles:
-    """Random access to the files of a zip archive by name, or by the bare file name where that is unique."""
+    """Random access to the files of a zip archive, by name or by the end of it (`a/b.jpg` for `images/a/b.jpg`)."""
 
     def __init__(self, file: Path, max_member: int | None = None) -> None:
         self.file = file
@@ -195,14 +195,17 @@ class ZipFiles:
             self._zip = zipfile.ZipFile(file)
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise Unusable(DAMAGED_ARCHIVE, file.name) from error
-        self._members: dict[str, zipfile.ZipInfo | None] = {}
-        bare: dict[str, zipfile.ZipInfo | None] = {}
+        # a name that two members share is no name: which of them was meant cannot be known
+        whole: dict[str, zipfile.ZipInfo | None] = {}
+        ends: dict[str, zipfile.ZipInfo | None] = {}
         for info in self._zip.infolist():
             if not info.is_dir():
-                # a name that two members share is no name: which of them was meant cannot be known
-                for names, name in ((self._members, info.filename), (bare, info.filename.rpartition("/")[2])):
-                    names[name] = None if name in names else info
-        self._members = bare | self._members
+                whole[info.filename] = None if info.filename in whole else info
+                end = info.filename.partition("/")[2]
+                while end:
+                    ends[end] = None if end in ends else info
+                    end = end.partition("/")[2]
+        self._members = ends | whole
 
     def __contains__(self, name: str) -> bool:
         return name in self._members

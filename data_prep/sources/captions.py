@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.faults import DUPLICATE, NO_TEXT, Unusable
-from data_prep.sources.files import Images, csv_rows, find_files, json_rows, parquet_rows, part_name, read_json
+from data_prep.sources.files import (
+    Images,
+    all_files,
+    csv_rows,
+    find_files,
+    json_rows,
+    parquet_rows,
+    part_name,
+    read_json,
+)
 from data_prep.sources.source import Row, Source, caption_sample, filled, need, records, text
 from infimed_jax.data.sample import Sample, Skipped
 
@@ -74,7 +83,7 @@ def read_pmc_oa(folder: Path, split: str) -> Iterator[Sample | Skipped]:
 
 
 def _medtrinity_parts(folder: Path, split: str) -> list[Path]:
-    return find_files(folder, "*.parquet", "**/*.parquet")
+    return all_files(folder, ".parquet")
 
 
 def read_medtrinity(folder: Path, split: str, part: Path | None = None) -> Iterator[Sample | Skipped]:

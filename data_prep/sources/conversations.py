@@ -27,6 +27,7 @@ def read(
     file: str,
     image_places: tuple[str, ...],
     captioning: bool,
+    flat: bool,
     folder: Path,
     split: str,
     annotations: str | None = None,
@@ -34,7 +35,7 @@ def read(
 ) -> Iterator[Sample | Skipped]:
     """`file` and `image_places` are where a dataset has its annotations and images; the last two are the user's own."""
     places = (images,) if images else image_places
-    found = Images(*(folder / place for place in places))
+    found = Images(*(folder / place for place in places), flat=flat)
     make = partial(_sample, found, split == "documents", captioning)
     pattern = annotations or file.format(split=split)
     yield from records(f"{name}/{split}", json_rows(find_files(folder, *pattern.split("|"))[0]), make)
@@ -102,7 +103,14 @@ def conversation(turns: Any, images: int) -> tuple[Turn, ...]:
 
 
 def _source(
-    name: str, title: str, file: str, places: tuple[str, ...], *, captioning: bool = False, **facts: Any
+    name: str,
+    title: str,
+    file: str,
+    places: tuple[str, ...],
+    *,
+    captioning: bool = False,
+    flat: bool = False,
+    **facts: Any,
 ) -> Source:
     defaults = {
         "commercial_use": False,
@@ -111,7 +119,7 @@ def _source(
         "splits": ("train", "documents"),
         "columns": _COLUMNS,
         "layout": f"{' or '.join(file.split('|'))}; images in {', '.join(places)}",
-        "read": partial(read, name, file, places, captioning),
+        "read": partial(read, name, file, places, captioning, flat),
     }
     return Source(name=name, title=title, **(defaults | facts))
 
@@ -121,6 +129,7 @@ _LLAVA_MED = {
     "obtain": "the files linked in the README of microsoft/LLaVA-Med; its download_images.py fetches the images",
 }
 _PUBMEDVISION = {
+    "flat": True,  # the card unpacks with unzip -j
     "licence": "Apache-2.0",
     "size": "647,031 conversations",
     "columns": (*_COLUMNS, "modality", "body_part"),

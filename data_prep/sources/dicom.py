@@ -2,7 +2,7 @@
 
 What is taken: modality, body part and view position, each only if it is one of the standard's own terms, so that no
 free text passes; and the patient's, study's and image's identifiers as keyed hashes. Files are named in reports by
-their number in the sorted listing, for their names may tell who the patient is.
+their number in the listing (files before folders, each sorted), for their names may tell who the patient is.
 
 This is no promise of anonymity: text may be burned into the pixels (flagged by tag and modality, not looked for),
 and a face can be rebuilt from a head scan. How grey values become 8 bits is the user's choice and never guessed.
@@ -16,7 +16,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,8 +89,11 @@ def read(
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """pydicom's warnings and log lines quote the header's values: none may reach a screen or a log."""
+def _guarded(reason: str) -> Iterator[None]:
+    """Around pydicom: hostile files find their way to any exception, which is Unusable for `reason`.
+
+    Its warnings and log lines quote the header's values: none may reach a screen or a log.
+    """
     logger = logging.getLogger("pydicom")
     before = logger.disabled
     logger.disabled = True
@@ -98,6 +101,10 @@ def _silent() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except (Unusable, UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise Unusable(reason) from error
     finally:
         logger.disabled = before
 
@@ -105,24 +112,24 @@ def _silent() -> Iterator[None]:
 def _samples(
     file: Path, id: str, seen: set[str], salt: Secret, window: str, burned_in: str, frames: str
 ) -> Iterator[Sample]:
-    with _silent():
+    with _guarded(NOT_DICOM):
         header = _header(file)
         facts = _facts(header, salt)
         numbers = _frames(header, frames)
-    uid = facts["image_id"]
+    uid = facts["image_id"] or id
     if uid in seen:
         raise Unusable(DUPLICATE)
     seen.add(uid)
     if facts["burned_in_risk"] and burned_in == "skip":
         raise Unusable(BURNED_IN)
-    meta = filled(**facts, window=window, language="en")
+    meta = filled(**(facts | {"image_id": uid}), window=window, language="en")
     words = ", ".join(meta[key] for key in ("modality", "organ", "view") if key in meta) or "medical image"
     for number in numbers:
         if number is None:
             name, at = id, {}
         else:
             name, at = f"{id}-{number:04d}", {"image_id": f"{uid}-{number}", "frame": str(number)}
-        with _silent():
+        with _guarded(CANNOT_DECODE):
             image = _png(file, header, window, number)
         yield caption_sample(name, (image,), words, meta | at)
 
@@ -130,8 +137,9 @@ def _samples(
 def _facts(header: Any, salt: bytes) -> dict[str, str]:
     """All that is taken from a header but the pixels."""
     part, view = (str(header.get(key, "")).upper().strip() for key in ("BodyPartExamined", "ViewPosition"))
+    uid = hashed(salt, header.get("SOPInstanceUID", ""))
     return {
-        "image_id": f"{NAME}/{hashed(salt, header.get('SOPInstanceUID', ''))}",
+        "image_id": f"{NAME}/{uid}" if uid else "",
         "study": hashed(salt, header.get("StudyInstanceUID", "")),
         "patient": hashed(salt, header.get("PatientID", "")),
         "burned_in_risk": burned_in_risk(header),
@@ -142,25 +150,18 @@ def _facts(header: Any, salt: bytes) -> dict[str, str]:
 
 
 def _header(file: Path) -> Any:
-    """Everything before the pixels. Raises Unusable, also for what would be unpacked or decoded without bound."""
+    """Everything before the pixels. Raises Unusable for what would be unpacked or decoded without bound."""
     try:
         import pydicom
     except ImportError as error:
         raise UserError("source dicom needs pydicom: pip install 'infimed-jax[medical]'") from error
     from pydicom.filereader import read_file_meta_info
 
-    try:
-        syntax = str(read_file_meta_info(file).get("TransferSyntaxUID", ""))
-        if syntax in _DEFLATED:  # pydicom inflates the whole file at once, whatever comes out
-            raise Unusable(DEFLATED)
-        header = pydicom.dcmread(file, stop_before_pixels=True)
-        rows, columns = int(header.get("Rows", 0)), int(header.get("Columns", 0))
-    except Unusable:
-        raise
-    except MemoryError:
-        raise
-    except Exception as error:  # hostile headers find their way to any exception
-        raise Unusable(NOT_DICOM) from error
+    syntax = str(read_file_meta_info(file).get("TransferSyntaxUID", ""))
+    if syntax in _DEFLATED:  # pydicom inflates the whole file at once, whatever comes out
+        raise Unusable(DEFLATED)
+    header = pydicom.dcmread(file, stop_before_pixels=True)
+    rows, columns = int(header.get("Rows", 0)), int(header.get("Columns", 0))
     if rows <= 0 or columns <= 0 or "PhotometricInterpretation" not in header:
         raise Unusable(NO_PIXELS)
     if rows * columns > MAX_PIXELS:
@@ -191,31 +192,23 @@ def burned_in_risk(header: Any) -> str:
     return ""
 
 
-def _frames(header: Any, frames: str) -> list[int | None]:
-    try:
-        count = int(header.get("NumberOfFrames") or 1)
-    except (TypeError, ValueError) as error:
-        raise Unusable(CANNOT_DECODE) from error
+def _frames(header: Any, frames: str) -> Sequence[int | None]:
+    count = int(header.get("NumberOfFrames") or 1)
     if count <= 1:
         return [None]
-    return list(range(count)) if frames == "all" else [count // 2]
+    return range(count) if frames == "all" else [count // 2]
 
 
 def _png(file: Path, header: Any, window: str, frame: int | None) -> bytes:
     from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
 
     colour = header.PhotometricInterpretation
-    try:
-        pixels = pixel_array(file, index=frame or 0)  # YBR is turned into RGB
-        if colour == "PALETTE COLOR":
-            pixels = apply_color_lut(pixels, header)
-            pixels = (pixels >> 8).astype(np.uint8) if pixels.dtype == np.uint16 else pixels
-        elif pixels.ndim == 2:
-            stored, pixels = pixels, apply_modality_lut(pixels, header)
-    except (MemoryError, UserError):
-        raise
-    except Exception as error:  # no plugin for the transfer syntax, or broken data
-        raise Unusable(CANNOT_DECODE) from error
+    pixels = stored = pixel_array(file, index=frame or 0)  # YBR is turned into RGB
+    if colour == "PALETTE COLOR":
+        pixels = apply_color_lut(pixels, header)
+        pixels = (pixels >> 8).astype(np.uint8) if pixels.dtype == np.uint16 else pixels
+    elif pixels.ndim == 2:
+        pixels = apply_modality_lut(pixels, header)
     if pixels.ndim == 3:
         if pixels.dtype != np.uint8:
             raise Unusable(CANNOT_DECODE)
@@ -248,10 +241,8 @@ def _window(header: Any, window: str, pixels: np.ndarray, stored: np.ndarray) ->
         centre, width = (header.get(key) for key in ("WindowCenter", "WindowWidth"))
         if centre is None or width is None:
             raise Unusable(NO_WINDOW)
-        try:  # of several windows the first
-            centre, width = (float(v[0] if hasattr(v, "__len__") else v) for v in (centre, width))
-        except (TypeError, ValueError, IndexError) as error:
-            raise Unusable(NO_WINDOW) from error
+        # of several windows the first
+        centre, width = (float(v[0] if hasattr(v, "__len__") else v) for v in (centre, width))
         exact = str(header.get("VOILUTFunction", "LINEAR")).upper() == "LINEAR_EXACT"
     else:
         centre, width = (float(part) for part in window.split(":"))

@@ -282,18 +282,28 @@ def find_files(folder: Path, *patterns: str) -> list[Path]:
     raise UserError(f"{folder} holds none of {', '.join(patterns)}: check the input folder and its layout")
 
 
+def all_files(folder: Path, *suffixes: str) -> list[Path]:
+    """Every file in the folder, at any depth, whose name ends so, sorted. UserError where there is none."""
+    found = sorted(path for path in folder.rglob("*") if path.name.endswith(suffixes) and path.is_file())
+    if not found:
+        raise UserError(f"{folder} holds no file that ends in {' or '.join(suffixes)}: check the input folder")
+    return found
+
+
 def part_name(folder: Path, file: Path) -> str:
-    """A part's place in the ids of its records: its path without suffix, on one level."""
-    return "-".join(file.relative_to(folder).with_suffix("").parts)
+    """A part's place in the ids of its records: its path without suffixes, on one level."""
+    return "-".join((*file.relative_to(folder).parts[:-1], file.name.partition(".")[0]))
 
 
 class Images:
     """Images by the names that annotations give them, from folders and zip archives (`NAME.zip`) in turn.
 
-    Names that leave a folder are taken for missing; an archive is indexed when a folder first lacks an image.
+    Names that leave a folder are taken for missing; an archive is indexed when a folder first lacks an image. `flat`
+    looks for the bare file name in archives, as `unzip -j` would leave it: right only where no two names are alike.
     """
 
-    def __init__(self, *places: Path) -> None:
+    def __init__(self, *places: Path, flat: bool = False) -> None:
+        self.flat = flat
         self.folders = [os.path.realpath(place) for place in places if place.suffix != ".zip"]
         self.zips = [place for place in places if place.suffix == ".zip" and place.is_file()]
         self._opened: list[ZipFiles] | None = None
@@ -306,10 +316,10 @@ class Images:
                     return data
             if self._opened is None:
                 self._opened = [ZipFiles(file) for file in self.zips]
+            wanted = os.path.basename(name) if self.flat else name
             for archive in self._opened:
-                for spelling in (name, os.path.basename(name)):
-                    if spelling in archive:
-                        return archive.read(spelling)
+                if wanted in archive:
+                    return archive.read(wanted)
         raise Unusable(IMAGE_MISSING, name[:200])
 
     def cell(self, value: Any) -> bytes:

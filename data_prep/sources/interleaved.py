@@ -23,7 +23,7 @@ from data_prep.faults import (
     TOO_MANY_IMAGES,
     Unusable,
 )
-from data_prep.sources.files import Images, find_files, json_rows, parquet_rows, part_name
+from data_prep.sources.files import Images, all_files, find_files, json_rows, parquet_rows, part_name
 from data_prep.sources.source import Row, Source, text
 from data_prep.sources.webdataset import json_member
 from infimed_jax.data.sample import Sample, Skipped, Turn
@@ -122,7 +122,7 @@ def _image(images: Images, name: str) -> bytes | Unusable:
 
 
 def _mmc4_parts(folder: Path, split: str) -> list[Path]:
-    return find_files(folder, "*.jsonl", "*.tar", "**/*.jsonl", "**/*.tar")
+    return all_files(folder, ".jsonl", ".tar", ".tar.gz")
 
 
 def read_mmc4(folder: Path, split: str, part: Path | None = None) -> Iterator[Sample | Skipped]:

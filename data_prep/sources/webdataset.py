@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.archives import read_webdataset
 from data_prep.faults import NO_IMAGE, NO_TEXT, NOT_JSON, NOT_UNICODE, Unusable
-from data_prep.sources.files import find_files, part_name
+from data_prep.sources.files import all_files, part_name
 from data_prep.sources.source import Source, caption_sample, filled, records
 from infimed_jax.data.sample import Sample, Skipped
 
@@ -18,7 +18,7 @@ _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 
 def parts(folder: Path, split: str) -> list[Path]:
-    return find_files(folder, "*.tar", "**/*.tar", "**/*.tar.gz")
+    return all_files(folder, ".tar", ".tar.gz", ".tgz")
 
 
 def read(name: str, folder: Path, split: str, part: Path | None = None) -> Iterator[Sample | Skipped]:
@@ -62,7 +62,7 @@ def _source(name: str, **facts: Any) -> Source:
         allow_external_api=False,
         training_allowed=True,
         splits=("train",),
-        layout="*.tar, in folders or not: KEY.jpg, KEY.txt (or the caption in KEY.json)",
+        layout="*.tar or *.tar.gz, in folders or not: KEY.jpg, KEY.txt (or the caption in KEY.json)",
         columns=("jpg", "txt", "json.caption", "json.uid"),
         read=partial(read, name),
         parts=parts,

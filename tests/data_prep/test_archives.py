@@ -179,7 +179,7 @@ def test_zip_members_are_found_by_name_or_by_bare_name(tmp_path):
     assert found.read("b.jpg") == b"top" and found.read("images/b.jpg") == b"B" and found.read("2/c.jpg") == b"C2"
     with pytest.raises(Unusable, match="duplicate id"):
         found.read("c.jpg")  # which of the two, nobody knows
-    assert "d.jpg" not in found and "images/" not in found
+    assert "d.jpg" not in found and "images/" not in found and "other/a.jpg" not in found
 
 
 def test_hostile_zip_members_are_refused(tmp_path, monkeypatch):

@@ -126,6 +126,15 @@ def test_the_parser_does_not_print_what_it_doubts(tmp_path, salt, recwarn, caplo
     assert not recwarn.list and not caplog.records and capfd.readouterr() == ("", "")
 
 
+def test_files_without_a_uid_are_no_duplicates(tmp_path, salt):
+    for name in "ab":
+        file = write(tmp_path / "in" / f"{name}.dcm")
+        data = pydicom.dcmread(file)
+        del data.SOPInstanceUID
+        data.save_as(file)
+    assert [s.meta["image_id"] for s in read(tmp_path / "in", salt)] == ["dicom/all/000001", "dicom/all/000002"]
+
+
 def test_another_salt_prepares_again(tmp_path, salt):
     write(tmp_path / "in" / "a.dcm")
     first = ingest("dicom", tmp_path / "in", tmp_path / "out", options={"salt": salt, "window": "full"})

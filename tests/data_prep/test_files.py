@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 
 from data_prep.faults import Unusable
 from data_prep.sources import files
-from data_prep.sources.files import Images, csv_rows, find_files, json_rows, parquet_rows, read_json
+from data_prep.sources.files import (
+    Images,
+    all_files,
+    csv_rows,
+    find_files,
+    json_rows,
+    parquet_rows,
+    part_name,
+    read_json,
+)
 from infimed_jax.errors import UserError
 
 
@@ -213,8 +222,18 @@ def test_images_come_from_folders_then_archives(tmp_path):
         archive.writestr("deep/2.jpg", b"two")
     images = Images(tmp_path / "a", tmp_path / "absent", tmp_path / "a.zip", tmp_path / "absent.zip")
     assert images.read("1.jpg") == b"one" and images.read("deep/2.jpg") == images.read("2.jpg") == b"two"
-    assert images.read("other/2.jpg") == b"two"  # as `unzip -j` would have it
-    for name in ("", "../secret.jpg", str(tmp_path / "secret.jpg"), "link.jpg", "a\0", "x" * 5000, ".", "3.jpg"):
+    assert Images(tmp_path / "a.zip", flat=True).read("other/2.jpg") == b"two"  # as `unzip -j` would have it
+    for name in (
+        "other/2.jpg",
+        "",
+        "../secret.jpg",
+        str(tmp_path / "secret.jpg"),
+        "link.jpg",
+        "a\0",
+        "x" * 5000,
+        ".",
+        "3.jpg",
+    ):
         with pytest.raises(Unusable, match="image missing"):
             images.read(name)
     assert images.cell({"bytes": b"b", "path": "x"}) == images.cell(b"b") == b"b"
@@ -238,3 +257,10 @@ def test_patterns_that_match_nothing_are_named(tmp_path):
     assert [Path(file).name for file in find_files(tmp_path, "*.zip", "*.tar")] == ["a.tar", "b.tar"]
     with pytest.raises(UserError, match=r"holds none of \*\.csv, \*\.json"):
         find_files(tmp_path, "*.csv", "*.json")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "0.tar.gz").write_bytes(b"")
+    found = all_files(tmp_path, ".tar", ".tar.gz")
+    assert [file.name for file in found] == ["a.tar", "b.tar", "0.tar.gz"]
+    assert [part_name(tmp_path, file) for file in found] == ["a", "b", "deep-0"]
+    with pytest.raises(UserError, match=r"holds no file that ends in \.parquet"):
+        all_files(tmp_path, ".parquet")

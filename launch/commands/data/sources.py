@@ -25,6 +25,7 @@ def add(steps: argparse._SubParsersAction) -> None:
 
 def sources(args: argparse.Namespace) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from data_prep.sources import SOURCES
@@ -65,21 +66,24 @@ def sources(args: argparse.Namespace) -> None:
             if value:
                 console.print(f"{key:26}{value}", markup=False, highlight=False, soft_wrap=True)
     else:
-        table = Table(title=f"{len(SOURCES)} data sources", show_lines=False)
-        for column in ("source", "licence", "commercial", "outside APIs", "use", "size", "splits"):
-            table.add_column(column, overflow="fold", no_wrap=column == "source")
+        table = Table(title=f"{len(SOURCES)} data sources", show_lines=True)
+        for column, ratio in (("source", 2), ("terms", 3), ("size and splits", 3), ("layout, and where from", 6)):
+            table.add_column(column, overflow="fold", ratio=ratio)
         for source in SOURCES.values():
             table.add_row(
-                source.name,
-                source.licence,
-                _yes(source.commercial_use),
-                "allowed" if source.allow_external_api else "never",
-                "training" if source.training_allowed else "evaluation only",
-                source.size,
-                ", ".join(source.splits),
+                *map(
+                    escape,
+                    (
+                        source.name + ("" if source.training_allowed else "\nevaluation only"),
+                        f"{source.licence}\ncommercial use: {_yes(source.commercial_use)}\n"
+                        f"outside services: {'allowed' if source.allow_external_api else 'never'}",
+                        "\n".join(filter(None, (source.size, f"splits: {', '.join(source.splits)}"))),
+                        f"{source.layout}\nfrom: {source.obtain}",
+                    ),
+                )
             )
         console.print(table)
-        print("data sources --source NAME shows layout, columns, options and where to get it")
+        print("data sources --source NAME shows columns, options and notes too")
     if args.json:
         print(f"Outputs: {args.json}")
 
