@@ -21,7 +21,7 @@ from infimed_jax.data.storage import MANIFEST, open_samples, write_samples
 from infimed_jax.errors import UserError
 from infimed_jax.files import write_json
 
-VERSION = 1
+VERSION = 2
 """Of what adapters make of the same files; raise it when that changes, so that datasets are prepared again."""
 _CHECK_SIZE = 32
 """Side to which an image is decoded to see whether it can be; the pixels are thrown away."""

@@ -94,9 +94,9 @@ def _guarded(reason: str) -> Iterator[None]:
 
     Its warnings and log lines quote the header's values: none may reach a screen or a log.
     """
-    logger = logging.getLogger("pydicom")
-    before = logger.disabled
-    logger.disabled = True
+    logger = logging.getLogger("pydicom")  # its children's lines come through it
+    before = logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [logging.NullHandler()], False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -106,7 +106,7 @@ def _guarded(reason: str) -> Iterator[None]:
     except Exception as error:
         raise Unusable(reason) from error
     finally:
-        logger.disabled = before
+        logger.handlers, logger.propagate = before
 
 
 def _samples(
@@ -285,7 +285,8 @@ SOURCE = Source(
     layout="DICOM files in any folders",
     columns=("Modality", "BodyPartExamined", "ViewPosition", "the pixels; uids and PatientID hashed"),
     obtain="your own files; pip install 'infimed-jax[medical]'",
-    notes="no promise of anonymity. No text comes with DICOM: a sample's is its modality, body part and view",
+    notes="no promise of anonymity. No text comes with DICOM: a sample's is its modality, body part and view. "
+    "Files in JPEG-LS or lossless JPEG need a plugin of pydicom's, such as pylibjpeg",
     read=read,
     options=(
         Option("salt", "a file of at least 16 random bytes, kept apart from the data", secret_file, required=True),

@@ -264,14 +264,27 @@ def parquet_rows(file: Path, columns: Sequence[str], batch: int = 16) -> Iterato
             names = table.schema_arrow.names
             if missing := [column for column in columns if column not in names]:
                 raise UserError(f"{file} lacks {', '.join(missing)}: its columns are {', '.join(names)[:300]}")
+            number = 0
             for rows in table.iter_batches(batch_size=batch, columns=list(columns)):
-                yield from rows.to_pylist()
+                try:
+                    made = rows.to_pylist()
+                except UnicodeDecodeError:  # Arrow does not look whether its text is UTF-8
+                    made = [_parquet_row(rows, at, f"{file.name} row {number + at}") for at in range(len(rows))]
+                yield from made
+                number += len(rows)
     except UserError:
         raise
     except FileNotFoundError as error:
         raise UserError(f"{file} does not exist: check the input folder and its layout") from error
-    except (arrow.ArrowException, OSError, UnicodeDecodeError):
+    except (arrow.ArrowException, OSError):
         yield Unusable(DAMAGED_FILE, file.name)
+
+
+def _parquet_row(rows: Any, at: int, where: str) -> Row | Unusable:
+    try:
+        return rows.slice(at, 1).to_pylist()[0]
+    except UnicodeDecodeError:
+        return Unusable(NOT_UNICODE, where)
 
 
 def find_files(folder: Path, *patterns: str) -> list[Path]:

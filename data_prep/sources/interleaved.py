@@ -81,7 +81,7 @@ def _documents(prefix: str, rows: Iterable[Any], pieces: Any, joint: str) -> Ite
 
 
 def _obelics_parts(folder: Path, split: str) -> list[Path]:
-    return find_files(folder, "data/train-*.parquet", "train-*.parquet")
+    return find_files(folder, "data/train-*.parquet", "train-*.parquet", "opt_out_docs_removed*/train-*.parquet")
 
 
 def read_obelics(folder: Path, split: str, part: Path | None = None) -> Iterator[Sample | Skipped]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -13,9 +15,9 @@ import pytest
 from PIL import Image
 
 from data_prep.pipeline import ingest
-from data_prep.sources.dicom import SOURCE, hashed
+from data_prep.sources.dicom import BODY_PARTS, SOURCE, hashed
 from data_prep.sources.source import secret_file, with_options
-from infimed_jax.data.sample import Skipped
+from infimed_jax.data.sample import Sample, Skipped
 from infimed_jax.data.storage import open_samples
 from infimed_jax.errors import UserError
 
@@ -141,6 +143,30 @@ def test_another_salt_prepares_again(tmp_path, salt):
     Path(salt).write_bytes(b"another salt of enough bytes")
     second = ingest("dicom", tmp_path / "in", tmp_path / "out", options={"salt": salt, "window": "full"})
     assert first["all"]["fingerprint"] != second["all"]["fingerprint"]
+
+
+def test_real_files_give_each_one_record_and_no_header_text(salt, recwarn, caplog, capfd):
+    """The files that come with pydicom: several makers, transfer syntaxes, colour, reports, broken ones."""
+    folder = Path(pydicom.__file__).parent / "data" / "test_files"
+    if not (folder / "MR_small.dcm").is_file():
+        pytest.skip(f"pydicom's own files are not at {folder}")
+    records = read(folder, salt, burned_in="keep")
+    assert not recwarn.list and not caplog.records and capfd.readouterr() == ("", "")
+    files = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names if name != "DICOMDIR"]
+    assert len(records) == len(files) > 100
+    samples = [record for record in records if isinstance(record, Sample)]
+    assert len(samples) > 30
+    texts = set()
+    for file in files:
+        with contextlib.suppress(Exception):
+            for element in pydicom.dcmread(file, stop_before_pixels=True).iterall():
+                if element.VR in ("PN", "LO", "SH", "LT", "ST", "UT", "UI", "DA", "TM", "DT", "AS"):
+                    texts |= {part for part in str(element.value).split("^") if len(part) > 5}
+    assert len(texts) > 300
+    written = repr([dataclasses.replace(s, images=(), id="", meta=s.meta | {"image_id": ""}) for s in samples])
+    written += repr([(record.reason, record.detail) for record in records if isinstance(record, Skipped)])
+    assert {text.upper() for text in texts if text in written} <= BODY_PARTS
+    assert all(png(sample).info == {} for sample in samples)
 
 
 def test_free_text_in_coded_fields_does_not_pass(tmp_path, salt):

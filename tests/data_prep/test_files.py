@@ -213,6 +213,14 @@ def test_parquet_streams_and_names_damage(tmp_path):
         list(parquet_rows(tmp_path / "none.parquet", ("n",)))
 
 
+def test_text_of_parquet_that_is_no_utf_8_is_named_by_row(tmp_path):
+    raw = pa.array([b"fine", b"caf\xe9", b"too"])
+    words = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+    pq.write_table(pa.table({"text": words}), tmp_path / "x.parquet")
+    rows = shown(parquet_rows(tmp_path / "x.parquet", ("text",)))
+    assert rows == [{"text": "fine"}, ("text is not valid UTF-8", "x.parquet row 1"), {"text": "too"}]
+
+
 def test_images_come_from_folders_then_archives(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "1.jpg").write_bytes(b"one")

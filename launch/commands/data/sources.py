@@ -66,7 +66,7 @@ def sources(args: argparse.Namespace) -> None:
             if value:
                 console.print(f"{key:26}{value}", markup=False, highlight=False, soft_wrap=True)
     else:
-        table = Table(title=f"{len(SOURCES)} data sources", show_lines=True)
+        table = Table(title=f"{len(SOURCES)} data sources", show_lines=True, expand=True)
         for column, ratio in (("source", 2), ("terms", 3), ("size and splits", 3), ("layout, and where from", 6)):
             table.add_column(column, overflow="fold", ratio=ratio)
         for source in SOURCES.values():
