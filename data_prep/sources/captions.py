@@ -15,8 +15,9 @@ from data_prep.sources.files import (
     find_files,
     json_rows,
     parquet_rows,
-    part_name,
     read_json,
+    shard_name,
+    shards_of,
 )
 from data_prep.sources.source import Row, Source, caption_sample, filled, need, records, text
 from infimed_jax.data.sample import Sample, Skipped
@@ -46,15 +47,15 @@ def read_roco(folder: Path, split: str) -> Iterator[Sample | Skipped]:
     yield from records(f"roco/{split}", rows, partial(_sample, images, "name", "caption", "id"))
 
 
-def _rocov2_parts(folder: Path, split: str) -> list[Path]:
+def _rocov2_files(folder: Path, split: str) -> list[Path]:
     short = {"train": "train", "validation": "valid", "test": "test"}[split]
     return find_files(folder, f"{short}_captions.csv", f"data/{split}-*.parquet")
 
 
-def read_rocov2(folder: Path, split: str, part: Path | None = None) -> Iterator[Sample | Skipped]:
+def read_rocov2(folder: Path, split: str, shard: str | None = None) -> Iterator[Sample | Skipped]:
     short = {"train": "train", "validation": "valid", "test": "test"}[split]
     images = Images(folder / short, folder / f"{short}_images", folder / short / short, folder / f"{short}_images.zip")
-    for file in (part,) if part else _rocov2_parts(folder, split):
+    for file in [folder / shard] if shard else _rocov2_files(folder, split):
         if file.suffix == ".csv":
             table = csv_rows(file, ("ID", "Caption"))
             rows: Iterable[Any] = (
@@ -65,7 +66,7 @@ def read_rocov2(folder: Path, split: str, part: Path | None = None) -> Iterator[
             )
         else:
             rows = parquet_rows(file, ("image", "image_id", "caption"))
-        prefix = f"rocov2/{split}/{part_name(folder, file)}"
+        prefix = f"rocov2/{split}/{shard_name(folder, file)}"
         yield from records(prefix, rows, partial(_sample, images, "image", "caption", "image_id"))
 
 
@@ -82,14 +83,14 @@ def read_pmc_oa(folder: Path, split: str) -> Iterator[Sample | Skipped]:
     yield from records(f"pmc_oa/{split}", rows, partial(_sample, images, "image", "caption", "pmcid"))
 
 
-def _medtrinity_parts(folder: Path, split: str) -> list[Path]:
+def _medtrinity_files(folder: Path, split: str) -> list[Path]:
     return all_files(folder, ".parquet")
 
 
-def read_medtrinity(folder: Path, split: str, part: Path | None = None) -> Iterator[Sample | Skipped]:
-    for file in (part,) if part else _medtrinity_parts(folder, split):
+def read_medtrinity(folder: Path, split: str, shard: str | None = None) -> Iterator[Sample | Skipped]:
+    for file in [folder / shard] if shard else _medtrinity_files(folder, split):
         rows = parquet_rows(file, ("image", "id", "caption"))
-        prefix = f"medtrinity/{split}/{part_name(folder, file)}"
+        prefix = f"medtrinity/{split}/{shard_name(folder, file)}"
         yield from records(prefix, rows, partial(_sample, Images(folder), "image", "caption", "id"))
 
 
@@ -183,7 +184,7 @@ SOURCES = (
         notes="the licence is the Hub card's; its articles are CC BY or CC BY-NC. The folders of the Zenodo archives "
         "are not verified here",
         read=read_rocov2,
-        parts=_rocov2_parts,
+        shards=shards_of(_rocov2_files),
     ),
     _source(
         "pmc_oa",
@@ -208,7 +209,7 @@ SOURCES = (
         obtain="UCSC-VLAA/MedTrinity-25M on the Hugging Face Hub, on request",
         notes="columns as of the dataset card; not verified here. Credentialed sets may be among its sources",
         read=read_medtrinity,
-        parts=_medtrinity_parts,
+        shards=shards_of(_medtrinity_files),
     ),
     _source(
         "llava_med_fig_caption",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.faults import NO_ANSWER, NO_IMAGE, NO_QUESTION, NOT_AN_OPTION, Unusable
-from data_prep.sources.files import Images, csv_rows, find_files, json_rows, parquet_rows
+from data_prep.sources.files import Images, csv_rows, find_files, json_rows, parquet_rows, shard_name, shards_of
 from data_prep.sources.source import Row, Source, choice_sample, filled, need, qa_sample, records, text
 from infimed_jax.data.prompts import LETTERS
 from infimed_jax.data.sample import Sample, Skipped
@@ -46,14 +46,14 @@ def _pmc_sample(images: Images, answer: str, id: str, row: Row) -> Sample:
     return choice_sample(id, (images.read(name),), question, options, letter.upper(), meta)
 
 
-def _omni_parts(folder: Path, split: str) -> list[Path]:
+def _omni_files(folder: Path, split: str) -> list[Path]:
     return find_files(folder, "QA_information/Open-access/*.json")
 
 
-def read_omnimedvqa(folder: Path, split: str, part: Path | None = None) -> Iterator[Sample | Skipped]:
+def read_omnimedvqa(folder: Path, split: str, shard: str | None = None) -> Iterator[Sample | Skipped]:
     images = Images(folder, folder / "Images.zip")
-    for file in (part,) if part else _omni_parts(folder, split):
-        prefix = f"omnimedvqa/{split}/{file.stem.replace(' ', '_')}"
+    for file in [folder / shard] if shard else _omni_files(folder, split):
+        prefix = f"omnimedvqa/{split}/{shard_name(folder, file)}"
         yield from records(prefix, json_rows(file), partial(_omni_sample, images))
 
 
@@ -85,14 +85,14 @@ MMMU_SUBJECTS = (
 _MMMU_IMAGES = tuple(f"image_{number}" for number in range(1, 8))
 
 
-def _mmmu_parts(folder: Path, split: str) -> list[Path]:
+def _mmmu_files(folder: Path, split: str) -> list[Path]:
     return [find_files(folder, f"{subject}/{split}-*.parquet")[0] for subject in MMMU_SUBJECTS]
 
 
-def read_mmmu(folder: Path, split: str, part: Path | None = None) -> Iterator[Sample | Skipped]:
+def read_mmmu(folder: Path, split: str, shard: str | None = None) -> Iterator[Sample | Skipped]:
     columns = ("id", "question", "options", "answer", "question_type", *_MMMU_IMAGES)
-    for file in (part,) if part else _mmmu_parts(folder, split):
-        prefix = f"mmmu_med/{split}/{file.parent.name}"
+    for file in [folder / shard] if shard else _mmmu_files(folder, split):
+        prefix = f"mmmu_med/{split}/{shard_name(folder, file)}"
         yield from records(prefix, parquet_rows(file, columns), partial(_mmmu_sample, Images(folder), file.parent.name))
 
 
@@ -183,7 +183,7 @@ SOURCES = (
         columns=("question_id", "question", "gt_answer", "image_path", "option_A..D", "question_type", "modality_type"),
         obtain="the link on OmniMedVQA's page",
         read=read_omnimedvqa,
-        parts=_omni_parts,
+        shards=shards_of(_omni_files),
         **_EVALUATION,
     ),
     Source(
@@ -197,7 +197,7 @@ SOURCES = (
         obtain="MMMU/MMMU on the Hugging Face Hub",
         notes="licence as of the dataset card; not verified here",
         read=read_mmmu,
-        parts=_mmmu_parts,
+        shards=shards_of(_mmmu_files),
         **_EVALUATION,
     ),
     Source(

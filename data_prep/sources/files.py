@@ -13,8 +13,9 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -303,9 +304,18 @@ def all_files(folder: Path, *suffixes: str) -> list[Path]:
     return found
 
 
-def part_name(folder: Path, file: Path) -> str:
-    """A part's place in the ids of its records: its path without suffixes, on one level."""
-    return "-".join((*file.relative_to(folder).parts[:-1], file.name.partition(".")[0]))
+def shards_of(files: Callable[[Path, str], list[Path]]) -> Callable[[Path, str], list[str]]:
+    """`Source.shards` of a split's files: their paths in the input folder."""
+    return partial(_relative, files)
+
+
+def _relative(files: Callable[[Path, str], list[Path]], folder: Path, split: str) -> list[str]:
+    return [shard_name(folder, file) for file in files(folder, split)]
+
+
+def shard_name(folder: Path, file: Path) -> str:
+    """The path in the input folder; it stands in the ids of the shard's records, which makes them unique."""
+    return file.relative_to(folder).as_posix()
 
 
 class Images:

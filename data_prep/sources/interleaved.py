@@ -23,7 +23,7 @@ from data_prep.faults import (
     TOO_MANY_IMAGES,
     Unusable,
 )
-from data_prep.sources.files import Images, all_files, find_files, json_rows, parquet_rows, part_name
+from data_prep.sources.files import Images, all_files, find_files, json_rows, parquet_rows, shard_name, shards_of
 from data_prep.sources.source import Row, Source, text
 from data_prep.sources.webdataset import json_member
 from infimed_jax.data.sample import Sample, Skipped, Turn
@@ -80,21 +80,21 @@ def _documents(prefix: str, rows: Iterable[Any], pieces: Any, joint: str) -> Ite
             yield from document(id, found, joint)
 
 
-def _obelics_parts(folder: Path, split: str) -> list[Path]:
+def _obelics_files(folder: Path, split: str) -> list[Path]:
     return find_files(folder, "data/train-*.parquet", "train-*.parquet", "opt_out_docs_removed*/train-*.parquet")
 
 
-def read_obelics(folder: Path, split: str, part: Path | None = None) -> Iterator[Sample | Skipped]:
-    for file in (part,) if part else _obelics_parts(folder, split):
+def read_obelics(folder: Path, split: str, shard: str | None = None) -> Iterator[Sample | Skipped]:
+    for file in [folder / shard] if shard else _obelics_files(folder, split):
         fetched = folder / "images" / file.stem
         names, images = _fetched(fetched), Images(fetched)
-        prefix = f"obelics/{split}/{part_name(folder, file)}"
+        prefix = f"obelics/{split}/{shard_name(folder, file)}"
         rows = parquet_rows(file, ("images", "texts"))
         yield from _documents(prefix, rows, lambda row, n=names, i=images: _obelics_pieces(row, n, i), "\n\n")
 
 
 def _fetched(folder: Path) -> dict[str, str]:
-    """URL → file, from the tables that img2dataset writes beside its folders. One part's, so it fits in memory."""
+    """URL → file, from the tables that img2dataset writes beside its folders. One shard's, so it fits in memory."""
     names = {}
     for table in sorted(folder.glob("*.parquet")):
         for row in parquet_rows(table, ("url", "key", "status"), batch=1024):
@@ -121,15 +121,15 @@ def _image(images: Images, name: str) -> bytes | Unusable:
         return fault
 
 
-def _mmc4_parts(folder: Path, split: str) -> list[Path]:
+def _mmc4_files(folder: Path, split: str) -> list[Path]:
     return all_files(folder, ".jsonl", ".tar", ".tar.gz")
 
 
-def read_mmc4(folder: Path, split: str, part: Path | None = None) -> Iterator[Sample | Skipped]:
-    for file in (part,) if part else _mmc4_parts(folder, split):
+def read_mmc4(folder: Path, split: str, shard: str | None = None) -> Iterator[Sample | Skipped]:
+    for file in [folder / shard] if shard else _mmc4_files(folder, split):
         images = Images(folder / "images" / file.stem, folder / "images")
         rows: Iterator[Any] = json_rows(file) if file.suffix == ".jsonl" else _tar_documents(file)
-        prefix = f"mmc4/{split}/{part_name(folder, file)}"
+        prefix = f"mmc4/{split}/{shard_name(folder, file)}"
         yield from _documents(prefix, rows, lambda row, i=images: _mmc4_pieces(row, i), " ")
 
 
@@ -188,7 +188,7 @@ SOURCES: Sequence[Source] = (
         notes="the licence is the card's, for the collection; texts and images keep their own. The place of the images "
         "is our choice, as none is published; the columns of img2dataset's tables (url, key, status) are not verified",
         read=read_obelics,
-        parts=_obelics_parts,
+        shards=shards_of(_obelics_files),
         **_FACTS,
     ),
     Source(
@@ -201,7 +201,7 @@ SOURCES: Sequence[Source] = (
         obtain="the links of allenai/mmc4; the images are fetched by URL",
         notes="licence and size as the project states them, not verified here",
         read=read_mmc4,
-        parts=_mmc4_parts,
+        shards=shards_of(_mmc4_files),
         **_FACTS,
     ),
 )

@@ -50,8 +50,8 @@ class Source:
     obtain: str
     """How a user comes by those files."""
     read: Callable[..., Iterator[Sample | Skipped]]
-    """(input folder, split, **options) to samples in a fixed order; a source with `parts` takes `part=` too.
-    UserError: the folder or a file of annotations is unusable."""
+    """(input folder, split, **options) to samples in a fixed order; (input folder, split, shard, **options) where there
+    are `shards`. UserError: the folder or a file of annotations is unusable."""
     size: str = ""
     """As published."""
     columns: tuple[str, ...] = ()
@@ -60,9 +60,9 @@ class Source:
     notes: str = ""
     """What a user should know, and what has not been verified on the published files."""
     options: tuple[Option, ...] = ()
-    parts: Callable[..., list[Path]] | None = None
-    """(input folder, split, **options) to the files that can be read apart, in order: reading each gives the same
-    samples, ids included, as reading the split. None: a split is one piece."""
+    shards: Callable[[Path, str], list[str]] | None = None
+    """(input folder, split) to the names of pieces that can be read apart, so in parallel: the tars of a WebDataset.
+    One after the other they give the samples of the split, ids included. None: a split is one piece."""
 
 
 def with_options(source: Source, given: Mapping[str, str]) -> tuple[Source, dict[str, str]]:
@@ -90,8 +90,7 @@ def with_options(source: Source, given: Mapping[str, str]) -> tuple[Source, dict
     recorded = {name: str(value) for name, value in values.items() if value is not None}
     if not values:
         return source, recorded
-    parts = partial(source.parts, **values) if source.parts else None
-    return replace(source, read=partial(source.read, **values), parts=parts), recorded
+    return replace(source, read=partial(source.read, **values)), recorded
 
 
 class Secret(bytes):

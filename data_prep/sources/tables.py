@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.faults import DAMAGED_FILE, NO_TEXT, NOT_UNICODE, Unusable
-from data_prep.sources.files import Images, find_files, parquet_rows, part_name
+from data_prep.sources.files import Images, find_files, parquet_rows, shard_name, shards_of
 from data_prep.sources.source import (
     Option,
     Row,
@@ -25,7 +25,7 @@ from infimed_jax.data.sample import Sample, Skipped
 from infimed_jax.errors import UserError
 
 
-def parts(folder: Path, split: str, **columns: Any) -> list[Path]:
+def files_of(folder: Path, split: str) -> list[Path]:
     """The usual places of a split's files on the Hub."""
     return find_files(
         folder, f"data/{split}-*.parquet", f"{split}-*.parquet", f"**/{split}-*.parquet", f"{split}/*.parquet",
@@ -37,7 +37,7 @@ def read(
     name: str,
     folder: Path,
     split: str,
-    part: Path | None = None,
+    shard: str | None = None,
     image: str = "image",
     question: str = "question",
     answer: str = "answer",
@@ -46,8 +46,8 @@ def read(
     """Questions and answers, or captions where `caption` names a column."""
     columns = (image, caption) if caption else (image, question, answer)
     make = partial(_sample, Images(folder), columns)
-    for file in (part,) if part else parts(folder, split):
-        yield from records(f"{name}/{split}/{part_name(folder, file)}", parquet_rows(file, columns), make)
+    for file in [folder / shard] if shard else files_of(folder, split):
+        yield from records(f"{name}/{split}/{shard_name(folder, file)}", parquet_rows(file, columns), make)
 
 
 def _sample(images: Images, columns: tuple[str, ...], id: str, row: Row) -> Sample:
@@ -132,7 +132,7 @@ def _hub(name: str, **facts: Any) -> Source:
         layout="data/SPLIT-*.parquet",
         columns=("image", "question", "answer"),
         read=partial(read, name),
-        parts=parts,
+        shards=shards_of(files_of),
         **facts,
     )
 
@@ -146,7 +146,7 @@ SOURCES = (
         columns=("as the options say",),
         obtain="your own files, or most image sets of the Hugging Face Hub",
         read=partial(read, "parquet"),
-        parts=parts,
+        shards=shards_of(files_of),
         options=_QA_OPTIONS,
         **_DOOR,
     ),

@@ -10,20 +10,20 @@ from typing import Any
 
 from data_prep.archives import read_webdataset
 from data_prep.faults import NO_IMAGE, NO_TEXT, NOT_JSON, NOT_UNICODE, Unusable
-from data_prep.sources.files import all_files, part_name
+from data_prep.sources.files import all_files, shard_name, shards_of
 from data_prep.sources.source import Source, caption_sample, filled, records
 from infimed_jax.data.sample import Sample, Skipped
 
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 
-def parts(folder: Path, split: str) -> list[Path]:
+def files_of(folder: Path, split: str) -> list[Path]:
     return all_files(folder, ".tar", ".tar.gz", ".tgz")
 
 
-def read(name: str, folder: Path, split: str, part: Path | None = None) -> Iterator[Sample | Skipped]:
-    for file in (part,) if part else parts(folder, split):
-        yield from records(f"{name}/{split}/{part_name(folder, file)}", read_webdataset(file), _sample)
+def read(name: str, folder: Path, split: str, shard: str | None = None) -> Iterator[Sample | Skipped]:
+    for file in [folder / shard] if shard else files_of(folder, split):
+        yield from records(f"{name}/{split}/{shard_name(folder, file)}", read_webdataset(file), _sample)
 
 
 def _sample(id: str, group: dict[str, bytes]) -> Sample:
@@ -65,7 +65,7 @@ def _source(name: str, **facts: Any) -> Source:
         layout="*.tar or *.tar.gz, in folders or not: KEY.jpg, KEY.txt (or the caption in KEY.json)",
         columns=("jpg", "txt", "json.caption", "json.uid"),
         read=partial(read, name),
-        parts=parts,
+        shards=shards_of(files_of),
         **facts,
     )
 

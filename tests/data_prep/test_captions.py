@@ -79,8 +79,8 @@ def test_rocov2_and_medtrinity_from_parquet_read_apart_or_together(tmp_path):
         records = list(source.read(folder, "train"))
         assert outline(records) == [(b"A0", "\nLiver."), "image missing", (b"A1", "\nLiver."), "image missing"]
         assert records[2].meta["source_id"] == "id1" and len({record.id for record in records}) == 4
-        parts = source.parts(folder, "train")
-        assert records == [record for part in parts for record in source.read(folder, "train", part=part)]
+        assert source.shards(folder, "train") == files
+        assert records == [record for shard in files for record in source.read(folder, "train", shard)]
         check_documents(records[::2])
 
 

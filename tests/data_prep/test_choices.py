@@ -85,7 +85,7 @@ def test_omnimedvqa_takes_the_letter_of_the_equal_option(tmp_path):
     assert reasons(records) == ["B", "D", "answer is none of the options", "image missing", "B"]
     assert records[0].options == ("Lung imaging", "Fundus imaging")
     assert records[0].meta["modality"] == "Fundus Photography" and records[4].meta["modality"] == "CT"
-    assert records[4].id == "omnimedvqa/test/Chest_CT_Scan/00000"
+    assert records[4].id == "omnimedvqa/test/QA_information/Open-access/Chest CT Scan.json/00000"
 
 
 def mmmu_rows() -> dict[str, list]:

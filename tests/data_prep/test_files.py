@@ -23,8 +23,8 @@ from data_prep.sources.files import (
     find_files,
     json_rows,
     parquet_rows,
-    part_name,
     read_json,
+    shards_of,
 )
 from infimed_jax.errors import UserError
 
@@ -269,6 +269,6 @@ def test_patterns_that_match_nothing_are_named(tmp_path):
     (tmp_path / "deep" / "0.tar.gz").write_bytes(b"")
     found = all_files(tmp_path, ".tar", ".tar.gz")
     assert [file.name for file in found] == ["a.tar", "b.tar", "0.tar.gz"]
-    assert [part_name(tmp_path, file) for file in found] == ["a", "b", "deep-0"]
+    assert shards_of(lambda folder, split: found)(tmp_path, "train") == ["a.tar", "b.tar", "deep/0.tar.gz"]
     with pytest.raises(UserError, match=r"holds no file that ends in \.parquet"):
         all_files(tmp_path, ".parquet")

@@ -69,7 +69,7 @@ def test_obelics_joins_urls_with_fetched_images(tmp_path):
     pq.write_table(pa.table(table), fetched / "00000.parquet")
     source = SOURCES["obelics"]
     records = list(source.read(tmp_path, "train"))
-    prefix = f"obelics/train/data-{stem}"
+    prefix = f"obelics/train/data/{stem}.parquet"
     assert [turn.content for turn in records[0].turns] == [(0, "\nbetween"), (1,)] and records[0].images == (
         b"U0",
         b"U1",
@@ -80,8 +80,8 @@ def test_obelics_joins_urls_with_fetched_images(tmp_path):
         Skipped(f"{prefix}/00002", "no image"),
         Skipped(f"{prefix}/00003", "file is damaged", "images and texts of different length"),
     ]
-    (part,) = source.parts(tmp_path, "train")
-    assert list(source.read(tmp_path, "train", part=part)) == records
+    (part,) = source.shards(tmp_path, "train")
+    assert part == f"data/{stem}.parquet" and list(source.read(tmp_path, "train", part)) == records
 
 
 def mmc4(**changes) -> dict:

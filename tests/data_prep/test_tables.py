@@ -37,7 +37,7 @@ def test_the_hubs_copies(tmp_path, name):
     records = list(SOURCES[name].read(tmp_path, "test"))
     shown = [record.reason if isinstance(record, Skipped) else (record.kind, record.answer) for record in records]
     assert shown == [("yes_no", "no"), ("open", "gas"), "no question", "no answer", "image missing"]
-    assert records[0].id == f"{name}/test/data-test-00000-of-00001/00000" and records[0].images == (b"A",)
+    assert records[0].id == f"{name}/test/data/test-00000-of-00001.parquet/00000" and records[0].images == (b"A",)
     with pytest.raises(UserError, match=r"holds none of data/train-\*\.parquet"):
         list(SOURCES[name].read(tmp_path, "train"))
 
@@ -50,8 +50,9 @@ def test_own_columns_by_option(tmp_path):
     source, _ = with_options(SOURCES["parquet"], {"image": "file", "question": "ask", "answer": "say"})
     sample, missing = source.read(tmp_path, "train")
     assert (sample.images, sample.question, sample.answer) == ((b"A",), "Q", "A")
-    assert missing == Skipped("parquet/train/train/00001", "image missing", "b.png")
-    assert [part.name for part in source.parts(tmp_path, "train")] == ["train.parquet"]
+    assert missing == Skipped("parquet/train/train.parquet/00001", "image missing", "b.png")
+    assert source.shards(tmp_path, "train") == ["train.parquet"]
+    assert list(source.read(tmp_path, "train", "train.parquet")) == [sample, missing]
     source, _ = with_options(SOURCES["parquet"], {"image": "file", "caption": "say"})
     document, _ = source.read(tmp_path, "train")
     assert document.kind == "document" and document.turns[0].content == (0, "\nA")

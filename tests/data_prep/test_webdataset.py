@@ -39,17 +39,17 @@ def test_pairs_become_documents(tmp_path, name):
     records = list(SOURCES[name].read(tmp_path, "train"))
     prefix = f"{name}/train"
     document = records[0]
-    assert isinstance(document, Sample) and document.id == f"{prefix}/00000000/00000"
+    assert isinstance(document, Sample) and document.id == f"{prefix}/00000000.tar/00000"
     assert document.kind == "document" and document.turns == (Turn("document", (0, "\nA cat.")),)
     assert document.images == (b"000000000",) and document.meta["source_id"] == "uid-000000000"
     assert records[4].turns[0].content == (0, "\nFrom JSON.") and records[4].images == (b"y",)
     reasons = [record.reason if isinstance(record, Skipped) else record.id for record in records]
     assert reasons == [
-        f"{prefix}/00000000/00000",
+        f"{prefix}/00000000.tar/00000",
         "no text",
         "no image",
         "text is not valid UTF-8",
-        f"{prefix}/00000001/00002",
+        f"{prefix}/00000001.tar/00002",
         "no text",
         "archive member with an unsafe name",
         "not valid JSON",
@@ -60,8 +60,8 @@ def test_shards_read_apart_give_the_same_records(tmp_path):
     for number in range(3):
         shard(tmp_path / "deep" / f"{number:05d}.tar", pair(f"{number}-a", "one") | pair(f"{number}-b", ""))
     source = SOURCES["datacomp"]
-    parts = source.parts(tmp_path, "train")
-    assert [part.name for part in parts] == ["00000.tar", "00001.tar", "00002.tar"]
-    apart = [record for part in parts for record in source.read(tmp_path, "train", part=part)]
+    shards = source.shards(tmp_path, "train")
+    assert shards == ["deep/00000.tar", "deep/00001.tar", "deep/00002.tar"]
+    apart = [record for shard in shards for record in source.read(tmp_path, "train", shard)]
     assert apart == list(source.read(tmp_path, "train"))
     assert len({record.id for record in apart}) == 6

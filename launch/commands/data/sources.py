@@ -37,7 +37,7 @@ def sources(args: argparse.Namespace) -> None:
 
     def facts(source: Source) -> dict[str, Any]:
         """All but the functions."""
-        row = {key: value for key, value in vars(source).items() if key not in ("read", "parts", "options")}
+        row = {key: value for key, value in vars(source).items() if key not in ("read", "shards", "options")}
         row["options"] = {option.name: option.help for option in source.options}
         return row
 
@@ -67,7 +67,8 @@ def sources(args: argparse.Namespace) -> None:
                 console.print(f"{key:26}{value}", markup=False, highlight=False, soft_wrap=True)
     else:
         table = Table(title=f"{len(SOURCES)} data sources", show_lines=True, expand=True)
-        for column, ratio in (("source", 2), ("terms", 3), ("size and splits", 3), ("layout, and where from", 6)):
+        table.add_column("source", no_wrap=True)
+        for column, ratio in (("terms", 3), ("size and splits", 3), ("layout, and where from", 5)):
             table.add_column(column, overflow="fold", ratio=ratio)
         for source in SOURCES.values():
             table.add_row(
