@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import hmac
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -146,7 +147,12 @@ def records(prefix: str, rows: Iterable[Any], sample: Callable[[str, Any], Sampl
 
 
 def text(value: Any) -> str:
-    """An annotation's value as stripped text: numbers become text, absent and nested values the empty string."""
+    """An annotation's value as stripped text: numbers become text, absent and nested values the empty string.
+
+    So does NaN, which is how tables exported by pandas say absent.
+    """
+    if isinstance(value, float) and math.isnan(value):
+        return ""
     return str(value).strip() if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
 
 

@@ -30,12 +30,22 @@ def read(folder: Path, split: str) -> Iterator[Sample | Skipped]:
     """`train`: all 3,064 rows. `train_usual`: the 1,793 that papers use. `test`: 451. `documents`: train as statements.
 
     `documents` serves pretraining, since VQA-RAD has no captions: one document for each row of `train_usual`.
+    The release as one file has no rows that fill a frame, so its `train` has 1,797; the others are the same.
     """
-    rows = read_rows(folder / ("testset.json" if split == "test" else "trainset.json"))
+    rows = _rows(folder, split == "test")
     if split in ("train_usual", "documents"):
-        rows = usual(rows, read_rows(folder / "testset.json"))
-    images = Images(folder / "images", folder / "images.zip")
+        rows = usual(rows, _rows(folder, True))
+    images = Images(folder / "images", folder / "VQA_RAD Image Folder", folder / "images.zip")
     yield from records(f"{NAME}/{split}", rows, partial(_sample, images, split == "documents"))
+
+
+def _rows(folder: Path, test: bool) -> list[Row]:
+    """From the two files, or from the one of the Open Science Framework, whose test rows are of phrase type test_…."""
+    whole = folder / "VQA_RAD Dataset Public.json"
+    if (folder / "trainset.json").is_file() or not whole.is_file():
+        return read_rows(folder / ("testset.json" if test else "trainset.json"))
+    typed = [(row, text(row.get("phrase_type"))) for row in read_rows(whole)]
+    return [row | {"phrase_type": kind.removeprefix("test_")} for row, kind in typed if kind.startswith("test") == test]
 
 
 def usual(train: list[Row], test: list[Row]) -> list[Row]:
@@ -81,8 +91,8 @@ SOURCE = Source(
     training_allowed=True,
     splits=("train", "train_usual", "documents", "test"),
     size="3,064 / 451 questions on 315 images; 1,793 of the former are the usual train split",
-    layout="trainset.json, testset.json, images/*.jpg",
+    layout="trainset.json, testset.json, images/*.jpg; or VQA_RAD Dataset Public.json, VQA_RAD Image Folder/",
     columns=("qid", "image_name", "image_organ", "question", "answer", "answer_type", "question_type", "phrase_type"),
-    obtain="the dataset's page on the Open Science Framework: the JSON files and the image folder",
+    obtain="the dataset's page on the Open Science Framework (osf.io/89kps); the two files are MEVF's copy of it",
     read=read,
 )

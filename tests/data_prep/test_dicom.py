@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import sys
 import zlib
 from pathlib import Path
 
@@ -305,6 +306,13 @@ def test_hostile_and_odd_files_are_named_by_number(tmp_path, salt):
 def test_a_window_that_is_none_is_refused(salt, window):
     with pytest.raises(UserError, match="option window of dicom"):
         with_options(SOURCE, {"salt": salt, "window": window})
+
+
+def test_without_pydicom_the_error_says_what_to_install(tmp_path, salt, monkeypatch):
+    write(tmp_path / "in" / "a.dcm")
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(UserError, match=r"needs pydicom: pip install 'infimed-jax\[medical\]'"):
+        read(tmp_path / "in", salt)
 
 
 def test_the_window_must_be_chosen(salt):

@@ -8,7 +8,7 @@ import pytest
 
 from data_prep.pipeline import ingest
 from data_prep.sources import SOURCES, evaluation_only
-from data_prep.sources.source import Secret, Source, check_split, secret_file, with_options
+from data_prep.sources.source import Secret, Source, check_split, secret_file, text, with_options
 from infimed_jax.errors import UserError
 
 RECIPE = [
@@ -80,6 +80,11 @@ def test_options_are_typed_and_refused_where_unknown(tmp_path):
     bound, recorded = with_options(parquet, {"question": "q"})
     assert recorded == {"image": "image", "question": "q", "answer": "answer"}
     assert isinstance(bound, Source) and with_options(SOURCES["slake"], {}) == (SOURCES["slake"], {})
+
+
+def test_values_become_text():
+    values = [" a ", 3, 2.5, True, None, ["a"], float("nan"), b"a"]
+    assert [text(value) for value in values] == ["a", "3", "2.5", "", "", "", "", ""]
 
 
 def test_a_secret_shows_only_its_fingerprint(tmp_path):
