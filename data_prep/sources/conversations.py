@@ -118,7 +118,7 @@ def _source(
         "training_allowed": True,
         "splits": ("train", "documents"),
         "columns": _COLUMNS,
-        "layout": f"{' or '.join(file.split('|'))}; images in {', '.join(places)}",
+        "layout": f"{' or '.join(file.split('|'))}; images in {' or '.join(place or '.' for place in places)}",
         "read": partial(read, name, file, places, captioning, flat),
     }
     return Source(name=name, title=title, **(defaults | facts))
@@ -133,6 +133,7 @@ _PUBMEDVISION = {
     "licence": "Apache-2.0",
     "size": "647,031 conversations",
     "columns": (*_COLUMNS, "modality", "body_part"),
+    "layout": "the JSON file; images/ or images_0.zip to images_19.zip",
     "obtain": "FreedomIntelligence/PubMedVision on the Hugging Face Hub; images_*.zip may stay packed",
     "notes": "the licence is the card's; the images are figures of PubMed Central articles with their own terms",
 }
