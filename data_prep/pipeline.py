@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import itertools
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_prep.sources import SOURCES
-from data_prep.sources.source import Source, read_json
+from data_prep.sources.files import read_json
+from data_prep.sources.source import Source, check_split, with_options
 from infimed_jax.data.images import ImageError, decode_image
 from infimed_jax.data.sample import Sample, Skipped
 from infimed_jax.data.storage import MANIFEST, open_samples, write_samples
 from infimed_jax.errors import UserError
 from infimed_jax.files import write_json
 
-VERSION = 1
+VERSION = 2
 """Of what adapters make of the same files; raise it when that changes, so that datasets are prepared again."""
 _CHECK_SIZE = 32
 """Side to which an image is decoded to see whether it can be; the pixels are thrown away."""
@@ -34,18 +36,19 @@ def ingest(
     output: str | Path,
     splits: Sequence[str] = (),
     *,
+    options: Mapping[str, str] | None = None,
     on_progress: Progress | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:
     """Prepare `output/SPLIT` (a dataset) and `output/SPLIT.json` (its report) for each split; no splits are all.
 
-    A split whose inputs have not changed is left as it is; `limit` keeps the first samples only. Returns the reports
-    by split. UserError: no such source or split, an unusable input folder, or not one usable record.
+    A split whose inputs have not changed is left as it is; `limit` keeps the first samples only; `options` are the
+    source's own, as text. Returns the reports by split. UserError: no such source, split or option, an unusable input
+    folder, or not one usable record.
     """
-    adapter = _adapter(source)
+    adapter, recorded = with_options(_adapter(source), options or {})
     for split in splits:
-        if split not in adapter.splits:
-            raise UserError(f"source {source} has no split {split!r}: its splits are {', '.join(adapter.splits)}")
+        check_split(adapter, split)
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, not {limit}")
     input, output = Path(input), Path(output)
@@ -53,14 +56,15 @@ def ingest(
         raise UserError(f"{input} is not a folder: {source} wants {adapter.layout}, from {adapter.obtain}")
     inputs = _fingerprint(input)
     return {
-        split: _ingest_split(adapter, input, output, split, inputs, on_progress, limit)
+        split: _ingest_split(adapter, input, output, split, inputs, recorded, on_progress, limit)
         for split in splits or adapter.splits
     }
 
 
 def _adapter(source: str) -> Source:
     if source not in SOURCES:
-        raise UserError(f"no data source {source!r}: there are {', '.join(SOURCES)}")
+        near = difflib.get_close_matches(source, SOURCES, 1)
+        raise UserError(f"no data source {source!r}{f', perhaps {near[0]}' if near else ''}: `data sources` lists them")
     return SOURCES[source]
 
 
@@ -82,10 +86,12 @@ def _ingest_split(
     output: Path,
     split: str,
     inputs: str,
+    options: dict[str, str],
     on_progress: Progress | None,
     limit: int | None,
 ) -> dict[str, Any]:
     recipe = {"version": VERSION, "source": adapter.name, "split": split, "inputs": inputs, "limit": limit}
+    recipe |= {"options": options}
     folder, report_file = output / split, output / f"{split}.json"
     finished = _finished_report(folder, report_file, recipe)
     if finished is not None:
@@ -93,7 +99,8 @@ def _ingest_split(
     skipped: list[Skipped] = []
     samples = _kept(adapter, input, split, skipped, on_progress, limit)
     try:
-        manifest = replace_dataset(folder, samples, adapter.name, recipe | {"licence": adapter.licence})
+        terms = {"licence": adapter.licence, "training_allowed": adapter.training_allowed}
+        manifest = replace_dataset(folder, samples, adapter.name, recipe | terms)
     except NoSamples as error:
         counted = ", ".join(f"{reason}: {n:,}" for reason, n in _by_reason(skipped).items())
         raise UserError(
@@ -107,6 +114,7 @@ def _ingest_split(
         "commercial_use": adapter.commercial_use,
         "allow_external_api": adapter.allow_external_api,
         "training_allowed": adapter.training_allowed,
+        "options": options,
         "limit": limit,
         "samples": manifest["samples"],
         "kinds": manifest["kinds"],

@@ -1,13 +1,47 @@
-"""Data sources, one adapter each: the only place that knows a dataset's own files."""
+"""Data sources: the only place that knows a dataset's own files."""
 
 from __future__ import annotations
 
-from data_prep.sources import phantom, shapes, slake, vqa_rad
+from data_prep.sources import (
+    captions,
+    choices,
+    conversations,
+    dicom,
+    interleaved,
+    iu_xray,
+    phantom,
+    shapes,
+    slake,
+    tables,
+    vqa_med_2019,
+    vqa_rad,
+    webdataset,
+)
 from data_prep.sources.source import Source
 
 SOURCES: dict[str, Source] = {
-    "phantom": phantom.SOURCE,
-    "shapes": shapes.SOURCE,
-    "slake": slake.SOURCE,
-    "vqa_rad": vqa_rad.SOURCE,
+    source.name: source
+    for source in sorted(
+        (
+            *captions.SOURCES,
+            *choices.SOURCES,
+            *conversations.SOURCES,
+            *interleaved.SOURCES,
+            *tables.SOURCES,
+            *webdataset.SOURCES,
+            dicom.SOURCE,
+            iu_xray.SOURCE,
+            phantom.SOURCE,
+            shapes.SOURCE,
+            slake.SOURCE,
+            vqa_med_2019.SOURCE,
+            vqa_rad.SOURCE,
+        ),
+        key=lambda source: source.name,
+    )
 }
+
+
+def evaluation_only(origins: list[str]) -> list[str]:
+    """Of a dataset's origins (`source/split`), as its manifest lists them, those that may never be trained on."""
+    return [o for o in origins if (source := SOURCES.get(o.partition("/")[0])) and not source.training_allowed]

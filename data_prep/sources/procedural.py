@@ -18,7 +18,8 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from data_prep.sources.source import IMAGE_MISSING, read_image, read_json, read_rows
+from data_prep.faults import IMAGE_MISSING
+from data_prep.sources.files import read_image, read_json, read_rows
 from infimed_jax.data.prompts import LETTERS, question_sample
 from infimed_jax.data.sample import Kind, Sample, Skipped, Turn
 from infimed_jax.errors import UserError

@@ -6,20 +6,11 @@ Counting the Chinese rows, 142 of 180 test images also occur in train; the Engli
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from data_prep.sources.source import (
-    IMAGE_MISSING,
-    NO_ANSWER,
-    NO_QUESTION,
-    Source,
-    answer_kind,
-    read_image,
-    read_rows,
-    text,
-)
-from infimed_jax.data.prompts import question_sample
+from data_prep.sources.files import Images, read_rows
+from data_prep.sources.source import Row, Source, filled, qa_sample, question_and_answer, records, text
 from infimed_jax.data.sample import Sample, Skipped
 
 NAME = "slake"
@@ -27,8 +18,8 @@ NAME = "slake"
 
 def read(folder: Path, split: str) -> Iterator[Sample | Skipped]:
     """All rows of a split, both languages, in the file's order."""
-    for number, row in enumerate(read_rows(_file(folder, split))):
-        yield _sample(folder, split, number, row)
+    images = Images(folder / "imgs", folder / "imgs.zip")
+    yield from records(f"{NAME}/{split}", read_rows(_file(folder, split)), partial(_sample, images))
 
 
 def _file(folder: Path, split: str) -> Path:
@@ -38,36 +29,19 @@ def _file(folder: Path, split: str) -> Path:
     return folder / f"{split}.json"
 
 
-def _sample(folder: Path, split: str, number: int, row: dict[str, Any]) -> Sample | Skipped:
-    id = f"{NAME}/{split}/{number:05d}"
-    question, answer, image_name = (text(row.get(field)) for field in ("question", "answer", "img_name"))
-    answer_type = text(row.get("answer_type")).upper()
-    if not question:
-        return Skipped(id, NO_QUESTION)
-    if not answer:
-        return Skipped(id, NO_ANSWER)
-    image = read_image(folder / "imgs", image_name)
-    if image is None:
-        return Skipped(id, IMAGE_MISSING, image_name)
-    kind = answer_kind(answer, answer_type)
-    return question_sample(
-        id=id,
-        source=NAME,
-        split=split,
-        images=(image,),
-        kind=kind,
-        question=question,
-        answer=answer.lower() if kind == "yes_no" else answer,
-        meta={
-            "image_id": f"{NAME}/{image_name}",
-            "modality": text(row.get("modality")),
-            "organ": text(row.get("location")).lower(),
-            "question_type": text(row.get("content_type")),
-            "answer_type": answer_type,
-            "qid": text(row.get("qid")),
-            "language": text(row.get("q_lang")) or "en",
-        },
+def _sample(images: Images, id: str, row: Row) -> Sample:
+    question, answer = question_and_answer(row)
+    image_name, answer_type = text(row.get("img_name")), text(row.get("answer_type")).upper()
+    meta = filled(
+        image_id=f"{NAME}/{image_name}",
+        modality=row.get("modality"),
+        organ=text(row.get("location")).lower(),
+        question_type=row.get("content_type"),
+        answer_type=answer_type,
+        qid=row.get("qid"),
+        language=text(row.get("q_lang")) or "en",
     )
+    return qa_sample(id, (images.read(image_name),), question, answer, meta, answer_type)
 
 
 SOURCE = Source(
@@ -78,7 +52,10 @@ SOURCE = Source(
     allow_external_api=True,
     training_allowed=True,
     splits=("train", "validation", "test"),
-    layout="train.json, validate.json or validation.json, test.json, imgs/xmlabN/source.jpg",
+    size="14,028 questions in two languages on 642 images: 9,835 / 2,099 / 2,094",
+    layout="train.json, validate.json or validation.json, test.json, imgs/xmlabN/source.jpg (or imgs.zip)",
+    columns=("qid", "img_name", "question", "answer", "answer_type", "content_type", "modality", "location", "q_lang"),
+    languages=("en", "zh"),
     obtain="Slake1.0.zip from the project's page",
     read=read,
 )

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import difflib
+import hashlib
+import hmac
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from infimed_jax.data.sample import Kind, Sample, Skipped
+from data_prep.faults import NO_ANSWER, NO_QUESTION, NO_TEXT, NOT_AN_OPTION, Unusable
+from infimed_jax.data.prompts import LETTERS, question_sample
+from infimed_jax.data.sample import Kind, Sample, Skipped, Turn
 from infimed_jax.errors import UserError
 
-IMAGE_MISSING = "image missing"
-NO_ANSWER = "no answer"
-NO_QUESTION = "no question"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting of one source, given as `--option name=value` and passed to `read` as a keyword."""
+
+    name: str
+    help: str
+    parse: Callable[[str], Any] = str
+    """Text to value. Raises ValueError or UserError."""
+    default: Any = None
+    required: bool = False
 
 
 @dataclass(frozen=True)
@@ -28,56 +44,180 @@ class Source:
     allow_external_api: bool
     """Whether its text and images may be sent to a third party's service; credentialed data never."""
     training_allowed: bool
+    """False: for evaluation only."""
     splits: tuple[str, ...]
     layout: str
     """The files that `read` expects in the input folder."""
     obtain: str
     """How a user comes by those files."""
-    read: Callable[[Path, str], Iterator[Sample | Skipped]]
-    """(input folder, split) to samples in a fixed order. UserError: the folder or a file of annotations is unusable."""
+    read: Callable[..., Iterator[Sample | Skipped]]
+    """(input folder, split, **options) to samples in a fixed order; (input folder, split, shard, **options) where there
+    are `shards`. UserError: the folder or a file of annotations is unusable."""
+    size: str = ""
+    """As published."""
+    columns: tuple[str, ...] = ()
+    """The fields that are read."""
+    languages: tuple[str, ...] = ("en",)
+    notes: str = ""
+    """What a user should know, and what has not been verified on the published files."""
+    options: tuple[Option, ...] = ()
+    shards: Callable[[Path, str], list[str]] | None = None
+    """(input folder, split) to the names of pieces that can be read apart, so in parallel: the tars of a WebDataset.
+    One after the other they give the samples of the split, ids included. None: a split is one piece."""
 
 
-def read_json(file: Path, kind: type = list) -> Any:
-    """The file's JSON value, of type `kind`. UserError names the file where it is missing, broken, or another type."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{file} does not exist: check the input folder and its layout") from error
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise UserError(f"{file} is not valid JSON ({error}): download it again") from error
-    if not isinstance(value, kind):
-        raise UserError(f"{file} must hold a JSON {kind.__name__}, not {type(value).__name__}")
+def with_options(source: Source, given: Mapping[str, str]) -> tuple[Source, dict[str, str]]:
+    """The source with its options bound, and what to record of them: secrets by a fingerprint.
+
+    UserError: an option that the source does not have, a value that it cannot have, or a required one that is absent.
+    """
+    known = {option.name: option for option in source.options}
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f": did you mean {near[0]}?" if near else f": it has {', '.join(known) or 'none'}"
+            raise UserError(f"source {source.name} has no option {name!r}{hint}")
+    values = {}
+    for option in source.options:
+        if option.name in given:
+            try:
+                values[option.name] = option.parse(given[option.name])
+            except (ValueError, OSError) as error:  # UserError is a ValueError
+                raise UserError(f"option {option.name} of {source.name}: {error}") from error
+        elif option.required:
+            raise UserError(f"source {source.name} needs --option {option.name}=…: {option.help}")
+        else:
+            values[option.name] = option.default
+    recorded = {name: str(value) for name, value in values.items() if value is not None}
+    if not values:
+        return source, recorded
+    return replace(source, read=partial(source.read, **values)), recorded
+
+
+class Secret(bytes):
+    """Bytes that show only a fingerprint: in reports, recipes and tracebacks."""
+
+    def fingerprint(self) -> str:
+        """Made as the hashed uids are, so it gives away no more than any of them."""
+        return hmac.digest(self, b"fingerprint", hashlib.sha256).hex()[:16]
+
+    __str__ = __repr__ = fingerprint
+
+
+def secret_file(name: str) -> Secret:
+    """The content of a file, without the newline at its end. UserError: fewer than 16 bytes."""
+    secret = Secret(Path(name).read_bytes().rstrip(b"\r\n"))
+    if len(secret) < 16:
+        raise UserError(f"{name} must hold at least 16 bytes: openssl rand -hex 32 > {name}")
+    return secret
+
+
+def one_of(*values: str) -> Callable[[str], str]:
+    """A parser of options with few values."""
+    return partial(_one_of, values)
+
+
+def _one_of(values: tuple[str, ...], value: str) -> str:
+    if value not in values:
+        raise UserError(f"it must be {' or '.join(values)}, not {value!r}")
     return value
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """A JSON list of objects, as annotations usually are. UserError as in `read_json`."""
-    rows = read_json(file)
+def check_split(source: Source, split: str) -> None:
+    """UserError: the source has no such split, or it may not be trained on."""
+    if split in source.splits:
+        return
+    have = ", ".join(source.splits)
+    if not source.training_allowed:
+        raise UserError(f"source {source.name} is for evaluation only, never for training: it has {have}, not {split}")
+    raise UserError(f"source {source.name} has no split {split!r}: its splits are {have}")
+
+
+def records(prefix: str, rows: Iterable[Any], sample: Callable[[str, Any], Sample]) -> Iterator[Sample | Skipped]:
+    """One record a row, numbered: the sample, or why there is none. `sample(id, row)` may raise Unusable."""
     for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise UserError(f"{file}: entry {number} is {type(row).__name__}, not an object")
-    return rows
-
-
-def read_image(folder: Path, name: str) -> bytes | None:
-    """The bytes of an image named by an annotation, or None where it is absent or lies outside of `folder`."""
-    root = folder.resolve()
-    try:
-        file = (root / name).resolve()
-        return file.read_bytes() if file.is_relative_to(root) and file.is_file() else None
-    except (OSError, ValueError):  # a name too long, or with a NUL
-        return None
+        id = f"{prefix}/{number:05d}"
+        try:
+            if isinstance(row, Unusable):
+                raise row
+            record: Sample | Skipped = sample(id, row)
+        except Unusable as fault:
+            record = Skipped(id, fault.reason, fault.detail)
+        yield record
 
 
 def text(value: Any) -> str:
-    """An annotation's value as stripped text: numbers become text, absent and nested values the empty string."""
+    """An annotation's value as stripped text: numbers become text, absent and nested values the empty string.
+
+    So does NaN, which is how tables exported by pandas say absent.
+    """
+    if isinstance(value, float) and math.isnan(value):
+        return ""
     return str(value).strip() if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
 
 
-def answer_kind(answer: str, answer_type: str) -> Kind:
+def need(row: Row, field: str, reason: str) -> str:
+    """The field's text. Raises Unusable with `reason` where there is none."""
+    value = text(row.get(field))
+    if not value:
+        raise Unusable(reason)
+    return value
+
+
+def question_and_answer(row: Row, question: str = "question", answer: str = "answer") -> tuple[str, str]:
+    """Both texts. Raises Unusable."""
+    return need(row, question, NO_QUESTION), need(row, answer, NO_ANSWER)
+
+
+def answer_kind(answer: str, answer_type: str = "") -> Kind:
     """How a question of CLOSED or OPEN type is asked: yes/no by its answer, else closed or open."""
     if answer.lower() in ("yes", "no"):
         return "yes_no"
     return "closed" if answer_type == "CLOSED" else "open"
+
+
+def qa_sample(
+    id: str, images: tuple[bytes, ...], question: str, answer: str, meta: Mapping[str, str], answer_type: str = ""
+) -> Sample:
+    """A question with a gold answer in text. `id` is `source/split/…`."""
+    kind = answer_kind(answer, answer_type)
+    source, split = id.split("/")[:2]
+    answer = answer.lower() if kind == "yes_no" else answer
+    return question_sample(
+        id=id, source=source, split=split, images=images, kind=kind, question=question, answer=answer, meta=meta
+    )
+
+
+def choice_sample(
+    id: str, images: tuple[bytes, ...], question: str, options: Iterable[str], letter: str, meta: Mapping[str, str]
+) -> Sample:
+    """A multiple choice; options without letters. Raises Unusable where the letter is none of an option."""
+    source, split = id.split("/")[:2]
+    options = tuple(options)
+    if not 2 <= len(options) <= len(LETTERS) or len(letter) != 1 or letter not in LETTERS[: len(options)]:
+        raise Unusable(NOT_AN_OPTION)
+    return question_sample(
+        id=id,
+        source=source,
+        split=split,
+        images=images,
+        kind="choice",
+        question=question,
+        answer=letter,
+        options=options,
+        meta=meta,
+    )
+
+
+def caption_sample(id: str, images: tuple[bytes, ...], caption: str, meta: Mapping[str, str]) -> Sample:
+    """A pretraining document: the images, a newline, the caption. Raises Unusable where there is no caption."""
+    if not caption:
+        raise Unusable(NO_TEXT)
+    source, split = id.split("/")[:2]
+    turn = Turn("document", (*range(len(images)), f"\n{caption}"))
+    return Sample(id, source, split, "document", images, (turn,), meta=dict(meta))
+
+
+def filled(**meta: Any) -> dict[str, str]:
+    """The metadata that there is, as text."""
+    return {key: value for key, value in ((key, text(value)) for key, value in meta.items()) if value}

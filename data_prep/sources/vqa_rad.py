@@ -6,21 +6,21 @@ The split is by question: all 203 test images also occur in train, so a test sco
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+from data_prep.sources.files import Images, read_rows
 from data_prep.sources.source import (
-    IMAGE_MISSING,
-    NO_ANSWER,
-    NO_QUESTION,
+    Row,
     Source,
-    answer_kind,
-    read_image,
-    read_rows,
+    caption_sample,
+    filled,
+    qa_sample,
+    question_and_answer,
+    records,
     text,
 )
-from infimed_jax.data.prompts import question_sample
-from infimed_jax.data.sample import Sample, Skipped, Turn
+from infimed_jax.data.sample import Sample, Skipped
 
 NAME = "vqa_rad"
 _ORGANS = {"CHEST": "chest", "ABD": "abdomen", "HEAD": "head"}
@@ -30,15 +30,25 @@ def read(folder: Path, split: str) -> Iterator[Sample | Skipped]:
     """`train`: all 3,064 rows. `train_usual`: the 1,793 that papers use. `test`: 451. `documents`: train as statements.
 
     `documents` serves pretraining, since VQA-RAD has no captions: one document for each row of `train_usual`.
+    The release as one file has no rows that fill a frame, so its `train` has 1,797; the others are the same.
     """
-    rows = read_rows(folder / ("testset.json" if split == "test" else "trainset.json"))
+    rows = _rows(folder, split == "test")
     if split in ("train_usual", "documents"):
-        rows = usual(rows, read_rows(folder / "testset.json"))
-    for number, row in enumerate(rows):
-        yield _sample(folder, split, number, row)
+        rows = usual(rows, _rows(folder, True))
+    images = Images(folder / "images", folder / "VQA_RAD Image Folder", folder / "images.zip")
+    yield from records(f"{NAME}/{split}", rows, partial(_sample, images, split == "documents"))
 
 
-def usual(train: list[dict[str, Any]], test: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _rows(folder: Path, test: bool) -> list[Row]:
+    """From the two files, or from the one of the Open Science Framework, whose test rows are of phrase type test_…."""
+    whole = folder / "VQA_RAD Dataset Public.json"
+    if (folder / "trainset.json").is_file() or not whole.is_file():
+        return read_rows(folder / ("testset.json" if test else "trainset.json"))
+    typed = [(row, text(row.get("phrase_type"))) for row in read_rows(whole)]
+    return [row | {"phrase_type": kind.removeprefix("test_")} for row, kind in typed if kind.startswith("test") == test]
+
+
+def usual(train: list[Row], test: list[Row]) -> list[Row]:
     """Without rephrasings that fill a frame (1,797), repeated rows (3) and rows that test has too (1)."""
     seen = {_key(row) for row in test}
     kept = []
@@ -49,44 +59,27 @@ def usual(train: list[dict[str, Any]], test: list[dict[str, Any]]) -> list[dict[
     return kept
 
 
-def _key(row: dict[str, Any]) -> tuple[str, ...]:
+def _key(row: Row) -> tuple[str, ...]:
     return tuple(text(row.get(field)).lower() for field in ("image_name", "question", "answer"))
 
 
-def _sample(folder: Path, split: str, number: int, row: dict[str, Any]) -> Sample | Skipped:
-    id = f"{NAME}/{split}/{number:05d}"
-    question, answer, image_name = (text(row.get(field)) for field in ("question", "answer", "image_name"))
+def _sample(images: Images, document: bool, id: str, row: Row) -> Sample:
+    question, answer = question_and_answer(row)
+    image_name, organ = text(row.get("image_name")), text(row.get("image_organ"))
     answer_type = text(row.get("answer_type")).upper()  # two rows have a trailing blank
-    if not question:
-        return Skipped(id, NO_QUESTION)
-    if not answer:
-        return Skipped(id, NO_ANSWER)
-    image = read_image(folder / "images", image_name)
-    if image is None:
-        return Skipped(id, IMAGE_MISSING, image_name)
-    meta = {
-        "image_id": f"{NAME}/{image_name}",
-        "organ": _ORGANS.get(text(row.get("image_organ")), text(row.get("image_organ")).lower()),
-        "question_type": text(row.get("question_type")),
-        "phrase_type": text(row.get("phrase_type")),
-        "answer_type": answer_type,
-        "qid": text(row.get("qid")),
-        "language": "en",
-    }
-    if split == "documents":
-        turn = Turn("document", (0, f"\n{question} {answer}"))
-        return Sample(id, NAME, split, "document", (image,), (turn,), meta=meta)
-    kind = answer_kind(answer, answer_type)
-    return question_sample(
-        id=id,
-        source=NAME,
-        split=split,
-        images=(image,),
-        kind=kind,
-        question=question,
-        answer=answer.lower() if kind == "yes_no" else answer,
-        meta=meta,
+    meta = filled(
+        image_id=f"{NAME}/{image_name}",
+        organ=_ORGANS.get(organ, organ.lower()),
+        question_type=row.get("question_type"),
+        phrase_type=row.get("phrase_type"),
+        answer_type=answer_type,
+        qid=row.get("qid"),
+        language="en",
     )
+    image = images.read(image_name)
+    if document:
+        return caption_sample(id, (image,), f"{question} {answer}", meta)
+    return qa_sample(id, (image,), question, answer, meta, answer_type)
 
 
 SOURCE = Source(
@@ -97,7 +90,9 @@ SOURCE = Source(
     allow_external_api=True,
     training_allowed=True,
     splits=("train", "train_usual", "documents", "test"),
-    layout="trainset.json, testset.json, images/*.jpg",
-    obtain="the dataset's page on the Open Science Framework: the JSON files and the image folder",
+    size="3,064 / 451 questions on 315 images; 1,793 of the former are the usual train split",
+    layout="trainset.json, testset.json, images/*.jpg; or VQA_RAD Dataset Public.json, VQA_RAD Image Folder/",
+    columns=("qid", "image_name", "image_organ", "question", "answer", "answer_type", "question_type", "phrase_type"),
+    obtain="the dataset's page on the Open Science Framework (osf.io/89kps); the two files are MEVF's copy of it",
     read=read,
 )

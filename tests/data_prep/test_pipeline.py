@@ -116,7 +116,7 @@ def test_nothing_usable_is_an_error_that_counts_the_reasons(hostile, tmp_path):
 
 
 def test_user_errors_name_the_thing(hostile, tmp_path):
-    with pytest.raises(UserError, match="no data source 'vqarad': there are phantom"):
+    with pytest.raises(UserError, match="no data source 'vqarad', perhaps vqa_rad: `data sources` lists them"):
         ingest("vqarad", hostile, tmp_path / "out")
     with pytest.raises(UserError, match="vqa_rad has no split 'dev': its splits are train, train_usual"):
         ingest("vqa_rad", hostile, tmp_path / "out", ["dev"])

@@ -34,6 +34,21 @@ def test_real_counts(split, count, kinds):
 
 
 @real
+@pytest.mark.parametrize(("split", "count"), [("train", 1797), ("train_usual", 1793), ("test", 451)])
+def test_the_release_as_one_file_gives_the_same_rows(tmp_path, split, count):
+    """The real rows, put together as the Open Science Framework has them."""
+    train = [row for row in json.loads((REAL / "trainset.json").read_text()) if row["phrase_type"] != "frame"]
+    test = json.loads((REAL / "testset.json").read_text())
+    whole = [*(row | {"phrase_type": f"test_{row['phrase_type']}"} for row in test), *train]
+    (tmp_path / "VQA_RAD Dataset Public.json").write_text(json.dumps(whole))
+    (tmp_path / "VQA_RAD Image Folder").symlink_to(REAL / "images")
+    samples = list(SOURCE.read(tmp_path, split))
+    assert len(samples) == count
+    if split != "train":
+        assert samples == list(SOURCE.read(REAL, split))
+
+
+@real
 def test_usual_split_shares_no_row_with_test():
     def keys(split: str) -> set[tuple[str, ...]]:
         return {(s.meta["image_id"], s.question.lower(), s.answer.lower()) for s in SOURCE.read(REAL, split)}

@@ -5,33 +5,109 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
+from infimed_jax.errors import UserError
 from launch.commands.arguments import add_command
 
 
 def add(steps: argparse._SubParsersAction) -> None:
-    add_command(steps, "sources", sources, "List the sources with licence and layout.")
+    p = add_command(steps, "sources", sources, "List the sources with licence, size and layout.")
+    p.add_argument("--source", help="one source, with its layout, columns and options")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
     p = add_command(steps, "ingest", ingest, "One source to prepared datasets, one a split.")
     p.add_argument("--source", required=True)
     p.add_argument("--input", type=Path, required=True)
     p.add_argument("--output", type=Path, required=True)
     p.add_argument("--split", action="append", help="a split, repeatable [all]")
+    p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the source, repeatable")
 
 
 def sources(args: argparse.Namespace) -> None:
-    from data_prep.sources import SOURCES
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
 
-    for source in SOURCES.values():
-        external = (
-            "may be sent to outside endpoints" if source.allow_external_api else "never sent to outside endpoints"
-        )
-        print(f"{source.name}: {source.title}\n  licence {source.licence}; {external}")
-        print(f"  splits: {', '.join(source.splits)}\n  layout: {source.layout}\n  from: {source.obtain}")
+    from data_prep.sources import SOURCES
+    from data_prep.sources.source import Source
+    from infimed_jax.files import write_json
+
+    if args.source and args.source not in SOURCES:
+        raise UserError(f"no data source {args.source!r}: `data sources` without --source lists them")
+
+    def facts(source: Source) -> dict[str, Any]:
+        """All but the functions."""
+        row = {key: value for key, value in vars(source).items() if key not in ("read", "shards", "options")}
+        row["options"] = {option.name: option.help for option in source.options}
+        return row
+
+    if args.json:
+        write_json(args.json, {name: facts(source) for name, source in SOURCES.items()})
+    # a pipe has no width: 160 columns keep a source's row together there
+    console = Console(width=None if Console().is_terminal else 160)
+    if args.source:
+        source = SOURCES[args.source]
+        lines = {
+            "source": source.name,
+            "title": source.title,
+            "licence": source.licence,
+            "commercial use": _yes(source.commercial_use),
+            "sent to outside endpoints": "allowed" if source.allow_external_api else "never",
+            "use": "training and evaluation" if source.training_allowed else "evaluation only",
+            "languages": ", ".join(source.languages),
+            "size": source.size,
+            "splits": ", ".join(source.splits),
+            "layout": source.layout,
+            "columns": ", ".join(source.columns),
+            "from": source.obtain,
+            "notes": source.notes,
+        } | {f"--option {option.name}=": option.help for option in source.options}
+        for key, value in lines.items():
+            if value:
+                console.print(f"{key:26}{value}", markup=False, highlight=False, soft_wrap=True)
+    else:
+        table = Table(title=f"{len(SOURCES)} data sources", show_lines=True, expand=True)
+        table.add_column("source", no_wrap=True)
+        for column, ratio in (("terms", 3), ("size and splits", 3), ("layout, and where from", 5)):
+            table.add_column(column, overflow="fold", ratio=ratio)
+        for source in SOURCES.values():
+            table.add_row(
+                *map(
+                    escape,
+                    (
+                        source.name + ("" if source.training_allowed else "\nevaluation only"),
+                        f"{source.licence}\ncommercial use: {_yes(source.commercial_use)}\n"
+                        f"outside services: {'allowed' if source.allow_external_api else 'never'}",
+                        "\n".join(filter(None, (source.size, f"splits: {', '.join(source.splits)}"))),
+                        f"{source.layout}\nfrom: {source.obtain}",
+                    ),
+                )
+            )
+        console.print(table)
+        print("data sources --source NAME shows columns, options and notes too")
+    if args.json:
+        print(f"Outputs: {args.json}")
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def ingest(args: argparse.Namespace) -> None:
     from data_prep.pipeline import ingest as prepare
 
-    report = prepare(args.source, args.input, args.output, args.split)
+    report = prepare(args.source, args.input, args.output, args.split or (), options=_options(args.option))
     print(json.dumps(report, indent=1, ensure_ascii=False))
     print(f"Outputs: {args.output}")
+
+
+def _options(given: list[str]) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not name or not equals:
+            raise UserError(f"--option {pair}: write it as name=value")
+        if name in options:
+            raise UserError(f"--option {name} is given twice")
+        options[name] = value
+    return options

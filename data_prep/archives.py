@@ -1,0 +1,238 @@
+"""Archives that may be hostile: members come as bytes with a checked name, one at a time; nothing is ever unpacked.
+
+A member that is refused stands in its place as an `Unusable`, so it is counted and listed. Refused are names that
+leave the archive, links and devices, encrypted members, and anything larger than its bound, declared or real.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from gzip import GzipFile
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from data_prep.faults import (
+    BOMB,
+    DAMAGED_ARCHIVE,
+    DUPLICATE,
+    ENCRYPTED,
+    MEMBER_TOO_LARGE,
+    NOT_A_FILE,
+    UNSAFE_NAME,
+    Unusable,
+)
+
+MAX_MEMBER = 2**28
+"""Bytes of one member: 256 MiB. Images and their annotations are a thousandth of it."""
+MAX_RATIO = 200
+"""Of an archive's unpacked to its packed bytes, above which it is taken for a bomb. Deflate reaches 1,032 on zeros;
+JPEG files do not compress, JSON text by 5 to 20."""
+_RATIO_FROM = 2**24
+"""Unpacked bytes from which the ratio is looked at: small archives of text may compress well."""
+_MAX_GROUP = 64
+"""Members of one WebDataset sample."""
+
+
+@dataclass(frozen=True)
+class Member:
+    name: str
+    data: bytes
+
+
+def safe_name(name: str) -> bool:
+    """Whether a member's name stays inside of any folder that it would be written to, on any system."""
+    path = PurePosixPath(name)
+    return bool(name) and not (
+        path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or (len(name) > 1 and name[1] == ":")
+    )
+
+
+def read_tar(file: Path, max_member: int | None = None) -> Iterator[Member | Unusable]:
+    """The files of a `.tar`, `.tar.gz` or `.tgz` in order; folders are passed over.
+
+    A damaged archive gives the members before the damage, then an `Unusable` that names it.
+    """
+    limit = MAX_MEMBER if max_member is None else max_member
+    number = 0
+    try:
+        with file.open("rb") as raw, tarfile.open(fileobj=(stream := _bounded(raw, limit)), mode="r:") as tar:
+            while (info := tar.next()) is not None:
+                number += 1
+                tar.members.clear()  # it would keep every header of a long archive
+                if info.isdir():
+                    continue
+                yield _tar_member(tar, info, f"{file.name} member {number}", limit)
+            if stream.last != bytes(tarfile.BLOCKSIZE):  # tarfile takes a broken header for the end
+                raise tarfile.ReadError("no end mark")
+    except _Bomb:
+        yield Unusable(BOMB, file.name)
+    except MemoryError:
+        raise
+    except Exception:  # hostile headers find their way to any exception
+        yield Unusable(DAMAGED_ARCHIVE, f"{file.name} after member {number}")
+
+
+def _tar_member(tar: tarfile.TarFile, info: tarfile.TarInfo, where: str, limit: int) -> Member | Unusable:
+    if not safe_name(info.name):
+        return Unusable(UNSAFE_NAME, where)
+    if not info.isreg() or info.issparse():
+        return Unusable(NOT_A_FILE, where)
+    if info.size > limit:
+        return Unusable(MEMBER_TOO_LARGE, where)
+    stream = tar.extractfile(info)
+    data = stream.read(info.size) if stream is not None else b""
+    if len(data) != info.size:
+        raise tarfile.ReadError("unexpected end of data")
+    return Member(info.name, data)
+
+
+class _Bomb(Exception):
+    pass
+
+
+class _Bounded(io.RawIOBase):
+    """A stream that refuses single reads above a bound: a header may ask for a name of gigabytes."""
+
+    def __init__(self, stream: IO[bytes], packed: IO[bytes] | None, limit: int) -> None:
+        self.stream, self.packed, self.limit = stream, packed, limit
+        self.last = b""
+        """What was read last."""
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0 or size > self.limit + 1:
+            raise tarfile.ReadError("a header asks for too much")
+        self.last = self.stream.read(size)
+        self._check()
+        return self.last
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        position = self.stream.tell()
+        if self.packed is None or whence != io.SEEK_SET or offset < position:
+            return self.stream.seek(offset, whence)
+        while position < offset:  # a skipped member is unpacked too, so its ratio counts
+            skipped = len(self.stream.read(min(offset - position, 2**20)))
+            if not skipped:
+                break
+            position += skipped
+            self._check()
+        return position
+
+    def tell(self) -> int:
+        return self.stream.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def _check(self) -> None:
+        if self.packed is not None:
+            unpacked = self.stream.tell()
+            if unpacked > _RATIO_FROM and unpacked > MAX_RATIO * max(self.packed.tell(), 1):
+                raise _Bomb
+
+
+def _bounded(raw: IO[bytes], limit: int) -> _Bounded:
+    packed = raw.read(2) == b"\x1f\x8b"
+    raw.seek(0)
+    return _Bounded(GzipFile(fileobj=raw, mode="rb"), raw, limit) if packed else _Bounded(raw, None, limit)
+
+
+def read_webdataset(file: Path, max_member: int | None = None) -> Iterator[dict[str, bytes] | Unusable]:
+    """The samples of a WebDataset tar: neighbouring members of one key, as `{"__key__": …, "jpg": …, "json": …}`.
+
+    The key is the path up to the first dot of the file's name. A key that comes again is refused, as is a sample of
+    more than 64 members or of more bytes than one member may have.
+    """
+    limit = MAX_MEMBER if max_member is None else max_member
+    seen: set[str] = set()
+    group: dict[str, bytes] = {}
+    key = ""
+    for member in read_tar(file, max_member):
+        if isinstance(member, Unusable):
+            yield member
+            continue
+        folder, _, base = member.name.rpartition("/")
+        stem, _, suffix = base.partition(".")
+        if not stem or not suffix:
+            yield Unusable(NOT_A_FILE, f"{file.name}: a member without key or suffix")
+            continue
+        fresh = f"{folder}/{stem}" if folder else stem
+        if fresh != key:
+            if group:
+                yield _group(file, key, group, seen)
+            key, group = fresh, {}
+        suffix = suffix.lower()
+        if suffix in group:
+            yield Unusable(DUPLICATE, f"{file.name}: a second .{suffix} of one key")
+        elif len(group) == _MAX_GROUP or sum(map(len, group.values())) + len(member.data) > limit:
+            yield Unusable(MEMBER_TOO_LARGE, f"{file.name}: a sample of too many members or bytes")
+        else:
+            group[suffix] = member.data
+    if group:
+        yield _group(file, key, group, seen)
+
+
+def _group(file: Path, key: str, group: dict[str, bytes], seen: set[str]) -> dict[str, bytes] | Unusable:
+    if key in seen:
+        return Unusable(DUPLICATE, f"{file.name}: a key comes again")
+    seen.add(key)
+    return {"__key__": key.encode(errors="surrogateescape"), **group}
+
+
+class ZipFiles:
+    """Random access to the files of a zip archive, by name or by the end of it (`a/b.jpg` for `images/a/b.jpg`)."""
+
+    def __init__(self, file: Path, max_member: int | None = None) -> None:
+        self.file = file
+        self.limit = MAX_MEMBER if max_member is None else max_member
+        try:
+            self._zip = zipfile.ZipFile(file)
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            raise Unusable(DAMAGED_ARCHIVE, file.name) from error
+        # a name that two members share is no name: which of them was meant cannot be known
+        whole: dict[str, zipfile.ZipInfo | None] = {}
+        ends: dict[str, zipfile.ZipInfo | None] = {}
+        for info in self._zip.infolist():
+            if not info.is_dir():
+                whole[info.filename] = None if info.filename in whole else info
+                end = info.filename.partition("/")[2]
+                while end:
+                    ends[end] = None if end in ends else info
+                    end = end.partition("/")[2]
+        self._members = ends | whole
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._members
+
+    def read(self, name: str) -> bytes:
+        """The member's bytes. Raises Unusable where it is refused, KeyError where there is none."""
+        info = self._members[name]
+        if info is None:
+            raise Unusable(DUPLICATE, f"{self.file.name}: two members of one name")
+        kind = (info.external_attr >> 28) & 0xF  # of the Unix mode, 0 where there is none
+        if not safe_name(info.filename):
+            raise Unusable(UNSAFE_NAME, self.file.name)
+        if kind not in (0, 8):
+            raise Unusable(NOT_A_FILE, self.file.name)
+        if info.flag_bits & 1:
+            raise Unusable(ENCRYPTED, self.file.name)
+        if info.file_size > self.limit:
+            raise Unusable(MEMBER_TOO_LARGE, self.file.name)
+        if info.file_size > max(_RATIO_FROM, MAX_RATIO * info.compress_size):
+            raise Unusable(BOMB, self.file.name)
+        try:
+            with self._zip.open(info) as stream:
+                data = stream.read(info.file_size + 1)  # never more than declared: the reader stops there
+        except MemoryError:
+            raise
+        except Exception as error:  # wrong checksums, unknown methods, truncated streams
+            raise Unusable(DAMAGED_ARCHIVE, self.file.name) from error
+        if len(data) != info.file_size:
+            raise Unusable(DAMAGED_ARCHIVE, self.file.name)
+        return data

@@ -1,0 +1,209 @@
+"""LLaVA-style conversations: a JSON list, or JSON lines, of `{"id", "image", "conversations": [{"from", "value"}]}`.
+
+One reader serves MAmmoTH-VL, LLaVA-Med, PubMedVision and anyone's own files. Each source has the split `train`
+(conversations) and `documents` (the same as pretraining text; of captioning sources, the caption alone).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data_prep.faults import BAD_TURNS, IMAGE_MARKS, NO_TEXT, VIDEO, Unusable
+from data_prep.sources.files import Images, find_files, json_rows
+from data_prep.sources.source import Option, Row, Source, caption_sample, filled, records, text
+from infimed_jax.data.sample import Sample, Skipped, Turn
+
+_MARK = re.compile(r"(<image>)")
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_COLUMNS = ("id", "image", "conversations[].from", "conversations[].value")
+
+
+def read(
+    name: str,
+    file: str,
+    image_places: tuple[str, ...],
+    captioning: bool,
+    flat: bool,
+    folder: Path,
+    split: str,
+    annotations: str | None = None,
+    images: str | None = None,
+) -> Iterator[Sample | Skipped]:
+    """`file` and `image_places` are where a dataset has its annotations and images; the last two are the user's own."""
+    places = (images,) if images else image_places
+    found = Images(*(folder / place for place in places), flat=flat)
+    make = partial(_sample, found, split == "documents", captioning)
+    pattern = annotations or file.format(split=split)
+    yield from records(f"{name}/{split}", json_rows(find_files(folder, *pattern.split("|"))[0]), make)
+
+
+def _sample(images: Images, document: bool, captioning: bool, id: str, row: Row) -> Sample:
+    source, split = id.split("/")[:2]
+    names = row.get("image") or row.get("images") or []
+    names = [names] if isinstance(names, str) else names
+    if row.get("video"):
+        raise Unusable(VIDEO)
+    # the misspelt key is in published LLaVA-Med copies
+    turns = conversation(row.get("conversations") or row.get("conversatons"), len(names))
+    encoded = tuple(images.read(text(name)) for name in names)
+    meta = filled(
+        source_id=row.get("id"),
+        image_id=f"{source}/{names[0]}" if len(names) == 1 else "",
+        modality=row.get("modality"),
+        organ=text(row.get("body_part")).lower(),
+        language="en",
+    )
+    if not document:
+        return Sample(id, source, split, "chat", encoded, turns, meta=meta)
+    if captioning:
+        return caption_sample(id, encoded, _words(turns[-1]), meta)
+    whole = "\n".join(_words(turn) for turn in turns)
+    return caption_sample(id, encoded, whole, meta)
+
+
+def _words(turn: Turn) -> str:
+    return "".join(piece for piece in turn.content if isinstance(piece, str)).strip()
+
+
+def conversation(turns: Any, images: int) -> tuple[Turn, ...]:
+    """LLaVA's turns as ours: each `<image>` becomes the next image; without any mark, the images come first.
+
+    Raises Unusable: no such list, roles that do not alternate from user to assistant, an empty turn, or marks that
+    are not as many as the images.
+    """
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise Unusable(BAD_TURNS)
+    roles = [_ROLES.get(text(turn.get("from") or turn.get("role")).lower(), "") for turn in turns]
+    values = [turn.get("value", turn.get("content")) for turn in turns]
+    spoken = roles[1:] if roles[0] == "system" else roles
+    if not spoken or len(spoken) % 2 or spoken != ["user", "assistant"] * (len(spoken) // 2):
+        raise Unusable(BAD_TURNS)
+    if not all(isinstance(value, str) and _MARK.sub("", value).strip() for value in values):
+        raise Unusable(NO_TEXT)
+    marks = sum(value.count("<image>") for value in values)
+    if marks not in (0, images):
+        raise Unusable(IMAGE_MARKS)
+    made, number = [], 0
+    for role, value in zip(roles, values, strict=True):
+        pieces: list[str | int] = []
+        for piece in _MARK.split(value):
+            if piece == "<image>":
+                pieces.append(number)
+                number += 1
+            elif piece:
+                pieces.append(piece)
+        if role == "user" and images and not marks and not any(turn.role == "user" for turn in made):
+            pieces = [*range(images), f"\n{value}"]
+        made.append(Turn(role, tuple(pieces)))
+    return tuple(made)
+
+
+def _source(
+    name: str,
+    title: str,
+    file: str,
+    places: tuple[str, ...],
+    *,
+    captioning: bool = False,
+    flat: bool = False,
+    **facts: Any,
+) -> Source:
+    defaults = {
+        "commercial_use": False,
+        "allow_external_api": False,
+        "training_allowed": True,
+        "splits": ("train", "documents"),
+        "columns": _COLUMNS,
+        "layout": f"{' or '.join(file.split('|'))}; images in {' or '.join(place or '.' for place in places)}",
+        "read": partial(read, name, file, places, captioning, flat),
+    }
+    return Source(name=name, title=title, **(defaults | facts))
+
+
+_LLAVA_MED = {
+    "licence": "CC-BY-NC-4.0",
+    "obtain": "the files linked in the README of microsoft/LLaVA-Med; its download_images.py fetches the images",
+}
+_PUBMEDVISION = {
+    "flat": True,  # the card unpacks with unzip -j
+    "licence": "Apache-2.0",
+    "size": "647,031 conversations",
+    "columns": (*_COLUMNS, "modality", "body_part"),
+    "layout": "the JSON file; images/ or images_0.zip to images_19.zip",
+    "obtain": "FreedomIntelligence/PubMedVision on the Hugging Face Hub; images_*.zip may stay packed",
+    "notes": "the licence is the card's; the images are figures of PubMed Central articles with their own terms",
+}
+_PUBMEDVISION_IMAGES = ("", *(f"images_{number}.zip" for number in range(20)))
+
+SOURCES = (
+    _source(
+        "llava_json",
+        "Any LLaVA-style JSON or JSON lines",
+        "{split}.json|{split}.jsonl",
+        ("", "images", "images.zip"),
+        licence="unknown",
+        splits=("train", "documents", "validation", "test"),
+        layout="SPLIT.json or SPLIT.jsonl (or option annotations); images beside it or in images/ (or option images)",
+        obtain="your own files",
+        notes="the licence is that of your files: it is not known here, so nothing of them is sent anywhere",
+        options=(
+            Option("annotations", "the JSON file, relative to the input folder [SPLIT.json or SPLIT.jsonl]"),
+            Option("images", "the folder that image names start from, or a zip file, relative to the input folder"),
+        ),
+    ),
+    _source(
+        "mammoth_vl",
+        "MAmmoTH-VL-10M, single-image part of MAmmoTH-VL-Instruct-12M",
+        "mammoth_si_10M.json",
+        ("single_image_data", ""),
+        licence="Apache-2.0",
+        size="about 10 million conversations; the JSON file is 21.8 GB",
+        obtain="MAmmoTH-VL/MAmmoTH-VL-Instruct-12M on the Hugging Face Hub; unpack single_image_data/*.tar.gz there",
+        notes="the licence is the card's; the images come from many sets with their own terms",
+    ),
+    _source(
+        "llava_med_alignment",
+        "LLaVA-Med alignment, 500K captions asked for",
+        "llava_med_alignment_500k.json|alignment/llava_med_alignment_500k.json",
+        ("images", "images.zip"),
+        captioning=True,
+        size="about 500,000 captions",
+        **_LLAVA_MED,
+    ),
+    _source(
+        "llava_med_instruct",
+        "LLaVA-Med instruct 60K",
+        "llava_med_instruct_60k.json|instruct/llava_med_instruct_60k.json",
+        ("images", "images.zip"),
+        size="about 60,000 conversations",
+        **_LLAVA_MED,
+    ),
+    _source(
+        "llava_med_60k_im_text",
+        "LLaVA-Med instruct 60K with in-text mentions (60K-IM-text)",
+        "llava_med_instruct_60k_inline_mention.json|instruct/llava_med_instruct_60k_inline_mention.json",
+        ("images", "images.zip"),
+        size="about 60,000 conversations",
+        notes="that the paper's 60K-IM-text is this file is our reading, not stated there",
+        **_LLAVA_MED,
+    ),
+    _source(
+        "pubmedvision_alignment",
+        "PubMedVision, alignment VQA",
+        "PubMedVision_Alignment_VQA.json",
+        _PUBMEDVISION_IMAGES,
+        captioning=True,
+        **_PUBMEDVISION,
+    ),
+    _source(
+        "pubmedvision_instruct",
+        "PubMedVision, instruction tuning VQA",
+        "PubMedVision_InstructionTuning_VQA.json",
+        _PUBMEDVISION_IMAGES,
+        **_PUBMEDVISION,
+    ),
+)

@@ -1,0 +1,207 @@
+"""Web documents of text and images in turn: OBELICS and MMC4.
+
+Each chunk of a document, its images and the text after them, is one Turn, so that the renderer can mark its end.
+Images that could not be fetched are counted one by one, and the document is kept without them; with no image left,
+or ten or more, it is skipped, as the recipe has it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.archives import read_webdataset
+from data_prep.faults import (
+    DAMAGED_FILE,
+    IMAGE_MISSING,
+    IMAGE_MISSING_KEPT,
+    NO_IMAGE,
+    NO_TEXT,
+    TOO_MANY_IMAGES,
+    Unusable,
+)
+from data_prep.sources.files import Images, all_files, find_files, json_rows, parquet_rows, shard_name, shards_of
+from data_prep.sources.source import Row, Source, text
+from data_prep.sources.webdataset import json_member
+from infimed_jax.data.sample import Sample, Skipped, Turn
+
+MAX_IMAGES = 9
+
+Piece = str | bytes | Unusable
+"""Text, an image, or an image that is not there."""
+
+
+def document(id: str, pieces: Iterable[Piece], joint: str) -> Iterator[Sample | Skipped]:
+    """The document, after one Skipped for each image that is not there. `joint` stands between neighbouring texts."""
+    source, split = id.split("/")[:2]
+    chunks: list[tuple[list[int], list[str]]] = [([], [])]
+    images: list[bytes] = []
+    missing = 0
+    for piece in pieces:
+        if isinstance(piece, str):
+            chunks[-1][1].append(piece)
+        elif isinstance(piece, bytes):
+            if chunks[-1][1]:
+                chunks.append(([], []))
+            chunks[-1][0].append(len(images))
+            images.append(piece)
+        else:
+            reason = IMAGE_MISSING_KEPT if piece.reason == IMAGE_MISSING else piece.reason
+            yield Skipped(f"{id}-image{len(images) + missing}", reason, piece.detail)
+            missing += 1
+    if not images:
+        yield Skipped(id, NO_IMAGE)
+    elif len(images) > MAX_IMAGES:
+        yield Skipped(id, TOO_MANY_IMAGES)
+    elif not any(words for _, words in chunks):
+        yield Skipped(id, NO_TEXT)
+    else:
+        turns = tuple(
+            Turn("document", (*numbers, *(["\n" * bool(numbers) + joint.join(words)] if words else [])))
+            for numbers, words in chunks
+        )
+        meta = {"language": "en"} | ({"images_missing": str(missing)} if missing else {})
+        yield Sample(id, source, split, "document", tuple(images), turns, meta=meta)
+
+
+def _documents(prefix: str, rows: Iterable[Any], pieces: Any, joint: str) -> Iterator[Sample | Skipped]:
+    for number, row in enumerate(rows):
+        id = f"{prefix}/{number:05d}"
+        try:
+            if isinstance(row, Unusable):
+                raise row
+            found = list(pieces(row))
+        except Unusable as fault:
+            yield Skipped(id, fault.reason, fault.detail)
+        else:
+            yield from document(id, found, joint)
+
+
+def _obelics_files(folder: Path, split: str) -> list[Path]:
+    return find_files(folder, "data/train-*.parquet", "train-*.parquet", "opt_out_docs_removed*/train-*.parquet")
+
+
+def read_obelics(folder: Path, split: str, shard: str | None = None) -> Iterator[Sample | Skipped]:
+    for file in [folder / shard] if shard else _obelics_files(folder, split):
+        fetched = folder / "images" / file.stem
+        names, images = _fetched(fetched), Images(fetched)
+        prefix = f"obelics/{split}/{shard_name(folder, file)}"
+        rows = parquet_rows(file, ("images", "texts"))
+        yield from _documents(prefix, rows, lambda row, n=names, i=images: _obelics_pieces(row, n, i), "\n\n")
+
+
+def _fetched(folder: Path) -> dict[str, str]:
+    """URL → file, from the tables that img2dataset writes beside its folders. One shard's, so it fits in memory."""
+    names = {}
+    for table in sorted(folder.glob("*.parquet")):
+        for row in parquet_rows(table, ("url", "key", "status"), batch=1024):
+            if isinstance(row, dict) and row["status"] == "success":
+                names[row["url"]] = f"{table.stem}/{row['key']}.jpg"
+    return names
+
+
+def _obelics_pieces(row: Row, names: dict[str, str], images: Images) -> Iterator[Piece]:
+    urls, texts = row["images"] or [], row["texts"] or []
+    if len(urls) != len(texts):
+        raise Unusable(DAMAGED_FILE, "images and texts of different length")
+    for url, words in zip(urls, texts, strict=True):
+        if words is not None:
+            yield words
+        elif url is not None:
+            yield _image(images, names.get(url, ""))
+
+
+def _image(images: Images, name: str) -> bytes | Unusable:
+    try:
+        return images.read(name)
+    except Unusable as fault:
+        return fault
+
+
+def _mmc4_files(folder: Path, split: str) -> list[Path]:
+    return all_files(folder, ".jsonl", ".tar", ".tar.gz")
+
+
+def read_mmc4(folder: Path, split: str, shard: str | None = None) -> Iterator[Sample | Skipped]:
+    for file in [folder / shard] if shard else _mmc4_files(folder, split):
+        images = Images(folder / "images" / file.stem, folder / "images")
+        rows: Iterator[Any] = json_rows(file) if file.suffix == ".jsonl" else _tar_documents(file)
+        prefix = f"mmc4/{split}/{shard_name(folder, file)}"
+        yield from _documents(prefix, rows, lambda row, i=images: _mmc4_pieces(row, i), " ")
+
+
+def _tar_documents(file: Path) -> Iterator[Row | Unusable]:
+    for group in read_webdataset(file):
+        try:
+            yield group if isinstance(group, Unusable) else json_member(group)
+        except Unusable as fault:
+            yield fault
+
+
+def _mmc4_pieces(row: Row, images: Images) -> Iterator[Piece]:
+    """Each image before the sentence that it was matched with."""
+    sentences, infos = row.get("text_list"), row.get("image_info")
+    if not isinstance(sentences, list) or not isinstance(infos, list):
+        raise Unusable(NO_TEXT)
+    for number, sentence in enumerate(sentences):
+        for info in infos:
+            if isinstance(info, dict) and info.get("matched_text_index") == number:
+                yield _mmc4_image(info, images)
+        if words := text(sentence):
+            yield words
+    for info in infos:  # nothing is lost silently
+        if not isinstance(info, dict) or info.get("matched_text_index") not in range(len(sentences)):
+            yield Unusable(DAMAGED_FILE, "an image without its sentence")
+
+
+def _mmc4_image(info: Row, images: Images) -> bytes | Unusable:
+    encoded = info.get("image_base64")
+    if not isinstance(encoded, str) or not encoded:
+        return _image(images, text(info.get("image_name")))
+    if encoded.startswith("b'"):  # OpenFlamingo's converter writes Python's spelling of the bytes
+        encoded = encoded[2:-1]
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError):
+        return Unusable(DAMAGED_FILE, "an image that is no Base64")
+
+
+_FACTS: dict[str, Any] = {
+    "commercial_use": False,
+    "allow_external_api": False,
+    "training_allowed": True,
+    "splits": ("train",),
+}
+
+SOURCES: Sequence[Source] = (
+    Source(
+        name="obelics",
+        title="OBELICS: interleaved web documents",
+        licence="CC-BY-4.0",
+        size="141,047,697 documents",
+        layout="data/train-*.parquet; images/STEM/ of each: img2dataset's output (--output_format files) for its URLs",
+        columns=("images", "texts"),
+        obtain="HuggingFaceM4/OBELICS on the Hugging Face Hub; it has URLs only, so img2dataset must fetch the images",
+        notes="the licence is the card's, for the collection; texts and images keep their own. The place of the images "
+        "is our choice, as none is published; the columns of img2dataset's tables (url, key, status) are not verified",
+        read=read_obelics,
+        shards=shards_of(_obelics_files),
+        **_FACTS,
+    ),
+    Source(
+        name="mmc4",
+        title="MMC4: interleaved web documents",
+        licence="ODC-By-1.0",
+        size="about 101 million documents (core: 7 million)",
+        layout="*.jsonl with images in images/ or images/STEM/; or tars of JSON with image_base64 (OpenFlamingo's way)",
+        columns=("text_list", "image_info[]: image_name, matched_text_index, image_base64"),
+        obtain="the links of allenai/mmc4; the images are fetched by URL",
+        notes="licence and size as the project states them, not verified here",
+        read=read_mmc4,
+        shards=shards_of(_mmc4_files),
+        **_FACTS,
+    ),
+)

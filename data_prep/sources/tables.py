@@ -1,0 +1,185 @@
+"""Questions in tables with the images inside: any Parquet files, any TFDS-prepared set, and PathVQA and VQA-RAD as the
+Hugging Face Hub has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data_prep.faults import DAMAGED_FILE, NO_TEXT, NOT_UNICODE, Unusable
+from data_prep.sources.files import Images, find_files, parquet_rows, shard_name, shards_of
+from data_prep.sources.source import (
+    Option,
+    Row,
+    Source,
+    caption_sample,
+    filled,
+    need,
+    qa_sample,
+    question_and_answer,
+    records,
+)
+from infimed_jax.data.sample import Sample, Skipped
+from infimed_jax.errors import UserError
+
+
+def files_of(folder: Path, split: str) -> list[Path]:
+    """The usual places of a split's files on the Hub."""
+    return find_files(
+        folder, f"data/{split}-*.parquet", f"{split}-*.parquet", f"**/{split}-*.parquet", f"{split}/*.parquet",
+        f"{split}.parquet",
+    )  # fmt: skip
+
+
+def read(
+    name: str,
+    folder: Path,
+    split: str,
+    shard: str | None = None,
+    image: str = "image",
+    question: str = "question",
+    answer: str = "answer",
+    caption: str | None = None,
+) -> Iterator[Sample | Skipped]:
+    """Questions and answers, or captions where `caption` names a column."""
+    columns = (image, caption) if caption else (image, question, answer)
+    make = partial(_sample, Images(folder), columns)
+    for file in [folder / shard] if shard else files_of(folder, split):
+        yield from records(f"{name}/{split}/{shard_name(folder, file)}", parquet_rows(file, columns), make)
+
+
+def _sample(images: Images, columns: tuple[str, ...], id: str, row: Row) -> Sample:
+    """Two columns are an image and its caption, three an image, a question and its answer."""
+    cell = row[columns[0]]
+    meta = filled(image_id=f"{id.split('/')[0]}/{cell}" if isinstance(cell, str) else "", language="en")
+    if len(columns) == 2:
+        return caption_sample(id, (images.cell(cell),), need(row, columns[1], NO_TEXT), meta)
+    question, answer = question_and_answer(row, *columns[1:])
+    return qa_sample(id, (images.cell(cell),), question, answer, meta)
+
+
+def read_tfds(
+    folder: Path,
+    split: str,
+    image: str = "image",
+    question: str = "question",
+    answer: str = "answer",
+    caption: str | None = None,
+    tfds_split: str | None = None,
+) -> Iterator[Sample | Skipped]:
+    """A prepared set in ArrayRecord files, by `tfds.data_source` and without TensorFlow; images stay encoded.
+
+    UserError: no such set, split or column, or one that was prepared as TFRecord.
+    """
+    import tensorflow_datasets as tfds
+
+    columns = (image, caption) if caption else (image, question, answer)
+    try:
+        builder = tfds.builder_from_directory(folder)
+    except Exception as error:  # its own errors, and those of broken JSON
+        raise UserError(f"{folder} is no TFDS-prepared set: give the folder with dataset_info.json") from error
+    features = builder.info.features
+    if missing := [column for column in columns if column not in features]:
+        raise UserError(f"{folder} lacks {', '.join(missing)}: its features are {', '.join(features)}")
+    decoders = {
+        column: tfds.decode.SkipDecoding() for column in columns if isinstance(features[column], tfds.features.Image)
+    }
+    try:
+        source = builder.as_data_source(tfds_split or split, decoders=decoders)
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"{folder}: {' '.join(str(error).split())[:300]}") from error
+    yield from records(f"tfds/{split}", _tfds_rows(source, image), partial(_sample, Images(folder), columns))
+
+
+def _tfds_rows(source: Any, image: str) -> Iterator[Row | Unusable]:
+    for number in range(len(source)):
+        try:
+            row = source[number]
+            yield {
+                name: value.decode() if isinstance(value, bytes) and name != image else value
+                for name, value in row.items()
+            }
+        except UnicodeDecodeError:
+            yield Unusable(NOT_UNICODE, f"record {number}")
+        except MemoryError:
+            raise
+        except Exception:  # protobuf's, the reader's, and those of the features
+            yield Unusable(DAMAGED_FILE, f"record {number}")
+
+
+_QA_OPTIONS = (
+    Option("image", "column of the image [image]", default="image"),
+    Option("question", "column of the question [question]", default="question"),
+    Option("answer", "column of the answer [answer]", default="answer"),
+    Option("caption", "column of a caption; given, the samples are documents, not questions"),
+)
+_DOOR: dict[str, Any] = {
+    "licence": "unknown",
+    "commercial_use": False,
+    "allow_external_api": False,
+    "training_allowed": True,
+    "splits": ("train", "validation", "test"),
+    "notes": "the licence is that of your files: it is not known here, so nothing of them is sent anywhere",
+}
+
+
+def _hub(name: str, **facts: Any) -> Source:
+    return Source(
+        name=name,
+        training_allowed=True,
+        layout="data/SPLIT-*.parquet",
+        columns=("image", "question", "answer"),
+        read=partial(read, name),
+        shards=shards_of(files_of),
+        **facts,
+    )
+
+
+SOURCES = (
+    Source(
+        name="parquet",
+        title="Any Parquet files with images",
+        layout="data/SPLIT-*.parquet, SPLIT-*.parquet, SPLIT/*.parquet or SPLIT.parquet; an image is bytes, "
+        '{"bytes", "path"} or a file name',
+        columns=("as the options say",),
+        obtain="your own files, or most image sets of the Hugging Face Hub",
+        read=partial(read, "parquet"),
+        shards=shards_of(files_of),
+        options=_QA_OPTIONS,
+        **_DOOR,
+    ),
+    Source(
+        name="tfds",
+        title="Any set that TFDS has prepared in ArrayRecord files",
+        layout="dataset_info.json, features.json, *.array_record*",
+        columns=("as the options say",),
+        obtain="tfds build --file_format=array_record",
+        read=read_tfds,
+        options=(*_QA_OPTIONS, Option("tfds_split", "the set's own split or slice, such as train[:90%] [SPLIT]")),
+        **_DOOR,
+    ),
+    _hub(
+        "pathvqa",
+        title="PathVQA",
+        licence="MIT",
+        commercial_use=False,
+        allow_external_api=False,
+        splits=("train", "validation", "test"),
+        size="32,632 questions, 6,719 of them test",
+        obtain="flaviagiammarino/path-vqa on the Hugging Face Hub",
+        notes="the licence is the card's, not verified here; the images are from textbooks",
+    ),
+    _hub(
+        "vqa_rad_hf",
+        title="VQA-RAD as the Hugging Face Hub has it",
+        licence="CC0-1.0",
+        commercial_use=True,
+        allow_external_api=True,
+        splits=("train", "test"),
+        size="1,793 / 451 questions on 315 images",
+        obtain="flaviagiammarino/vqa-rad on the Hugging Face Hub",
+        notes="the usual split, without the columns of the original files (source vqa_rad)",
+    ),
+)

@@ -1,0 +1,90 @@
+"""Captioned images in WebDataset tars, as img2dataset writes them: `KEY.jpg`, `KEY.txt`, `KEY.json` side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data_prep.archives import read_webdataset
+from data_prep.faults import NO_IMAGE, NO_TEXT, NOT_JSON, NOT_UNICODE, Unusable
+from data_prep.sources.files import all_files, shard_name, shards_of
+from data_prep.sources.source import Source, caption_sample, filled, records
+from infimed_jax.data.sample import Sample, Skipped
+
+_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+
+
+def files_of(folder: Path, split: str) -> list[Path]:
+    return all_files(folder, ".tar", ".tar.gz", ".tgz")
+
+
+def read(name: str, folder: Path, split: str, shard: str | None = None) -> Iterator[Sample | Skipped]:
+    for file in [folder / shard] if shard else files_of(folder, split):
+        yield from records(f"{name}/{split}/{shard_name(folder, file)}", read_webdataset(file), _sample)
+
+
+def _sample(id: str, group: dict[str, bytes]) -> Sample:
+    image = next((group[suffix] for suffix in _IMAGE_SUFFIXES if suffix in group), None)
+    if image is None:
+        raise Unusable(NO_IMAGE)
+    info = json_member(group) if "json" in group else {}
+    try:
+        caption = group["txt"].decode() if "txt" in group else info.get("caption")
+        key = group["__key__"].decode()
+    except UnicodeDecodeError as error:
+        raise Unusable(NOT_UNICODE) from error
+    if not isinstance(caption, str):
+        raise Unusable(NO_TEXT)
+    return caption_sample(id, (image,), caption.strip(), filled(source_id=info.get("uid") or key, language="en"))
+
+
+def json_member(group: dict[str, bytes]) -> dict[str, Any]:
+    """The sample's JSON object. Raises Unusable."""
+    try:
+        value = json.loads(group.get("json", b""))
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeError as error:
+        raise Unusable(NOT_UNICODE) from error
+    except (ValueError, RecursionError) as error:
+        raise Unusable(NOT_JSON) from error
+    if not isinstance(value, dict):
+        raise Unusable(NOT_JSON)
+    return value
+
+
+def _source(name: str, **facts: Any) -> Source:
+    return Source(
+        name=name,
+        commercial_use=False,
+        allow_external_api=False,
+        training_allowed=True,
+        splits=("train",),
+        layout="*.tar or *.tar.gz, in folders or not: KEY.jpg, KEY.txt (or the caption in KEY.json)",
+        columns=("jpg", "txt", "json.caption", "json.uid"),
+        read=partial(read, name),
+        shards=shards_of(files_of),
+        **facts,
+    )
+
+
+SOURCES = (
+    _source(
+        "datacomp",
+        title="DataComp (DFN and MLM-filter subsets)",
+        licence="CC-BY-4.0",
+        size="the pool's medium scale is 128 million pairs; the subsets are the filters' choice of it",
+        obtain="DataComp's metadata with img2dataset, or weizhiwang/Open-Qwen2VL-Data on the Hugging Face Hub",
+        notes="the licence is that of links and captions; each image keeps its own. Layout as img2dataset writes it",
+    ),
+    _source(
+        "ccs",
+        title="CCS: CC3M, CC12M and SBU captions",
+        licence="mixed: CC3M and CC12M free with acknowledgement, SBU not stated",
+        size="as filtered by CapFilt; not verified here",
+        obtain="img2dataset on BLIP's filtered list, or weizhiwang/Open-Qwen2VL-Data on the Hugging Face Hub",
+        notes="licence not verified here; each image keeps its own. Layout as img2dataset writes it",
+    ),
+)

@@ -1,0 +1,121 @@
+"""Questions in Parquet and in TFDS-prepared sets: the Hub's copies, and anyone's own columns."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from data_prep.sources import SOURCES
+from data_prep.sources.source import with_options
+from infimed_jax.data.sample import Skipped
+from infimed_jax.errors import UserError
+
+STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def hub(folder: Path, split: str, images: list, questions: list, answers: list) -> Path:
+    (folder / "data").mkdir(exist_ok=True, parents=True)
+    table = pa.table({"image": pa.array(images, STRUCT), "question": questions, "answer": answers})
+    pq.write_table(table, folder / "data" / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["pathvqa", "vqa_rad_hf"])
+def test_the_hubs_copies(tmp_path, name):
+    image = {"bytes": b"A", "path": "x.jpg"}
+    hub(
+        tmp_path, "test", [image] * 4 + [None], ["Is it?", "What?", " ", "What?", "Why?"], ["No", "gas", "a", None, "b"]
+    )
+    records = list(SOURCES[name].read(tmp_path, "test"))
+    shown = [record.reason if isinstance(record, Skipped) else (record.kind, record.answer) for record in records]
+    assert shown == [("yes_no", "no"), ("open", "gas"), "no question", "no answer", "image missing"]
+    assert records[0].id == f"{name}/test/data/test-00000-of-00001.parquet/00000" and records[0].images == (b"A",)
+    with pytest.raises(UserError, match=r"holds none of data/train-\*\.parquet"):
+        list(SOURCES[name].read(tmp_path, "train"))
+
+
+def test_own_columns_by_option(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"A")
+    pq.write_table(
+        pa.table({"file": ["a.png", "b.png"], "ask": ["Q", "Q"], "say": ["A", "A"]}), tmp_path / "train.parquet"
+    )
+    source, _ = with_options(SOURCES["parquet"], {"image": "file", "question": "ask", "answer": "say"})
+    sample, missing = source.read(tmp_path, "train")
+    assert (sample.images, sample.question, sample.answer) == ((b"A",), "Q", "A")
+    assert missing == Skipped("parquet/train/train.parquet/00001", "image missing", "b.png")
+    assert source.shards(tmp_path, "train") == ["train.parquet"]
+    assert list(source.read(tmp_path, "train", "train.parquet")) == [sample, missing]
+    source, _ = with_options(SOURCES["parquet"], {"image": "file", "caption": "say"})
+    document, _ = source.read(tmp_path, "train")
+    assert document.kind == "document" and document.turns[0].content == (0, "\nA")
+    with pytest.raises(UserError, match=r"train\.parquet lacks image, question, answer: its columns are file"):
+        list(SOURCES["parquet"].read(tmp_path, "train"))
+
+
+@pytest.fixture
+def prepared(tmp_path) -> Path:
+    """A set as `tfds build --file_format=array_record` leaves it, written without TensorFlow."""
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
+
+    folder = tmp_path / "my_set" / "1.0.0"
+    folder.mkdir(parents=True)
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), 99, np.uint8)).save(buffer, "JPEG")
+    (folder / "jpeg").write_bytes(buffer.getvalue())
+    text = tfds.features.Text()
+    features = tfds.features.FeaturesDict({"image": tfds.features.Image(), "q": text, "a": text})
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name="my_set", split="train", filetype_suffix="array_record"
+    )
+    writer = ArrayRecordWriter(str(template.sharded_filepath(shard_index=0, num_shards=1)), "group_size:1")
+    for question in (b"Is it?", b"caf\xe9", b"What?"):
+        values = {"image": buffer.getvalue(), "q": question, "a": b"yes"}
+        feature = {
+            key: tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=[value]))
+            for key, value in values.items()
+        }
+        writer.write(tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=feature)).SerializeToString())
+    writer.close()
+    split = tfds.core.SplitInfo(name="train", shard_lengths=[3], num_bytes=1, filename_template=template)
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder, features=features, split_infos=[split], filename_template=template, check_data=False
+    )
+    return folder
+
+
+def test_tfds_sets_keep_their_encoded_images(prepared):
+    source, _ = with_options(SOURCES["tfds"], {"question": "q", "answer": "a"})
+    first, broken, last = source.read(prepared, "train")
+    assert first.images == last.images == ((prepared / "jpeg").read_bytes(),)
+    assert (first.kind, first.question, first.answer) == ("yes_no", "Is it?", "yes")
+    assert broken == Skipped("tfds/train/00001", "text is not valid UTF-8", "record 1")
+    source, _ = with_options(SOURCES["tfds"], {"image": "image", "caption": "q", "tfds_split": "train[2:]"})
+    (document,) = source.read(prepared, "validation")
+    assert document.id == "tfds/validation/00000" and document.turns[0].content == (0, "\nWhat?")
+
+
+def test_tfds_errors_name_the_thing(prepared, tmp_path):
+    with pytest.raises(UserError, match="is no TFDS-prepared set"):
+        list(SOURCES["tfds"].read(tmp_path, "train"))
+    with pytest.raises(UserError, match="lacks question, answer: its features are"):
+        list(SOURCES["tfds"].read(prepared, "train"))
+    source, _ = with_options(SOURCES["tfds"], {"question": "q", "answer": "a"})
+    with pytest.raises(UserError, match="Unknown split 'test'"):
+        list(source.read(prepared, "test"))
+
+
+def test_the_sources_need_no_tensorflow_and_import_nothing_heavy():
+    heavy = ("tensorflow", "tensorflow_datasets", "jax", "pyarrow", "pydicom", "torch")
+    code = f"import sys, data_prep.sources; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

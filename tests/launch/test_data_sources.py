@@ -1,0 +1,57 @@
+"""`data sources` and `data ingest --option` as a user calls them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from data_prep.sources import SOURCES
+from launch.run import main
+
+
+def test_the_table_and_the_json_hold_every_source(tmp_path, capsys):
+    assert main(["data", "sources", "--json", str(tmp_path / "sources.json")]) == 0
+    printed = capsys.readouterr().out
+    facts = json.loads((tmp_path / "sources.json").read_text())
+    assert list(facts) == list(SOURCES)
+    for name, source in SOURCES.items():
+        assert name in printed
+        assert facts[name]["licence"] == source.licence and facts[name]["layout"] == source.layout
+        assert facts[name]["allow_external_api"] == source.allow_external_api
+    assert "evaluation only" in printed and printed.rstrip().endswith(f"Outputs: {tmp_path / 'sources.json'}")
+
+
+def test_one_source_shows_its_options(capsys):
+    assert main(["data", "sources", "--source", "dicom"]) == 0
+    printed = capsys.readouterr().out
+    assert "--option window=" in printed and "[skip]" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sources", "--source", "dicon"], "no data source 'dicon'"),
+        (["ingest", "--source", "slake", "--option", "window"], "--option window: write it as name=value"),
+        (["ingest", "--source", "slake", "--option", "=3"], "--option =3: write it as name=value"),
+        (["ingest", "--source", "dicom", "--option", "window=full", "--option", "window=none"], "is given twice"),
+        (["ingest", "--source", "slake", "--option", "window=full"], "source slake has no option 'window'"),
+        (["ingest", "--source", "omnimedvqa", "--split", "train"], "for evaluation only, never for training"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys, arguments, words):
+    if arguments[0] == "ingest":
+        arguments = [*arguments, "--input", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert main(["data", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_reach_the_source(tmp_path, capsys):
+    rows = [{"image": None, "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "SECRET"}]}]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    arguments = ["--source", "llava_json", "--input", str(tmp_path), "--output", str(tmp_path.parent / "out")]
+    assert main(["data", "ingest", *arguments, "--split", "train", "--option", "annotations=mine.json"]) == 0
+    printed = capsys.readouterr().out
+    assert '"annotations": "mine.json"' in printed and "SECRET" not in printed
