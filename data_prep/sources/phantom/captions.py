@@ -8,30 +8,22 @@ from data_prep.sources.phantom.scene import Scene
 
 ARTICLE = {"CT": "a", "MRI": "an", "X-ray": "an", "microscopy": "a"}
 
-_VIEW = (
-    "This is {a} {modality} image of the {organ}.",
-    "The {organ}, seen in {a} {modality} image.",
-    "An image of the {organ}, taken by {modality}.",
-)
-_NONE = ("There is no lesion.", "No lesion is seen.", "The {organ} looks normal, without a lesion.")
+_VIEW = ("This is {a} {modality} image of the {organ}.", "The {organ}, seen in {a} {modality} image.")
+_NONE = "No lesion is seen."
 _ONE = (
     "There is one {size} {intensity} {shape} lesion in the {places}.",
     "One lesion is seen in the {places}: it is {size}, {intensity} and {shape}.",
-    "A {size} {intensity} lesion lies in the {places}, its shape is {shape}.",
 )
 _SEVERAL = (
     "There are {count} {size} {intensity} {shape} lesions, in the {places}.",
-    "{count} lesions are seen in the {places}. They are {size}, {intensity} and {shape}.",
-    "{count} {size} {intensity} lesions lie in the {places}. Their shape is {shape}.",
+    "{count} lesions are seen in the {places}: they are {size}, {intensity} and {shape}.",
 )
-_SIDE = ("", " The {side} {organ} is affected.")
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    findings = (_NONE, _ONE)[scene.count] if scene.count < 2 else _SEVERAL
-    side = _SIDE[rng.integers(len(_SIDE))] if scene.count == 1 else ""
-    wording = f"{_VIEW[rng.integers(len(_VIEW))]} {findings[rng.integers(len(findings))]}{side}"
-    return wording.format(
+    view, number = rng.integers(len(_VIEW)), rng.integers(2)
+    findings = (_NONE, _ONE[number], _SEVERAL[number])[scene.count]
+    return f"{_VIEW[view]} {findings}".format(
         a=ARTICLE[scene.modality],
         modality=scene.modality,
         organ=scene.organ,
@@ -40,7 +32,6 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         shape=scene.shape,
         count=scene.count,
         places=places(scene),
-        side=scene.only.side if scene.count == 1 else "",
     )
 
 
