@@ -58,6 +58,11 @@ def _saved(folder: Path, steps: tuple[int, ...] = (1,), keep: int = 2) -> TrainS
     return state
 
 
+def _leaves(params: Any) -> list[tuple[str, np.ndarray]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), np.asarray(leaf)) for path, leaf in flat]
+
+
 def _equal(left: Any, right: Any) -> None:
     assert jax.tree.structure(left) == jax.tree.structure(right)
     for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
@@ -105,7 +110,7 @@ def test_a_state_donated_right_after_the_save_is_written_as_it_was(tmp_path: Pat
 
 def test_parameters_alone_from_a_run_a_checkpoint_and_a_parameter_folder(tmp_path: Path):
     state = _saved(tmp_path / "run" / "checkpoints", steps=(1, 12))
-    save_params(tmp_path / "params", state.params, METADATA)
+    save_params(tmp_path / "params", _leaves(state.params), METADATA)
     folders = [tmp_path / "run", tmp_path / "run" / "checkpoints" / "12", tmp_path / "params"]
     for folder in folders:
         params, metadata = load_params(folder)
@@ -128,15 +133,15 @@ def test_parameters_come_into_the_shardings_and_dtypes_asked_for(tmp_path: Path,
 
 
 def test_saved_parameters_are_replaced_but_nothing_else_is(tmp_path: Path):
-    save_params(tmp_path / "p", {"a": {"w": jnp.zeros(3)}}, {"n": 1})
-    save_params(tmp_path / "p", {"a": {"w": jnp.ones(2)}}, {"n": 2})
+    save_params(tmp_path / "p", [("a.w", np.zeros(3, np.float32))], {"n": 1})
+    save_params(tmp_path / "p", [("a.w", np.ones(2, np.float32))], {"n": 2})
     params, metadata = load_params(tmp_path / "p")
     assert metadata == {"n": 2} and params["a"]["w"].tolist() == [1, 1]
     assert [path.name for path in tmp_path.iterdir()] == ["p"]
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="holds something else"):
-        save_params(tmp_path / "home", {"a": {"w": jnp.ones(2)}}, {})
+        save_params(tmp_path / "home", [("a.w", np.ones(2, np.float32))], {})
     assert (tmp_path / "home" / "thesis.tex").exists()
 
 
