@@ -31,12 +31,6 @@ _PARAMETERS = ("trainable", "frozen", "params")
 _CHECKSUMS, _USER = "checksums", "metadata"
 READ_BYTES = 1 << 30
 """Parameters are read, and cast, in groups of at most so much."""
-_CHUNKED = ocp.options.ArrayOptions(
-    saving=ocp.options.ArrayOptions.Saving(
-        storage_options=ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=64 << 20)
-    )
-)
-"""A leaf would else be one chunk, which every process must read to get at its own part of it."""
 _MIX = 0x9E3779B1
 _DISK_ERRORS = ("no space left", "file too large", "resource_exhausted", "disk quota", "permission denied")
 
@@ -149,7 +143,7 @@ def save_params(folder: str | Path, leaves: Iterable[tuple[str, np.ndarray]], me
     for old in (beside, unfinished):
         shutil.rmtree(old, ignore_errors=True)
     try:
-        with _disk_errors(f"parameters in {folder} were not written"), ocp.Context(array_options=_CHUNKED):
+        with _disk_errors(f"parameters in {folder} were not written"), _chunked():
             for name, leaf in leaves:
                 custom = {_USER: metadata, _CHECKSUMS: {f"params.{name}": numpy_checksum(leaf)}}
                 ocp.partial.save(beside, {f"params.{name}": leaf}, custom_metadata=custom)
@@ -309,6 +303,13 @@ def _as_stored(
     }
     _compare(path, as_stored, short)
     return {names[ours]: leaf for ours, leaf in as_stored.items()}
+
+
+def _chunked() -> Any:
+    """Leaves in chunks of at most 64 MiB: as one chunk, every process would read all to get at its own part."""
+    context = ocp.Context()
+    context.array.saving.storage_options.chunk_byte_size = 64 << 20
+    return context
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
