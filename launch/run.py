@@ -58,6 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     for chatty in ("absl", "jax", "orbax", "tensorboardX", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # Orbax's tasks report to the save that waits for them; asyncio's own tracebacks would bury our one line.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         args.run(args)
     except Interrupted as stop:

@@ -37,6 +37,7 @@ class Stage:
     step: int = 0
     entry: Mapping[str, Any] | None = None
     """The history's own entry."""
+    grpo: bool = False
 
 
 def import_entry(opened: Import, folders: Mapping[str, Path]) -> dict[str, Any]:
@@ -60,14 +61,15 @@ def stages(checkpoint: str | Path) -> list[Stage]:
         seen.add(path)
         *before, last = metadata["history"]
         step = int(path.name) if path.name.isdigit() else 0
-        found.insert(0, Stage(last["stage"], _config(metadata), step, last))
+        found.insert(0, Stage(last["stage"], _config(metadata), step, last, "grpo" in metadata))
         folder = metadata["config"]["train"].get("init_from", "")
         try:
             gone = not folder or find_checkpoint(folder) in seen
         except UserError:
             gone = True
         if gone:
-            return [*(Stage(entry["stage"], entry=entry) for entry in before), *found]
+            lost = [Stage(folder)] if folder and not before else []  # GRPO's history begins with itself
+            return [*lost, *(Stage(entry["stage"], entry=entry) for entry in before), *found]
 
 
 def max_positions(history: Sequence[Stage]) -> int | None:
@@ -128,7 +130,7 @@ def _line(stage: Stage) -> str:
     if cfg is None:
         return f"{stage.name} (its checkpoint is no longer there: settings not known)"
     steps = f"{stage.step:,} steps, " if stage.step else ""
-    if "grpo" in stage.name or stage.name == "control":
+    if stage.grpo:
         g = cfg.grpo
         what = f"GRPO, {g.prompts} prompts of {g.group_size} completions a step, KL {g.kl_coefficient:g}"
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -138,10 +139,8 @@ def save_params(folder: str | Path, leaves: Iterable[tuple[str, np.ndarray]], me
     folder = Path(folder).absolute()
     if folder.exists() and not _is_checkpoint(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"parameters cannot be written to {folder}: it holds something else; name another folder")
-    beside = folder.with_name(folder.name + ".new")
-    unfinished = beside.with_name(beside.name + ".partial_save")  # where Orbax gathers the leaves
-    for old in (beside, unfinished):
-        shutil.rmtree(old, ignore_errors=True)
+    beside = folder.with_name(f".{folder.name}.new")
+    _clear(beside)
     try:
         with _disk_errors(f"parameters in {folder} were not written"), _chunked():
             for name, leaf in leaves:
@@ -150,11 +149,16 @@ def save_params(folder: str | Path, leaves: Iterable[tuple[str, np.ndarray]], me
                 del leaf  # before the next one is made
             ocp.partial.finalize(beside)
     except BaseException:
-        for half in (beside, unfinished):
-            shutil.rmtree(half, ignore_errors=True)
+        _clear(beside)
         raise
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
+
+
+def _clear(path: Path) -> None:
+    """Remove what a partial save left, under its name and those that Orbax derives from it."""
+    for half in (path, *path.parent.glob(f"{glob.escape(path.name)}.partial_save*")):
+        shutil.rmtree(half, ignore_errors=True)
 
 
 def open_params(folder: str | Path) -> tuple[dict[str, Any], Metadata]:
@@ -378,9 +382,10 @@ def _disk_errors(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # tensorstore has no class for a full disk: its ValueErrors differ in their text alone
-        if not any(text in str(error).lower() for text in _DISK_ERRORS):
+        reason = next((text for text in _DISK_ERRORS if text in str(error).lower()), None)
+        if reason is None:
             raise
-        raise UserError(f"{what}: {_one_line(error)}; free some space and run the same command") from error
+        raise UserError(f"{what}: {reason}; free some space and run the same command") from error
 
 
 def _one_line(error: BaseException) -> str:
