@@ -133,32 +133,30 @@ class StoredLeaf:
 def save_params(folder: str | Path, leaves: Iterable[tuple[str, np.ndarray]], metadata: Metadata) -> None:
     """Write parameters alone, as (`text.norm.scale`, array), a leaf at a time: only one is in memory.
 
-    An earlier checkpoint of that name is replaced once the new one is complete; a stopped call leaves it as it was, and
-    is cleared away by the next. Runs in one process. UserError where the folder holds something else, or the disk ends.
+    The folder appears when it is complete; what a stopped call leaves beside it is cleared away by the next. Runs in
+    one process. UserError where the folder exists already, or the disk ends.
     """
     folder = Path(folder).absolute()
-    if folder.exists() and not _is_checkpoint(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"parameters cannot be written to {folder}: it holds something else; name another folder")
-    beside = folder.with_name(f".{folder.name}.new")
-    _clear(beside)
+    if folder.exists():
+        raise UserError(f"{folder} exists already: remove it or choose another folder")
+    _clear_partial(folder)
     try:
         with _disk_errors(f"parameters in {folder} were not written"), _chunked():
             for name, leaf in leaves:
                 custom = {_USER: metadata, _CHECKSUMS: {f"params.{name}": numpy_checksum(leaf)}}
-                ocp.partial.save(beside, {f"params.{name}": leaf}, custom_metadata=custom)
+                ocp.partial.save(folder, {f"params.{name}": leaf}, custom_metadata=custom)
                 del leaf  # before the next one is made
-            ocp.partial.finalize(beside)
+            ocp.partial.finalize(folder)
     except BaseException:
-        _clear(beside)
+        _clear_partial(folder)
         raise
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
 
 
-def _clear(path: Path) -> None:
-    """Remove what a partial save left, under its name and those that Orbax derives from it."""
-    for half in (path, *path.parent.glob(f"{glob.escape(path.name)}.partial_save*")):
-        shutil.rmtree(half, ignore_errors=True)
+def _clear_partial(folder: Path) -> None:
+    """Remove the folders in which Orbax gathers leaves until `finalize`."""
+    name = f"{folder.name}.partial_save"
+    for partial in (folder.with_name(name), *folder.parent.glob(f"{glob.escape(name)}.orbax-checkpoint-tmp*")):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def open_params(folder: str | Path) -> tuple[dict[str, Any], Metadata]:

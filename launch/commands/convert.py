@@ -42,6 +42,8 @@ def from_hf(args: argparse.Namespace) -> None:
     whole, parts = args.llava is not None, args.text is not None and args.vision is not None
     if whole == parts or (whole and (args.text or args.vision)):
         raise UserError("give --text and --vision, or --llava alone")
+    if args.output.exists():
+        raise UserError(f"{args.output} exists already: remove it or choose another folder")
     from infimed_jax.config import Config, Data, Train, to_dict
     from infimed_jax.files import write_json
     from infimed_jax.hf import provenance
