@@ -110,6 +110,13 @@ class StepProgress:
         self.chain.update(step / total, step_note(step, total, metrics))
 
 
+class ByteProgress(StepProgress):
+    """One conversion: a bar with the gigabytes done and the time left."""
+
+    def update(self, done: int, total: int) -> None:
+        self.chain.update(done / total, f"{done / 1e9:.1f} of {total / 1e9:.1f} GB")
+
+
 def step_note(step: int, total: int, metrics: dict[str, float]) -> str:
     """`step 40/120  loss 1.234`, or the reward where there is one."""
     name = next((key for key in ("reward", "loss") if key in metrics), None)

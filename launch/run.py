@@ -56,8 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
     configure_jax()
     keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    for chatty in ("absl", "jax", "orbax", "tensorboardX", "matplotlib"):
+    for chatty in ("jax", "orbax", "tensorboardX", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    for second in ("absl", "asyncio"):  # Orbax raises what its threads log here: a full disk would take a page to say
+        logging.getLogger(second).setLevel(logging.CRITICAL)
     try:
         args.run(args)
     except Interrupted as stop:

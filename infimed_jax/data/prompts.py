@@ -116,7 +116,7 @@ def question_sample(
         split=split,
         kind=kind,
         images=images,
-        turns=(Turn("user", _with_images(text, len(images))), reply),
+        turns=(Turn("user", with_images(text, len(images))), reply),
         question=question,
         options=options,
         answer=answer,
@@ -148,7 +148,7 @@ def prompt_for(sample: Sample, reasoning: bool, image: bool = True) -> Sample:
     return replace(rebuilt, turns=system + rebuilt.turns)
 
 
-def _with_images(text: str, images: int) -> tuple[str | int, ...]:
+def with_images(text: str, images: int) -> tuple[str | int, ...]:
     """One image stands before the text; several are each introduced by their number."""
     if images == 0:
         return (text,)

@@ -77,7 +77,7 @@ def render_card(card: Card, model: Model, *, dtype: str, parameters: int, made_u
         lines.append(
             "- Initialised, not trained, and not used at this hidden state; written because the format asks for them: "
             + ", ".join(f"`{name}`" for name in made_up)
-            + "."
+            + ". SigLIP's pooling head is left out."
         )
     lines += ["", "## Origin", *_bullets(card.base_models, "The base models were not declared.")]
     lines += ["", "## Training", *_bullets(card.stages, "The stages were not declared.")]

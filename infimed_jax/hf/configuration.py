@@ -106,6 +106,11 @@ def llava_from_hf(values: dict[str, Any], where: str) -> config.Model:
     )
 
 
+def positions_from_hf(values: dict[str, Any], where: str) -> int:
+    """max_position_embeddings, or Qwen3's own default: it bounds what is served and changes no number of ours."""
+    return _number({"max_position_embeddings": 32_768, **values}, where, "max_position_embeddings", int)
+
+
 def llava_config(
     model: config.Model,
     *,
@@ -172,9 +177,10 @@ def llava_config(
     }
 
 
-def generation_config(stop_tokens: tuple[int, ...], pad_token: int) -> dict[str, Any]:
-    """generation_config.json: greedy, as the model is evaluated."""
-    return {"do_sample": False, "eos_token_id": list(stop_tokens), "pad_token_id": pad_token}
+def generation_config(stop_tokens: tuple[int, ...], pad_token: int, suppressed: tuple[int, ...] = ()) -> dict[str, Any]:
+    """generation_config.json: greedy, as the model is evaluated, and never a token that our sampler bans."""
+    values = {"do_sample": False, "eos_token_id": list(stop_tokens), "pad_token_id": pad_token}
+    return values | ({"suppress_tokens": list(suppressed)} if suppressed else {})
 
 
 def _rope_theta(values: dict[str, Any], where: str) -> float:

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +18,14 @@ from infimed_jax.config import Model
 from infimed_jax.data.chat import Tokenizer, load_tokenizer
 from infimed_jax.errors import UserError
 from infimed_jax.hf import names
-from infimed_jax.hf.card import Card, render_card
+from infimed_jax.hf.card import Card, licence, render_card
 from infimed_jax.hf.configuration import LLAVA, VISION, generation_config, llava_config, read_architecture
 from infimed_jax.hf.processor import write_processor
 from infimed_jax.hf.weights import SHARD_BYTES, WeightsFolder, write_weights
 
 log = logging.getLogger(__name__)
+
+SUMMARY = "export.json"
 
 
 def to_hf(
@@ -38,8 +40,12 @@ def to_hf(
     card: Card | None = None,
     max_positions: int = 40_960,
     shard_bytes: int = SHARD_BYTES,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write `params` as a Hugging Face LLaVA folder and return its path.
+
+    Leaves are asked for one at a time, so `open_params`' pass through whatever their size; `on_progress(bytes, total)`
+    after each tensor. The folder holds export.json, what was done, beside transformers' own files.
 
     What our tower does not hold (the blocks after the feature layer, the final norm, the pooling head) comes from
     `source_vision`, a SigLIP folder; without it those blocks and the norm are initialised and the head is left out,
@@ -48,7 +54,7 @@ def to_hf(
     A model that pools cannot be plain LLaVA: UserError, unless `visual_tokens` asks for all patches. UserError too
     where the parameters do not fit `model`, where the output exists, and where the disk is full.
     """
-    output = Path(output)
+    output, card = Path(output), card or Card()
     _check_resolution(model, visual_tokens)
     leaves = _leaves(params)
     names.check_leaves({path: (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves.items()}, model)
@@ -71,21 +77,34 @@ def to_hf(
         max_positions=max_positions,
         use_head=spare_source is not None,
     )
-    text = render_card(
-        card or Card(),
-        model,
-        dtype=dtype,
-        parameters=sum(math.prod(shape) for shape in shapes.values()),
-        made_up=made_up,
-    )
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    text = render_card(card, model, dtype=dtype, parameters=parameters, made_up=made_up)
+    summary = {
+        "dtype": dtype,
+        "tensors": len(shapes),
+        "parameters": parameters,
+        "trained_visual_tokens": model.projector.visual_tokens,
+        "exported_visual_tokens": model.vision.num_patches,
+        "source_vision": str(source_vision) if source_vision else None,
+        "initialised": made_up,
+        "stages": list(card.stages),
+        "licence": licence(card.sources),
+    }
+    banned = (*tokenizer.banned_tokens, *range(len(tokenizer), model.text.vocab_size))
     with _whole_or_nothing(output) as folder:
-        write_weights(folder, _stream(leaves, tensors, spares, spare_source), shapes, dtype, shard_bytes)
+        stream = _stream(leaves, tensors, spares, spare_source)
+        write_weights(folder, stream, shapes, dtype, shard_bytes, on_progress)
         _write_json(folder / "config.json", config)
-        _write_json(folder / "generation_config.json", generation_config(tokenizer.stop_tokens, tokenizer.endoftext))
+        settings = generation_config(tokenizer.stop_tokens, tokenizer.endoftext, banned)
+        _write_json(folder / "generation_config.json", settings)
         write_processor(tokenizer_folder, model, folder)
         (folder / "README.md").write_text(text, encoding="utf-8")
+        _write_json(folder / SUMMARY, summary)
     if made_up:
-        log.warning("initialised, because no SigLIP folder was given: %s", ", ".join(made_up))
+        log.warning(
+            "no SigLIP folder was given: initialised, and not used by this model, are %s; its pooling head is left out",
+            ", ".join(made_up),
+        )
     log.info("exported %d tensors in %s to %s", len(shapes), dtype, output)
     return output
 
@@ -116,7 +135,8 @@ def _check_resolution(model: Model, visual_tokens: int | None) -> None:
     if (visual_tokens or model.projector.visual_tokens) != patches:
         raise UserError(
             f"a model that pools to {visual_tokens or model.projector.visual_tokens} visual tokens is not plain LLaVA, "
-            f"which has no pooling: train with, or ask for, visual_tokens={patches} (all patches)"
+            f"which has no pooling: train with visual_tokens={patches} (all patches), or give --visual-tokens "
+            f"{patches} to export it so, though its outputs are then not those of the trained model"
         )
 
 
@@ -181,6 +201,7 @@ def _stream(
     path, leaf = "", np.empty(0)
     for tensor in tensors:
         if tensor.leaf != path:
+            del leaf  # before the next one is read
             path, leaf = tensor.leaf, np.asarray(leaves[tensor.leaf])
         ours = leaf if tensor.layer is None else leaf[tensor.layer]
         yield names.spell(tensor.key, LLAVA), tensor.to_key(ours)

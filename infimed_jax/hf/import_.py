@@ -1,9 +1,16 @@
-"""Hugging Face folders as our parameters: Qwen3 + SigLIP to start from, or a whole LLaVA export."""
+"""Hugging Face folders as our parameters: Qwen3 + SigLIP to start from, or a whole LLaVA export.
+
+Everything is checked from headers and config.json before a number is read; then the leaves come one at a time, so that
+a model larger than the memory passes through.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +25,7 @@ from infimed_jax.hf.configuration import (
     TEXT,
     VISION,
     llava_from_hf,
+    positions_from_hf,
     read_architecture,
     text_from_hf,
     vision_from_hf,
@@ -30,7 +38,56 @@ Dtype = Literal["float32", "bfloat16"]
 _NUMPY = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def from_hf(
+@dataclass(frozen=True)
+class Import:
+    """Opened and checked folders; `leaves` reads them."""
+
+    model: config.Model
+    max_positions: int
+    """The text model's max_position_embeddings, for the export."""
+    dtype: Dtype
+    seed: int
+    """Of the projector, where it is fresh."""
+    _sources: tuple[_Source, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all leaves together."""
+        return sum(map(math.prod, names.leaf_shapes(self.model).values())) * _NUMPY[self.dtype].itemsize
+
+    @property
+    def dropped(self) -> dict[str, list[str]]:
+        """Reason → what was left out of the folders, layers and modules gathered."""
+        gathered: dict[str, list[str]] = {}
+        for source in self._sources:
+            for reason, keys in source.dropped.items():
+                gathered.setdefault(reason, []).extend(keys)
+        return gathered
+
+    @property
+    def fresh_projector(self) -> bool:
+        return not any("projector" in source.parts for source in self._sources)
+
+    def leaves(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(`text/norm/scale`, array of `dtype`), each leaf of the model once; one is in memory at a time."""
+        for source in self._sources:
+            yield from source.leaves(self.dtype)
+        if self.fresh_projector:
+            yield from _fresh_projector(self.model, self.seed, self.dtype)
+
+    def params(self) -> dict[str, Any]:
+        """All leaves as our tree."""
+        tree: dict[str, Any] = {}
+        for path, leaf in self.leaves():
+            *groups, name = path.split("/")
+            node = tree
+            for group in groups:
+                node = node.setdefault(group, {})
+            node[name] = leaf
+        return tree
+
+
+def open_parts(
     *,
     text: str | Path,
     vision: str | Path,
@@ -38,11 +95,11 @@ def from_hf(
     feature_layer: int = -2,
     seed: int = 0,
     dtype: Dtype = "float32",
-) -> tuple[dict[str, Any], config.Model]:
-    """(parameters, Model) from a Qwen3 and a SigLIP folder, with a fresh projector drawn from `seed`.
+) -> Import:
+    """A Qwen3 and a SigLIP folder, and a fresh projector drawn from `seed`.
 
-    Parameters are NumPy arrays of `dtype` in our tree; sizes, the rope base and the norms' eps come from the folders'
-    config.json. UserError names everything that is missing, left over, misshaped or of a wrong type.
+    Sizes, the rope base and the norms' eps come from the folders' config.json. UserError names everything in both
+    that is missing, left over, misshaped or of a wrong type.
     """
     text_architecture, text_values = read_architecture(text, (TEXT,))
     vision_architecture, vision_values = read_architecture(vision, VISION)
@@ -52,34 +109,64 @@ def from_hf(
         config.Projector(visual_tokens=visual_tokens),
         text_from_hf(text_values, f"{text}/config.json"),
     )
-    sources = (
-        _Source(vision, vision_architecture, model, ("vision",)),
-        _Source(text, text_architecture, model, ("text",)),
-    )
-    leaves = dict(_fresh_projector(model, seed, dtype))
-    for source in sources:
-        leaves |= dict(source.leaves(dtype))
-    return _nested(leaves), model
+    asked = ((vision, vision_architecture, ("vision",)), (text, text_architecture, ("text",)))
+    sources, faults = [], []
+    for folder, architecture, parts in asked:
+        try:
+            sources.append(_Source(folder, architecture, model, parts))
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        raise UserError("; ".join(faults))
+    positions = positions_from_hf(text_values, f"{text}/config.json")
+    return Import(model, positions, dtype, seed, tuple(sources))
 
 
-def from_llava(folder: str | Path, *, dtype: Dtype = "float32") -> tuple[dict[str, Any], config.Model]:
-    """(parameters, Model) from a LLaVA folder of SigLIP and Qwen3, such as `to_hf` writes; exact inverse of it."""
+def open_llava(folder: str | Path, *, visual_tokens: int = 0, dtype: Dtype = "float32") -> Import:
+    """A LLaVA folder of SigLIP and Qwen3, such as `to_hf` writes; exact inverse of it.
+
+    LLaVA has no pooling: the model has all patches as visual tokens unless `visual_tokens` says otherwise.
+    """
     architecture, values = read_architecture(folder, (LLAVA,))
     model = llava_from_hf(values, f"{folder}/config.json")
+    if visual_tokens:
+        model = dataclasses.replace(model, projector=config.Projector(visual_tokens=visual_tokens))
+    positions = positions_from_hf(values["text_config"], f"{folder}/config.json text_config")
     source = _Source(folder, architecture, model, ("vision", "projector", "text"))
-    return _nested(dict(source.leaves(dtype))), model
+    return Import(model, positions, dtype, 0, (source,))
+
+
+def from_hf(*, text: str | Path, vision: str | Path, **options: Any) -> tuple[dict[str, Any], config.Model]:
+    """(parameters, Model) of `open_parts`, whose options these are."""
+    opened = open_parts(text=text, vision=vision, **options)
+    return opened.params(), opened.model
+
+
+def from_llava(folder: str | Path, **options: Any) -> tuple[dict[str, Any], config.Model]:
+    """(parameters, Model) of `open_llava`, whose options these are."""
+    opened = open_llava(folder, **options)
+    return opened.params(), opened.model
 
 
 class _Source:
     """A folder matched against the table; reads a leaf at a time."""
 
     def __init__(self, folder: str | Path, architecture: str, model: config.Model, parts: tuple[str, ...]):
+        self.parts = parts
         self._weights = WeightsFolder(folder)
         self._match = names.match(self._weights.found, architecture, model, parts, str(folder))
-        for reason in sorted(set(self._match.dropped.values())):
-            keys = [key for key, why in self._match.dropped.items() if why == reason]
-            log.info("left out of %s, %s: %s", folder, reason, ", ".join(names.by_module(keys)))
+        for reason, keys in self.dropped.items():
+            log.info("left out of %s, %s: %s", folder, reason, ", ".join(keys))
         self._check_tied_copies(folder)
+
+    @property
+    def dropped(self) -> dict[str, list[str]]:
+        """Reason → keys of the folder, gathered by module."""
+        keys: Mapping[str, str] = self._match.dropped
+        return {
+            reason: names.by_module(key for key, why in keys.items() if why == reason)
+            for reason in sorted(set(keys.values()))
+        }
 
     def leaves(self, dtype: Dtype) -> Iterator[tuple[str, np.ndarray]]:
         """(path, array); a stacked leaf is allocated once and filled layer by layer."""
@@ -92,6 +179,7 @@ class _Source:
             for tensor in tensors:
                 leaf[tensor.layer if stacked else ...] = tensor.to_leaf(self._read(tensor))
             yield path, leaf
+            del leaf  # before the next one is allocated
 
     def _read(self, tensor: names.Tensor) -> np.ndarray:
         return self._weights.read(self._match.sources[tensor])
@@ -114,14 +202,3 @@ def _fresh_projector(model: config.Model, seed: int, dtype: Dtype) -> Iterator[t
         if path.startswith("projector/"):
             values = np.zeros(shape) if path.endswith("/bias") else rng.normal(0, 0.02, shape)
             yield path, values.astype(_NUMPY[dtype])
-
-
-def _nested(leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *groups, name = path.split("/")
-        node = tree
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[name] = leaf
-    return tree

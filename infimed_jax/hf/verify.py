@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import io
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes
@@ -19,10 +19,13 @@ from PIL import Image
 
 from infimed_jax import config, sharding
 from infimed_jax.data.batch import Batch, Segment, build_row, stack_rows
-from infimed_jax.data.chat import load_tokenizer, render_prompt
+from infimed_jax.data.chat import Tokenizer, load_tokenizer, render_prompt
 from infimed_jax.data.images import decode_image
 from infimed_jax.data.sample import Sample, Turn
-from infimed_jax.hf.weights import read_json
+from infimed_jax.errors import UserError
+from infimed_jax.files import write_json
+from infimed_jax.hf.configuration import LLAVA, llava_from_hf, read_architecture
+from infimed_jax.hf.weights import DTYPES
 from infimed_jax.models import infimed
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.siglip import SiglipTower
@@ -44,40 +47,58 @@ def verify(
     *,
     tolerance: float = 1e-4,
 ) -> dict[str, Any]:
-    """Compare `params` with the export of them in `hf_folder`; run under the model's mesh.
+    """Compare `params` (arrays, or `open_params`' leaves) with the export of them; run under the model's mesh.
 
     For each prompt (those of `samples`; by default one without, one with one and one with three images): tokens and
     pixels of our renderer against the exported processor, then vision features, projector output and logits, with the
     parameters rounded to the export's dtype on both sides. A difference may be `tolerance` times the larger of 1 and
-    the largest reference value. `rounding` says what the export's dtype itself costs, and is not judged.
+    the largest reference value. `rounding` says what the export's dtype itself costs, and is not judged. One model is
+    in memory at a time: theirs in float32, then ours in the stored dtype.
 
     The result (`status` is `passed`, `failed` with `failures`, or `skipped` with a `reason`) is written to
-    `hf_folder/verify.json` as well.
+    `hf_folder/verify.json` as well. UserError where the folder is no LLaVA export.
     """
     folder = Path(hf_folder)
+    _, values = read_architecture(folder, (LLAVA,))
+    exported = llava_from_hf(values, f"{folder}/config.json")
     try:
         import torch
         import transformers
     except ModuleNotFoundError as error:
         return _finish(folder, {"status": "skipped", "reason": f"{error.name} is not installed"})
+    dtype = str(values.get("dtype") or values.get("torch_dtype"))
+    if dtype not in DTYPES:
+        raise UserError(f"{folder}/config.json: dtype {dtype} is not {' or '.join(DTYPES)}")
     model = dataclasses.replace(model, projector=config.Projector(visual_tokens=model.vision.num_patches))
-    dtype = str(read_json(folder / "config.json").get("dtype"))
-    theirs = _Theirs(folder)
-    ours = _Ours(_rounded(params, dtype), model, tokenizer_folder)
-    exact = _Ours(params, model, tokenizer_folder) if dtype != "float32" else None
-    cases = [_compare(sample, ours, exact, theirs) for sample in samples or builtin_samples()]
-    failures = [*theirs.loading_faults, *(fault for case in cases for fault in _faults(case, tolerance))]
-    return _finish(
-        folder,
-        {
-            "status": "failed" if failures else "passed",
-            "failures": failures,
-            "dtype": dtype,
-            "tolerance": tolerance,
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "cases": cases,
-        },
-    )
+    result: dict[str, Any] = {
+        "status": "failed",
+        "failures": _config_faults(model, exported),
+        "dtype": dtype,
+        "tolerance": tolerance,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "cases": [],
+    }
+    if result["failures"]:
+        return _finish(folder, result)
+    samples = samples or builtin_samples()
+    tokenizer = load_tokenizer(tokenizer_folder)
+    segments = [_segment(sample, model, tokenizer) for sample in samples]
+    references, loading_faults = _references(folder, samples, segments)
+    rounds = dtype == "bfloat16" and any(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
+    ours = _Ours(_rounded(params, dtype), model)
+    kept: list[np.ndarray | None] = []
+    for sample, segment in zip(samples, segments, strict=True):
+        case, logits = _compare(sample, segment, ours, references.pop(0))  # what is compared is dropped
+        result["cases"].append(case)
+        kept.append(logits if rounds else None)
+    if rounds:
+        del ours
+        exact = _Ours(params, model)
+        for segment, case, logits in zip(segments, result["cases"], kept, strict=True):
+            if logits is not None:
+                case["rounding"] = _distributions(exact.run(segment)["logits"], logits)
+    result["failures"] = [*loading_faults, *(fault for case in result["cases"] for fault in _faults(case, tolerance))]
+    return _finish(folder, result | {"status": "failed" if result["failures"] else "passed"})
 
 
 def builtin_samples() -> tuple[Sample, ...]:
@@ -120,22 +141,22 @@ def _content(turn: Turn) -> dict[str, Any]:
     return {"content": parts}
 
 
+def _segment(sample: Sample, model: config.Model, tokenizer: Tokenizer) -> Segment:
+    pixels = tuple(decode_image(data, model.vision.image_size) for data in sample.images)
+    return render_prompt(sample, tokenizer, model.projector.visual_tokens, pixels)
+
+
 class _Ours:
     """Our side: prompts → arrays on the host."""
 
-    def __init__(self, params: Mapping[str, Any], model: config.Model, tokenizer_folder: str | Path):
+    def __init__(self, params: Mapping[str, Any], model: config.Model):
         self.model = model
         self.mesh = jax.sharding.get_mesh()
-        self.tokenizer = load_tokenizer(tokenizer_folder)
         self.params = jax.tree.map(
-            lambda leaf, like: jax.device_put(leaf, NamedSharding(self.mesh, like.sharding.spec)),
+            lambda leaf, like: jax.device_put(np.asarray(leaf), NamedSharding(self.mesh, like.sharding.spec)),
             dict(params),
             infimed.abstract_params(model),
         )
-
-    def prompt(self, sample: Sample) -> Segment:
-        pixels = tuple(decode_image(data, self.model.vision.image_size) for data in sample.images)
-        return render_prompt(sample, self.tokenizer, self.model.projector.visual_tokens, pixels)
 
     def run(self, segment: Segment) -> dict[str, np.ndarray]:
         """vision [M,P,E], projector [M,P,D] and logits [T,V] of one prompt."""
@@ -205,27 +226,53 @@ class _Theirs:
         return result | {"vision": features.numpy(), "projector": projected.numpy()}
 
 
-def _compare(sample: Sample, ours: _Ours, exact: _Ours | None, theirs: _Theirs) -> dict[str, Any]:
-    segment = ours.prompt(sample)
-    inputs = theirs.prompt(sample)
+class _Reference(NamedTuple):
+    """What transformers made of one prompt, on the host."""
+
+    tokens: list[int]
+    pixels: np.ndarray | None
+    """f32[M,3,S,S]"""
+    outputs: dict[str, np.ndarray]
+    """Empty where the tokens are not ours: their numbers would say nothing."""
+
+
+def _references(
+    folder: Path, samples: Sequence[Sample], segments: Sequence[Segment]
+) -> tuple[list[_Reference], list[str]]:
+    """Each sample's reference, and what was wrong with loading; the model is gone when this returns."""
+    theirs = _Theirs(folder)
+    references = []
+    for sample, segment in zip(samples, segments, strict=True):
+        inputs = theirs.prompt(sample)
+        tokens = inputs["input_ids"][0].tolist()
+        pixels = inputs["pixel_values"].numpy() if "pixel_values" in inputs else None
+        outputs = theirs.run(inputs) if tokens == segment.tokens.tolist() else {}
+        references.append(_Reference(tokens, pixels, outputs))
+    faults = theirs.loading_faults
+    del theirs
+    gc.collect()
+    return references, faults
+
+
+def _compare(
+    sample: Sample, segment: Segment, ours: _Ours, reference: _Reference
+) -> tuple[dict[str, Any], np.ndarray | None]:
+    """(the case, our logits f32[T,V] where the tokens are equal)."""
     case: dict[str, Any] = {"id": sample.id, "images": len(segment.pixels), "tokens": len(segment)}
-    case["tokens_equal"] = inputs["input_ids"][0].tolist() == segment.tokens.tolist()
-    if segment.pixels:
+    case["tokens_equal"] = reference.tokens == segment.tokens.tolist()
+    if segment.pixels and reference.pixels is not None:
         pixels = np.stack(segment.pixels).astype(np.float32) / 127.5 - 1
-        case["pixels"] = _difference(pixels.transpose(0, 3, 1, 2), inputs["pixel_values"].numpy())
+        case["pixels"] = _difference(pixels.transpose(0, 3, 1, 2), reference.pixels)
     if not case["tokens_equal"]:
-        return case  # logits of other tokens say nothing
-    mine, reference = ours.run(segment), theirs.run(inputs)
+        return case, None
+    mine = ours.run(segment)
     for name in ("vision", "projector"):
-        if name in reference:
+        if name in reference.outputs:
             # images of a row that repeat share a slot of ours, and are encoded again by theirs
-            case[name] = _difference(mine[name], reference[name][_first_uses(segment.pixels)])
-    case["logits"] = _difference(mine["logits"], reference["logits"]) | _distributions(
-        mine["logits"], reference["logits"]
-    )
-    if exact:
-        case["rounding"] = _distributions(exact.run(segment)["logits"], mine["logits"])
-    return case
+            case[name] = _difference(mine[name], reference.outputs[name][_first_uses(segment.pixels)])
+    logits, their_logits = mine["logits"], reference.outputs["logits"]
+    case["logits"] = _difference(logits, their_logits) | _distributions(logits, their_logits)
+    return case, logits
 
 
 def _first_uses(pixels: Sequence[np.ndarray]) -> list[int]:
@@ -236,16 +283,31 @@ def _first_uses(pixels: Sequence[np.ndarray]) -> list[int]:
 
 
 def _difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
-    gap = np.abs(ours.astype(np.float64) - theirs.astype(np.float64))
-    return {"max_abs": float(gap.max()), "mean_abs": float(gap.mean()), "scale": float(np.abs(theirs).max())}
+    largest = total = scale = 0.0
+    for mine, reference in _slabs(ours, theirs):
+        gap = np.abs(mine.astype(np.float64) - reference)
+        largest = np.maximum(largest, gap.max())  # unlike max(), a NaN stays
+        total += gap.sum()
+        scale = np.maximum(scale, np.abs(reference).max())
+    return {"max_abs": float(largest), "mean_abs": float(total / ours.size), "scale": float(scale)}
 
 
 def _distributions(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
     """KL(theirs ‖ ours) in nats a position, and the share of positions with the same most likely token."""
-    mine, reference = _log_softmax(ours), _log_softmax(theirs)
-    kl = (np.exp(reference) * (reference - mine)).sum(-1)
-    agreement = (ours.argmax(-1) == theirs.argmax(-1)).mean()
-    return {"kl_mean": float(kl.mean()), "kl_max": float(kl.max()), "top1_agreement": float(agreement)}
+    kl, agrees = [], []
+    for mine, reference in _slabs(ours, theirs):
+        p, q = _log_softmax(reference), _log_softmax(mine)
+        kl.append((np.exp(p) * (p - q)).sum(-1))
+        agrees.append(mine.argmax(-1) == reference.argmax(-1))
+    divergence = np.concatenate(kl)
+    agreement = float(np.concatenate(agrees).mean())
+    return {"kl_mean": float(divergence.mean()), "kl_max": float(divergence.max()), "top1_agreement": agreement}
+
+
+def _slabs(ours: np.ndarray, theirs: np.ndarray, rows: int = 64) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Both, a few rows at a time: 2,000 positions of 152k logits are 2.4 GB in float64."""
+    for start in range(0, len(ours), rows):
+        yield ours[start : start + rows], theirs[start : start + rows]
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -264,14 +326,25 @@ def _faults(case: Mapping[str, Any], tolerance: float) -> Iterator[str]:
                 yield f"{case['id']}: {name} differ by {case[name]['max_abs']:.3g}, more than {limit:.3g}"
 
 
+def _config_faults(model: config.Model, exported: config.Model) -> list[str]:
+    """Settings in which the export's config.json differs from the checkpoint's model."""
+    ours, theirs = (dataclasses.asdict(m) for m in (model, exported))
+    return [
+        f"the checkpoint's {part}.{name} is {value}, config.json says {theirs[part][name]}"
+        for part, values in ours.items()
+        for name, value in values.items()
+        if value != theirs[part][name]
+    ]
+
+
 def _rounded(params: Mapping[str, Any], dtype: str) -> Mapping[str, Any]:
-    """The parameters as the export holds them, again in float32."""
+    """The parameters as the export holds them; the computation widens each as it uses it."""
     if dtype == "float32":
         return params
-    return jax.tree.map(lambda leaf: np.asarray(leaf).astype(ml_dtypes.bfloat16).astype(np.float32), dict(params))
+    return jax.tree.map(lambda leaf: np.asarray(leaf).astype(ml_dtypes.bfloat16), dict(params))
 
 
 def _finish(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
-    (folder / "verify.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "verify.json", result)
     log.info("export %s: %s", folder, result.get("reason") or result["status"])
     return result

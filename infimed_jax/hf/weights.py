@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -38,6 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
 class WeightsFolder:
     """The tensors of a folder's safetensors files; headers are read at once, tensors when asked for.
 
+    A file is mapped only while a tensor is read from it: pages of a mapped file count as memory of the process.
     Raises UserError for pickles, a missing or false index, names that leave the folder, and cut or damaged files.
     """
 
@@ -45,18 +46,22 @@ class WeightsFolder:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise UserError(f"{folder} is not a folder")
-        self._files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         self.found: dict[str, Found] = {}
         weight_map = self._weight_map()
-        for name in sorted(set(weight_map.values()) if weight_map else {SINGLE}):
-            self._open(name)
+        files = sorted(set(weight_map.values()) if weight_map else {SINGLE})
+        absent = [name for name in files if not (self.folder / name).is_file()]
+        if absent:
+            raise UserError(f"{self.folder}: {', '.join(absent)} is missing, though {INDEX} names it")
+        for name in files:
+            self._scan(name)
         if weight_map is not None:
             self._compare(weight_map)
 
     def read(self, key: str) -> np.ndarray:
         """The tensor in its stored type (float32, bfloat16 or float16)."""
-        return self._files[self._file_of[key]].get_tensor(key)
+        with self._open(self._file_of[key]) as file:
+            return file.get_tensor(key)
 
     def _weight_map(self) -> dict[str, str] | None:
         """Key → file name as the index says; None where one file holds all."""
@@ -75,24 +80,28 @@ class WeightsFolder:
             raise UserError(f"{index} is missing: the folder holds shards but does not say which")
         pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in PICKLES)
         if pickles:
-            raise UserError(f"{self.folder} holds only pickles ({', '.join(pickles)}): give safetensors files")
+            raise UserError(
+                f"{self.folder} holds only pickles ({', '.join(pickles)}), which can run code and are not opened: give "
+                "safetensors, as transformers writes them (from_pretrained(DIR), then save_pretrained(NEW)) where you "
+                "trust the files"
+            )
         raise UserError(f"{self.folder} holds no {SINGLE}")
 
-    def _open(self, name: str) -> None:
+    def _open(self, name: str) -> Any:
         path = self.folder / name
-        if not path.is_file():
-            raise UserError(f"{path} is missing, though {INDEX} names it")
         try:
-            file = safe_open(path, framework="np")
+            return safe_open(path, framework="np")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is cut or damaged: {error}") from error
-        self._files[name] = file
-        for key in file.keys():  # noqa: SIM118 (not a dict: it cannot be iterated over)
-            if key in self._file_of:
-                raise UserError(f"{key} is in {self._file_of[key]} and in {name} of {self.folder}")
-            view = file.get_slice(key)
-            self._file_of[key] = name
-            self.found[key] = Found(tuple(view.get_shape()), str(view.get_dtype()))
+
+    def _scan(self, name: str) -> None:
+        with self._open(name) as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict: it cannot be iterated over)
+                if key in self._file_of:
+                    raise UserError(f"{key} is in {self._file_of[key]} and in {name} of {self.folder}")
+                view = file.get_slice(key)
+                self._file_of[key] = name
+                self.found[key] = Found(tuple(view.get_shape()), str(view.get_dtype()))
 
     def _compare(self, weight_map: Mapping[str, str]) -> None:
         """The index and the files must agree on every key."""
@@ -122,8 +131,11 @@ def write_weights(
     shapes: Mapping[str, tuple[int, ...]],
     dtype: str,
     limit: int,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write shards (and the index where there are several) into `folder`, holding one tensor at a time.
+
+    `on_progress(bytes, total)` after each tensor.
 
     `tensors` yields the keys of `shapes` in that order. A safetensors file is a length, a JSON header with each
     tensor's byte offsets, and the bytes; the header is known before any tensor is, so nothing needs to be kept.
@@ -133,6 +145,7 @@ def write_weights(
     shards = plan_shards(sizes, limit)
     stream: Iterator[tuple[str, np.ndarray]] = iter(tensors)
     weight_map: dict[str, str] = {}
+    done, total = 0, sum(sizes.values())
     for number, keys in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         with open(folder / file, "wb") as out:
@@ -142,9 +155,12 @@ def write_weights(
                 if given != key or array.shape != shapes[key]:
                     raise ValueError(f"{given} {array.shape} where {key} {shapes[key]} was announced")
                 out.write(np.ascontiguousarray(array, kind).reshape(-1).view(np.uint8).data)
+                done += sizes[key]
+                if on_progress:
+                    on_progress(done, total)
         weight_map |= dict.fromkeys(keys, file)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -83,14 +83,15 @@ def generate(
     max_prompt: int = 0,
     on_finish: Callable[[int, Completion], None] | None = None,
     on_progress: Callable[[int, int, int], None] | None = None,
+    on_tokens: Callable[[int, np.ndarray], None] | None = None,
 ) -> list[Completion]:
     """Complete every prompt; the replies come in the prompts' order.
 
     Runs under `jax.set_mesh`, with weights from `sampler_weights`; several processes give the same arguments. Prompts
     that are the same object (a GRPO group) are prefilled once, images that are the same array are encoded once, within
     a prefill. `max_prompt` (tokens) keeps the cache's shape, so the compilation, from call to call; 0 takes the longest
-    prompt's. `on_finish(number, completion)` is called as replies end, `on_progress(replies, prompts, tokens)` after
-    each burst.
+    prompt's. `on_finish(number, completion)` is called as replies end; after each burst `on_tokens(number, tokens)` for
+    every sequence with what it gave, and `on_progress(replies, prompts, tokens)`.
 
     Raises UserError for prompts and settings that cannot be decoded, and where the model's logits are not finite.
     """
@@ -119,6 +120,8 @@ def generate(
         for slot, run in list(running.items()):
             run.tokens.append(tokens[: counts[slot], slot])
             run.logprobs.append(logprobs[: counts[slot], slot])
+            if on_tokens:
+                on_tokens(run.request, run.tokens[-1])
             if active[slot]:
                 continue
             completion = _complete(running.pop(slot), stops)

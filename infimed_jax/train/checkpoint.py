@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
+import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ CHECKPOINTS = "checkpoints"
 _PARAMETERS = ("trainable", "frozen", "params")
 """First names under which a checkpoint holds parameters."""
 _CHECKSUMS, _USER = "checksums", "metadata"
+READ_BYTES = 1 << 30
+"""Parameters are read, and cast, in groups of at most so much."""
 _MIX = 0x9E3779B1
 _DISK_ERRORS = ("no space left", "file too large", "resource_exhausted", "disk quota", "permission denied")
 
@@ -111,40 +116,86 @@ class Checkpoints:
         return f"checkpoint of step {step} in {self.folder} was not written ({kept})"
 
 
-def save_params(folder: str | Path, params: Mapping[str, Any], metadata: Metadata) -> None:
-    """Write parameters alone; an earlier folder of that name is replaced once the new one is complete."""
+@dataclass(frozen=True)
+class StoredLeaf:
+    """A parameter on the disk: its shape and type are known, its numbers are read, and verified, by `np.asarray`."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    checkpoint: Path
+    name: str
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        leaf = _read(self.checkpoint, _read_metadata(self.checkpoint), {self.name: np.empty(self.shape, self.dtype)})
+        return np.asarray(leaf[self.name], dtype)
+
+
+def save_params(folder: str | Path, leaves: Iterable[tuple[str, np.ndarray]], metadata: Metadata) -> None:
+    """Write parameters alone, as (`text.norm.scale`, array), a leaf at a time: only one is in memory.
+
+    The folder appears when it is complete; what a stopped call leaves beside it is cleared away by the next. Runs in
+    one process. UserError where the folder exists already, or the disk ends.
+    """
     folder = Path(folder).absolute()
-    if folder.exists() and not _is_checkpoint(folder) and any(folder.iterdir()):
-        raise UserError(f"parameters cannot be written to {folder}: it holds something else; name another folder")
-    flat = _flatten({"params": params})
-    beside = folder.with_name(folder.name + ".new")
-    with _disk_errors(f"parameters in {folder} were not written"):
-        ocp.save(beside, flat, custom_metadata={_USER: metadata, _CHECKSUMS: _checksums(flat)}, overwrite=True)
-    if jax.process_index() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
-    if jax.process_count() > 1:
-        jax.experimental.multihost_utils.sync_global_devices(f"save_params {folder}")
+    if folder.exists():
+        raise UserError(f"{folder} exists already: remove it or choose another folder")
+    _clear_partial(folder)
+    try:
+        with _disk_errors(f"parameters in {folder} were not written"), _chunked():
+            for name, leaf in leaves:
+                custom = {_USER: metadata, _CHECKSUMS: {f"params.{name}": numpy_checksum(leaf)}}
+                ocp.partial.save(folder, {f"params.{name}": leaf}, custom_metadata=custom)
+                del leaf  # before the next one is made
+            ocp.partial.finalize(folder)
+    except BaseException:
+        _clear_partial(folder)
+        raise
+
+
+def _clear_partial(folder: Path) -> None:
+    """Remove the folders in which Orbax gathers leaves until `finalize`."""
+    name = f"{folder.name}.partial_save"
+    for partial in (folder.with_name(name), *folder.parent.glob(f"{glob.escape(name)}.orbax-checkpoint-tmp*")):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def open_params(folder: str | Path) -> tuple[dict[str, Any], Metadata]:
+    """As `load_params`, but every leaf is a StoredLeaf: for models that are larger than the memory."""
+    path = find_checkpoint(folder)
+    stored = _read_metadata(path)
+    leaves = {
+        name: StoredLeaf(tuple(stored.metadata[name].shape), np.dtype(stored.metadata[name].dtype), path, name)
+        for name in _parameter_names(stored)
+    }
+    return _nest({_short(name): leaf for name, leaf in leaves.items()}), stored.custom_metadata[_USER]
 
 
 def load_params(folder: str | Path, abstract: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], Metadata]:
     """(parameters, metadata) from a run's folder (its latest checkpoint), a checkpoint, or `save_params`' folder.
 
     With `abstract` (as `infimed.abstract_params` gives) they come straight into its shardings and are cast to its
-    dtypes; without, they are NumPy arrays as stored. UserError where there is none, or names or shapes differ.
+    dtypes, a group of leaves at a time, and each process reads its own part; without, they are NumPy arrays as stored.
+    UserError where there is none, or names or shapes differ.
     """
     path = find_checkpoint(folder)
     stored = _read_metadata(path)
-    names = [name for name in stored.metadata if name.split(".")[0] in _PARAMETERS]
+    names = _parameter_names(stored)
     if abstract is None:
         wanted = {name: np.empty(stored.metadata[name].shape, stored.metadata[name].dtype) for name in names}
+        dtypes = {_short(name): leaf.dtype for name, leaf in wanted.items()}
     else:
-        wanted = _as_stored(path, {name.split(".", 1)[1]: name for name in names}, stored.metadata, abstract)
-    flat = _load(path, wanted, partial=True)
-    if abstract is not None:
+        wanted = _as_stored(path, {_short(name): name for name in names}, stored.metadata, abstract)
         dtypes = {name: leaf.dtype for name, leaf in _flatten(abstract).items()}
-        flat = {name: leaf.astype(dtypes[name.split(".", 1)[1]]) for name, leaf in flat.items()}
-    return _nest({name.split(".", 1)[1]: leaf for name, leaf in flat.items()}), stored.custom_metadata[_USER]
+    flat: dict[str, Any] = {}
+    for group in _groups(wanted):
+        for name, leaf in _read(path, stored, group).items():
+            flat[_short(name)] = leaf if leaf.dtype == dtypes[_short(name)] else leaf.astype(dtypes[_short(name)])
+    return _nest(flat), stored.custom_metadata[_USER]
+
+
+def read_metadata(folder: str | Path) -> Metadata:
+    """The JSON given to `save`, of the checkpoint that `load_params` would read."""
+    return _read_metadata(find_checkpoint(folder)).custom_metadata[_USER]
 
 
 def find_checkpoint(folder: str | Path) -> Path:
@@ -181,12 +232,16 @@ def _read_metadata(path: Path) -> Any:
     return stored
 
 
-def _load(path: Path, wanted: dict[str, Any], partial: bool = False) -> dict[str, Any]:
-    """The leaves `wanted` (abstract, by name), compared before reading and verified after it."""
+def _load(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """All leaves of a checkpoint (abstract, by name), compared before reading and verified after it."""
     stored = _read_metadata(path)
-    shapes = stored.metadata
-    _compare(path, wanted, shapes if not partial else {name: shapes[name] for name in wanted})
-    abstract = {name: wanted.get(name, ocp.PLACEHOLDER) for name in shapes}
+    _compare(path, wanted, stored.metadata)
+    return _read(path, stored, wanted)
+
+
+def _read(path: Path, stored: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves `wanted` (abstract, by name) and no other, verified."""
+    abstract = {name: wanted.get(name, ocp.PLACEHOLDER) for name in stored.metadata}
     try:
         loaded = ocp.load(path, abstract)
     except (ValueError, OSError, KeyError) as error:
@@ -197,6 +252,30 @@ def _load(path: Path, wanted: dict[str, Any], partial: bool = False) -> dict[str
         if checksum != expected[name]:
             raise UserError(f"checkpoint {path} is damaged at {name} (its checksum differs): use an older one")
     return leaves
+
+
+def _groups(wanted: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The leaves in order, so many at once that a read has at most READ_BYTES, or one leaf."""
+    group: dict[str, Any] = {}
+    size = 0
+    for name, leaf in wanted.items():
+        bytes_ = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        if group and size + bytes_ > READ_BYTES:
+            yield group
+            group, size = {}, 0
+        group[name] = leaf
+        size += bytes_
+    if group:
+        yield group
+
+
+def _parameter_names(stored: Any) -> list[str]:
+    return [name for name in stored.metadata if name.split(".")[0] in _PARAMETERS]
+
+
+def _short(name: str) -> str:
+    """`trainable.text.norm.scale` as the model's own `text.norm.scale`."""
+    return name.split(".", 1)[1]
 
 
 def _compare(path: Path, wanted: dict[str, Any], stored: Mapping[str, Any]) -> None:
@@ -226,6 +305,13 @@ def _as_stored(
     }
     _compare(path, as_stored, short)
     return {names[ours]: leaf for ours, leaf in as_stored.items()}
+
+
+def _chunked() -> Any:
+    """Leaves in chunks of at most 64 MiB: as one chunk, every process would read all to get at its own part."""
+    context = ocp.Context()
+    context.array.saving.storage_options.chunk_byte_size = 64 << 20
+    return context
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
@@ -294,9 +380,10 @@ def _disk_errors(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # tensorstore has no class for a full disk: its ValueErrors differ in their text alone
-        if not any(text in str(error).lower() for text in _DISK_ERRORS):
+        reason = next((text for text in _DISK_ERRORS if text in str(error).lower()), None)
+        if reason is None:
             raise
-        raise UserError(f"{what}: {_one_line(error)}; free some space and run the same command") from error
+        raise UserError(f"{what}: {reason}; free some space and run the same command") from error
 
 
 def _one_line(error: BaseException) -> str:

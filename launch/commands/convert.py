@@ -1,27 +1,160 @@
-"""`convert`: to and from Hugging Face."""
+"""`convert`: to and from Hugging Face, and the proof of it."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
+from infimed_jax.errors import UserError
 from launch.commands.arguments import add_command, add_group
+
+DTYPES = ("bfloat16", "float32")
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     ways = add_group(commands, "convert", "To and from Hugging Face.")
+    p = add_command(ways, "from-hf", from_hf, "Qwen3 and SigLIP, or a whole LLaVA folder, to an initial checkpoint.")
+    p.add_argument("--text", type=Path, metavar="DIR", help="a Qwen3 folder (config.json, safetensors)")
+    p.add_argument("--vision", type=Path, metavar="DIR", help="a SigLIP folder, with or without its text tower")
+    p.add_argument("--llava", type=Path, metavar="DIR", help="instead of both: a LLaVA folder of SigLIP and Qwen3")
+    p.add_argument("--output", type=Path, required=True, metavar="CKPT")
+    p.add_argument("--visual-tokens", type=int, help="a square number [144, as in pretraining; --llava: all patches]")
+    p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the checkpoint [%(default)s]")
+    p.add_argument("--seed", type=int, default=0, help="of the fresh projector [%(default)s]")
+    p.add_argument("--tokenizer", type=Path, metavar="DIR", help="[the --text or --llava folder]")
     p = add_command(ways, "to-hf", to_hf, "A checkpoint of any stage to a LLaVA folder for transformers.")
-    p.add_argument("--checkpoint", type=Path, required=True)
-    p.add_argument("--output", type=Path, required=True)
-    p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    p.add_argument("--checkpoint", type=Path, required=True, help="a run's folder, or one checkpoint")
+    p.add_argument("--output", type=Path, required=True, metavar="DIR")
+    p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the export [%(default)s]")
+    p.add_argument("--visual-tokens", type=int, help="all patches, for a checkpoint that pools [the checkpoint's]")
+    p.add_argument("--vision", type=Path, metavar="DIR", help="the SigLIP folder that gives what our tower left out")
+    p.add_argument("--evaluation", type=Path, action="append", default=[], metavar="DIR",
+                   help="an output folder of `evaluate` for the model card, repeatable")  # fmt: skip
+    p.add_argument("--tokenizer", type=Path, metavar="DIR", help="[the checkpoint's]")
+    p = add_command(ways, "verify", verify, "Compare a checkpoint with its export, computed by transformers.")
+    p.add_argument("--checkpoint", type=Path, required=True, help="a run's folder, or one checkpoint")
+    p.add_argument("--hf", type=Path, required=True, metavar="DIR", help="what to-hf wrote; verify.json is put there")
+    p.add_argument("--tokenizer", type=Path, metavar="DIR", help="[the checkpoint's]")
+
+
+def from_hf(args: argparse.Namespace) -> None:
+    whole, parts = args.llava is not None, args.text is not None and args.vision is not None
+    if whole == parts or (whole and (args.text or args.vision)):
+        raise UserError("give --text and --vision, or --llava alone")
+    if args.output.exists():
+        raise UserError(f"{args.output} exists already: remove it or choose another folder")
+    from infimed_jax.config import Config, Data, Train, to_dict
+    from infimed_jax.files import write_json
+    from infimed_jax.hf import provenance
+    from infimed_jax.hf.import_ import open_llava, open_parts
+    from infimed_jax.models.infimed import param_count
+    from infimed_jax.train.checkpoint import save_params
+    from launch.progress import ByteProgress
+
+    if whole:
+        opened = open_llava(args.llava, visual_tokens=args.visual_tokens or 0, dtype=args.dtype)
+        folders = {"all weights": args.llava}
+    else:
+        options = {"visual_tokens": args.visual_tokens or 144, "seed": args.seed, "dtype": args.dtype}
+        opened = open_parts(text=args.text, vision=args.vision, **options)
+        folders = {"text weights": args.text, "vision weights": args.vision}
+    tokenizer = _tokenizer(args.tokenizer or args.llava or args.text)
+    entry = provenance.import_entry(opened, folders)
+    config = Config(model=opened.model, data=Data(tokenizer=str(tokenizer)), train=Train(stage=provenance.IMPORT))
+    with ByteProgress("from-hf") as progress:
+
+        def leaves():
+            done = 0
+            for path, leaf in opened.leaves():
+                done += leaf.nbytes
+                yield path.replace("/", "."), leaf
+                del leaf  # before the next one is read
+                progress.update(done, opened.nbytes)
+
+        save_params(args.output, leaves(), {"config": to_dict(config), "history": [entry]})
+    counts = param_count(opened.model)
+    report = args.output.with_name(f"{args.output.name}.json")
+    write_json(report, {"dtype": args.dtype, "parameters": counts, "model": to_dict(opened.model), **entry})
+    listed = ", ".join(f"{part} {count:,}" for part, count in counts.items() if part != "total")
+    print(f"from-hf: {counts['total']:,} parameters in {args.dtype} ({listed})")
+    if opened.fresh_projector:
+        print(f"The projector is fresh, drawn from seed {args.seed}.")
+    print(f"Outputs: {args.output}, {report}")
 
 
 def to_hf(args: argparse.Namespace) -> None:
+    from data_prep.sources import SOURCES
     from infimed_jax.config import Config, from_dict
+    from infimed_jax.hf import provenance
     from infimed_jax.hf.export import to_hf as write_hf
-    from infimed_jax.train.checkpoint import load_params
+    from infimed_jax.train.checkpoint import open_params
+    from launch.progress import ByteProgress
 
-    params, metadata = load_params(args.checkpoint)
+    params, metadata = open_params(args.checkpoint)
     config = from_dict(Config, metadata["config"])
-    write_hf(params, config.model, config.data.tokenizer, args.output, dtype=args.dtype)
+    history = provenance.stages(args.checkpoint)
+    positions = provenance.max_positions(history)
+    commercial = {name: source.commercial_use for name, source in SOURCES.items()}
+    with ByteProgress("to-hf") as progress:
+        write_hf(
+            params,
+            config.model,
+            args.tokenizer or config.data.tokenizer,
+            args.output,
+            dtype=args.dtype,
+            source_vision=args.vision,
+            visual_tokens=args.visual_tokens,
+            card=provenance.checkpoint_card(history, args.evaluation, commercial),
+            on_progress=progress.update,
+            **({"max_positions": positions} if positions else {}),
+        )
     print(f"Outputs: {args.output}")
+
+
+def verify(args: argparse.Namespace) -> None:
+    import jax
+
+    from infimed_jax.config import Config, Mesh, from_dict
+    from infimed_jax.hf.verify import verify
+    from infimed_jax.sharding import make_mesh
+    from infimed_jax.train.checkpoint import open_params
+
+    params, metadata = open_params(args.checkpoint)
+    config = from_dict(Config, metadata["config"])
+    with jax.set_mesh(make_mesh(Mesh())):
+        result = verify(params, config.model, args.hf, args.tokenizer or config.data.tokenizer)
+    if result["status"] == "skipped":
+        raise UserError(f"nothing was compared: {result['reason']}; the proof needs torch beside transformers")
+    for case in result["cases"]:
+        print(describe_case(case))
+    for failure in result["failures"]:
+        print(f"FAILED  {failure}")
+    print(f"{result['status']}: {args.checkpoint} against {args.hf} ({result['dtype']})")
+    print(f"Outputs: {args.hf / 'verify.json'}")
+    if result["status"] != "passed":
+        sys.exit(1)
+
+
+def describe_case(case: dict) -> str:
+    """One line: `verify/image: 1 image, 750 tokens; vision 1.2e-06, …`, each the largest difference."""
+    parts = [f"{case['id']}: {case['images']} images, {case['tokens']} tokens"]
+    parts += [f"{name} {case[name]['max_abs']:.1e}" for name in ("pixels", "vision", "projector") if name in case]
+    if "logits" in case:
+        logits = case["logits"]
+        parts.append(
+            f"logits max {logits['max_abs']:.1e} mean {logits['mean_abs']:.1e} of {logits['scale']:.1f}, "
+            f"KL {logits['kl_mean']:.1e}, top-1 {logits['top1_agreement']:.1%}"
+        )
+    return ", ".join(parts)
+
+
+def _tokenizer(folder: Path) -> Path:
+    """An imported checkpoint names the tokenizer that later stages render with, so it must be one."""
+    from infimed_jax.data.chat import load_tokenizer
+
+    try:
+        load_tokenizer(folder)
+    except UserError as error:
+        raise UserError(f"{error}; name one by --tokenizer") from error
+    return folder.absolute()

@@ -63,6 +63,7 @@ SAMPLES = [
     ask(0, "\nIs the heart enlarged? 心脏"),
     ask(0, 1, 2, "\nWhich shows a fracture?"),
     ask("First", 0, "\nthen", 1, "\nwhich?"),
+    ask("<image_1>: ", 0, "<image_2>: ", 1, "\nWhich?"),  # as questions with several images are put
     ask(0, "\nIs it?", before=EARLIER),
 ]
 

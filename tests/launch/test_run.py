@@ -16,7 +16,13 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("command", [(), ("quickstart",), ("train",), ("grpo",), ("evaluate",), ("data", "ingest")])
+COMMANDS = [
+    *((), ("quickstart",), ("train",), ("grpo",), ("evaluate",), ("generate",), ("data", "ingest")),
+    *(("convert", "from-hf"), ("convert", "to-hf"), ("convert", "verify")),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_needs_no_heavy_import(command):
     code = (
         "import sys, runpy; sys.argv = ['run.py', *sys.argv[1:], '--help']\n"

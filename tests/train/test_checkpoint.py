@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from infimed_jax import config, sharding
 from infimed_jax.errors import UserError
 from infimed_jax.train import checkpoint
-from infimed_jax.train.checkpoint import Checkpoints, find_checkpoint, load_params, numpy_checksum, save_params
+from infimed_jax.train.checkpoint import (
+    Checkpoints,
+    find_checkpoint,
+    load_params,
+    numpy_checksum,
+    open_params,
+    save_params,
+)
 from infimed_jax.train.optimizer import make_optimizer
 from infimed_jax.train.state import TrainState, abstract_like, init_state
 
@@ -56,6 +64,11 @@ def _saved(folder: Path, steps: tuple[int, ...] = (1,), keep: int = 2) -> TrainS
         checkpoints.save(step, state, METADATA | {"step": step})
     checkpoints.close()
     return state
+
+
+def _leaves(params: Any) -> list[tuple[str, np.ndarray]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), np.asarray(leaf)) for path, leaf in flat]
 
 
 def _equal(left: Any, right: Any) -> None:
@@ -105,7 +118,7 @@ def test_a_state_donated_right_after_the_save_is_written_as_it_was(tmp_path: Pat
 
 def test_parameters_alone_from_a_run_a_checkpoint_and_a_parameter_folder(tmp_path: Path):
     state = _saved(tmp_path / "run" / "checkpoints", steps=(1, 12))
-    save_params(tmp_path / "params", state.params, METADATA)
+    save_params(tmp_path / "params", _leaves(state.params), METADATA)
     folders = [tmp_path / "run", tmp_path / "run" / "checkpoints" / "12", tmp_path / "params"]
     for folder in folders:
         params, metadata = load_params(folder)
@@ -127,17 +140,32 @@ def test_parameters_come_into_the_shardings_and_dtypes_asked_for(tmp_path: Path,
     assert all(leaf.sharding.mesh == _mesh for leaf in jax.tree.leaves(params))
 
 
-def test_saved_parameters_are_replaced_but_nothing_else_is(tmp_path: Path):
-    save_params(tmp_path / "p", {"a": {"w": jnp.zeros(3)}}, {"n": 1})
-    save_params(tmp_path / "p", {"a": {"w": jnp.ones(2)}}, {"n": 2})
+def test_parameters_are_never_written_over_something(tmp_path: Path):
+    save_params(tmp_path / "p", [("a.w", np.ones(3, np.float32))], {"n": 1})
+    with pytest.raises(UserError, match="exists already"):
+        save_params(tmp_path / "p", [("a.w", np.zeros(3, np.float32))], {"n": 2})
     params, metadata = load_params(tmp_path / "p")
-    assert metadata == {"n": 2} and params["a"]["w"].tolist() == [1, 1]
+    assert metadata == {"n": 1} and params["a"]["w"].tolist() == [1, 1, 1]
     assert [path.name for path in tmp_path.iterdir()] == ["p"]
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="holds something else"):
-        save_params(tmp_path / "home", {"a": {"w": jnp.ones(2)}}, {})
-    assert (tmp_path / "home" / "thesis.tex").exists()
+
+
+def test_leaves_are_made_and_read_one_at_a_time(tmp_path: Path):
+    """When a leaf is asked for, the one before is on the disk and gone."""
+    before: list[weakref.ref] = []
+
+    def leaves():
+        for number in range(1, 5):
+            assert all(leaf() is None for leaf in before), f"leaf {number} is asked for while another is held"
+            leaf = np.ones((number, 1000), np.float32)
+            before.append(weakref.ref(leaf))
+            yield f"a.w{number}", leaf
+            del leaf
+
+    save_params(tmp_path / "p", leaves(), {"n": 1})
+    tree, metadata = open_params(tmp_path / "p")
+    assert metadata == {"n": 1}
+    assert {name: leaf.shape for name, leaf in tree["a"].items()} == {f"w{n}": (n, 1000) for n in range(1, 5)}
+    np.testing.assert_array_equal(np.asarray(tree["a"]["w3"]), np.ones((3, 1000), np.float32))
 
 
 def _replace(state: TrainState, kernel: jax.Array) -> TrainState:

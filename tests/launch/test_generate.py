@@ -1,0 +1,95 @@
+"""`generate` from the shell against transformers' `generate` on the exported folder."""
+
+import io
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from tests.launch.hf_sources import PATCHES, QUESTION, command, picture, write_sources
+
+LENGTH = 12
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with `checkpoint` and its export `hf`, float32, and images 0.png to 2.png."""
+    folder = tmp_path_factory.mktemp("models")
+    text, vision = write_sources(folder)
+    assert command("convert", "from-hf", "--text", text, "--vision", vision, "--output", folder / "checkpoint",
+                   "--visual-tokens", PATCHES, "--dtype", "float32") == 0  # fmt: skip
+    assert command("convert", "to-hf", "--checkpoint", folder / "checkpoint", "--output", folder / "hf", "--dtype",
+                   "float32", "--vision", vision) == 0  # fmt: skip
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(picture(number))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def transformers_reply(models):
+    processor = AutoProcessor.from_pretrained(models / "hf")
+    model = AutoModelForImageTextToText.from_pretrained(models / "hf").eval()
+
+    def reply(images: int) -> tuple[list[int], str]:
+        parts = []
+        for number in range(images):
+            parts += [{"type": "text", "text": f"<image_{number + 1}>: "}] if images > 1 else []
+            parts.append({"type": "image"})
+        messages = [{"role": "user", "content": [*parts, {"type": "text", "text": QUESTION}]}]
+        text = processor.apply_chat_template(
+            messages, add_generation_prompt=True, enable_thinking=False, tokenize=False
+        )
+        files = [Image.open(io.BytesIO(picture(number))) for number in range(images)]
+        inputs = processor(images=files or None, text=[text], return_tensors="pt")
+        with torch.no_grad():
+            tokens = model.generate(**inputs, max_new_tokens=LENGTH)[0, inputs["input_ids"].shape[1] :].tolist()
+        return tokens, processor.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    return reply
+
+
+def ask(models, source, images, *more):
+    """(exit code, the JSON that it wrote)."""
+    output = models / "reply.json"
+    output.unlink(missing_ok=True)
+    files = [part for number in range(images) for part in ("--image", models / f"{number}.png")]
+    code = command("generate", f"--{source}", models / source, "--prompt", QUESTION, *files, "--output", output,
+                   f"sampling.max_tokens={LENGTH}", *more)  # fmt: skip
+    return code, json.loads(output.read_text())
+
+
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_greedy_text_is_that_of_transformers(models, transformers_reply, capsys, images):
+    tokens, text = transformers_reply(images)
+    assert len(set(tokens)) > 2  # a reply of one token repeated would prove little
+    for source in ("hf", "checkpoint"):
+        code, reply = ask(models, source, images)
+        assert code == 0 and reply["tokens"] == tokens
+        assert reply["reply"] == text
+        assert capsys.readouterr().out == text + "\n"
+
+
+def test_a_drawn_reply_is_a_function_of_the_seed(models):
+    def drawn(seed):
+        return ask(models, "checkpoint", 1, "sampling.temperature=1.5", f"train.seed={seed}")[1]["tokens"]
+
+    first = drawn(1)
+    assert drawn(1) == first
+    assert drawn(2) != first
+
+
+def test_mistakes_are_one_line(models, tmp_path, capsys):
+    (tmp_path / "text.png").write_text("no image")
+    asked = ("generate", "--checkpoint", models / "checkpoint", "--prompt", "x")
+    for arguments, words in (
+        ((*asked, "--image", tmp_path / "gone.png"), "gone.png: No such file"),
+        ((*asked, "--image", tmp_path / "text.png"), "text.png: not a supported image"),
+        ((*asked, "sampling.temprature=1"), "did you mean sampling.temperature"),
+        (("generate", "--checkpoint", tmp_path, "--prompt", "x"), "no complete checkpoint"),
+        (("generate", "--hf", tmp_path, "--prompt", "x"), "config.json is missing"),
+    ):
+        assert command(*arguments) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert words in line, line
