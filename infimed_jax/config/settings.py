@@ -200,9 +200,15 @@ class Lora:
     """0 turns adapters off."""
     alpha: float = 16.0
     """The adapters' output is scaled by alpha / rank."""
-    targets: tuple[
-        Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...
-    ] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
     """The linears that get one, in every layer."""
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Low-rank adapters of the text model's linears (Hu et al., arXiv 2106.09685), as leaves beside the kernels.
 
-An adapted linear is {"kernel", "lora_a", "lora_b"}: y = x W + (alpha / rank) (x A) B. `layers.Linear` applies them where
-it finds them, so a tree without adapters is the plain model, and `merge_lora` makes such a tree.
+An adapted linear is {"kernel", "lora_a", "lora_b"}: y = x W + (alpha / rank) (x A) B. `layers.Linear` applies them
+where it finds them, so a tree without adapters is the plain model, and `merge_lora` makes such a tree.
 """
 
 from __future__ import annotations
@@ -71,20 +71,22 @@ def scale_of(lora: config.Lora) -> float:
     return lora.alpha / lora.rank if lora.rank else 0.0
 
 
-def merge_lora(params: Mapping[str, Any], scale: float) -> dict[str, Any]:
-    """The plain model that computes what `params` with its adapters does: W + scale * A B, in float32.
+def merge_lora(params: Mapping[str, Any], scale: float, dtype: str = "float32") -> dict[str, Any]:
+    """The plain model that computes what `params` with its adapters does: W + scale * A B, added in float32.
 
-    NumPy trees give NumPy trees. A tree without adapters comes back as it is, in the same dtypes.
+    Merged kernels come in `dtype`, all else as it is. NumPy trees give NumPy trees.
     """
     if A in params:
         rest = {name: leaf for name, leaf in params.items() if name not in ("kernel", A, B)}
         merge = _merge_on_host if isinstance(params["kernel"], np.ndarray) else _merge
-        return rest | {"kernel": merge(params["kernel"], params[A], params[B], scale)}
-    return {name: merge_lora(leaf, scale) if isinstance(leaf, Mapping) else leaf for name, leaf in params.items()}
+        return rest | {"kernel": merge(params["kernel"], params[A], params[B], scale, dtype)}
+    return {
+        name: merge_lora(leaf, scale, dtype) if isinstance(leaf, Mapping) else leaf for name, leaf in params.items()
+    }
 
 
-@functools.partial(jax.jit, static_argnames="scale")
-def _merge(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("scale", "dtype"))
+def _merge(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float, dtype: str) -> jax.Array:
     """A layer at a time: a product for all of them would need the stack once more."""
     spec = spec_of(kernel)
 
@@ -97,13 +99,22 @@ def _merge(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.A
             precision="highest",
             out_sharding=jax.sharding.PartitionSpec(*spec[1:]),
         )
-        return None, kernel.astype(jnp.float32) + scale * product
+        return None, (kernel.astype(jnp.float32) + scale * product).astype(dtype)
 
     return jax.lax.scan(layer, None, (kernel, a, b))[1]
 
 
-def _merge_on_host(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
+def _merge_on_host(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float, dtype: str) -> np.ndarray:
     merged = kernel.astype(np.float32)
     for layer in range(len(merged)):
         merged[layer] += np.float32(scale) * np.tensordot(a[layer], b[layer], axes=1)
-    return merged
+    return merged.astype(jnp.dtype(dtype))
+
+
+def param_count(text: config.Text, lora: config.Lora) -> int:
+    """Elements of all adapters."""
+    total = 0
+    for target in lora.targets:
+        shape, contracted = _kernel_shape(text, target), _AXES[target][2]
+        total += lora.rank * (math.prod(shape[:contracted]) + math.prod(shape[contracted:]))
+    return total * text.num_layers

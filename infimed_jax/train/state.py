@@ -48,7 +48,7 @@ def split_params(params: Params, train: tuple[str, ...]) -> tuple[dict[str, Any]
 
 
 def merge_params(trainable: Params, frozen: Params) -> dict[str, Any]:
-    """Both trees as one; they share no leaf, but an adapted linear has its kernel in the one, its adapters in the other."""
+    """Both trees as one. They share no leaf; an adapted linear has its adapters in the one, its kernel in the other."""
     merged = dict(frozen)
     for name, part in trainable.items():
         merged[name] = merge_params(part, frozen[name]) if name in frozen else part
@@ -70,12 +70,17 @@ def abstract_state(cfg: config.Config, optimizer: optax.GradientTransformation) 
     """Shapes, dtypes and shardings of the state under the current mesh: the target of a restore."""
     # The key is made inside: under an abstract mesh nothing may create an array.
     state = jax.eval_shape(lambda: init_state(init_params(jax.random.key(0), cfg.model), cfg, optimizer))
-    return jax.tree.map(_with_sharding, state)
+    return on_mesh(state)
 
 
 def abstract_like(tree: Any) -> Any:
     """Shapes, dtypes and shardings of existing arrays."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
+
+
+def on_mesh(abstract: Any) -> Any:
+    """`abstract` with the current mesh's own shardings: `eval_shape` gives abstract ones, a restore wants devices."""
+    return jax.tree.map(_with_sharding, abstract)
 
 
 def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
