@@ -50,7 +50,7 @@ def train(args: argparse.Namespace) -> None:
 def grpo(args: argparse.Namespace) -> None:
     config = _load(args)
     if not config.train.init_from:
-        raise UserError("grpo starts from a tuned model: give --init-from RUN")
+        raise UserError("grpo starts from a tuned model: give --init-from RUN (train.init_from)")
     import jax
 
     from infimed_jax.data.chat import load_tokenizer
