@@ -22,7 +22,9 @@ def test_every_mesh_gives_the_losses_of_one_device():
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     expected = found.pop("(1, 1, 1)")
-    assert len(expected) == 20 and expected[-1] < 0.9 * expected[0]  # twenty updates that do something
+    assert (
+        len(found) == 3 and len(expected) == 20 and expected[-1] < 0.9 * expected[0]
+    )  # twenty updates that do something
     for shape, losses in found.items():
         # Float32 sums in another order, carried through twenty updates of Adam.
         np.testing.assert_allclose(losses, expected, rtol=2e-4, err_msg=shape)

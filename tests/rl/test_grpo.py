@@ -147,4 +147,6 @@ def test_adapters_learn_what_is_rewarded_and_come_merged(tiny, tmp_path):
     assert jax.tree.structure(layers[0]) == jax.tree.structure(layers[1])
     assert np.any(layers[0]["mlp"]["up_proj"]["kernel"] != layers[1]["mlp"]["up_proj"]["kernel"])
     np.testing.assert_array_equal(layers[0]["input_layernorm"]["scale"], layers[1]["input_layernorm"]["scale"])
-    leaves_equal(load_params(tmp_path)[0], result.params)
+    # The checkpoint's adapters are merged on the host: float32 in another order.
+    loaded, merged = jax.device_get((load_params(tmp_path)[0], result.params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), loaded, merged)

@@ -86,7 +86,7 @@ def test_the_two_packings_differ(model):
         params = init_params(jax.random.key(0), model)
         loss = next_token_loss(model, Compute("float32", "none", "rows", 128))
         masked, unmasked = (float(loss(params, b)[0]) for b in (batch, unmask(batch)))
-    assert abs(masked - unmasked) > 1e-4 * masked
+    assert abs(masked - unmasked) > 5e-5 * masked  # five times the tolerance above
 
 
 _CHILD = """

@@ -108,6 +108,7 @@ except Interrupted as stop:
 def _child(cfg: Config, number: signal.Signals, at: int, cache: Path) -> subprocess.CompletedProcess:
     """A run in a new process that gets the signal when step `at` is reported."""
     environment = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # whatever this model takes
     return subprocess.run(
         [sys.executable, "-c", _CHILD, json.dumps(config.to_dict(cfg)), str(int(number)), str(at)],
         cwd=ROOT,

@@ -24,6 +24,11 @@ def _equal(left, right) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), left, right)
 
 
+def _close(left, right) -> None:
+    """The host and the devices merge in float32, each in its own order."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), left, right)
+
+
 def test_a_stage_with_adapters_from_start_to_the_next_stage(stage, tmp_path: Path):
     base = stage(steps=1, output=str(tmp_path / "base"), stage="base")
     before = jax.tree.map(np.asarray, train(base).params)
@@ -40,7 +45,7 @@ def test_a_stage_with_adapters_from_start_to_the_next_stage(stage, tmp_path: Pat
 
     # Only the adapted kernels and the projector have moved; adapters have moments, the text model has none.
     params, metadata = load_params(tuned.train.output)
-    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, params)
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, params)  # float32: kernels stored as they were
     layers = moved["text"].pop("layers")
     assert not any(jax.tree.leaves((moved["vision"], moved["text"])))
     assert all(jax.tree.leaves(moved["projector"]))
@@ -52,10 +57,10 @@ def test_a_stage_with_adapters_from_start_to_the_next_stage(stage, tmp_path: Pat
     assert not any("text" in name and "lora" not in name for name in moments)
 
     # Whoever reads the checkpoint gets a plain model, on the host and in shardings alike.
-    _equal(params, result.params)
+    _close(params, result.params)
     with jax.set_mesh(make_mesh(tuned.mesh)):
         placed, _ = load_params(tuned.train.output, on_mesh(abstract_params(tuned.model)))
-    _equal(placed, params)
+    _equal(placed, result.params)
     chained = train(stage(steps=1, rate=0.0, output=str(tmp_path / "next"), init_from=tuned.train.output, stage="next"))
-    _equal(chained.params["text"], params["text"])
+    _equal(chained.params["text"], result.params["text"])
     assert [entry["stage"] for entry in metadata["history"]] == ["base", "sft"]

@@ -151,7 +151,8 @@ def test_bfloat16_moments_follow_float32_where_rounding_to_nearest_stands_still(
     # Unbiased; each element walks by half a unit of bfloat16's last place (0.4 %) an update, pulled back by 1 - b2.
     assert abs(ratio.mean() - 1) < 0.01 and np.abs(ratio - 1).max() < 0.5
     assert (np.asarray(nearest, np.float32) / exact).mean() < 0.9
-    np.testing.assert_allclose(np.asarray(state.mu, np.float32), gradient, rtol=1e-2)
+    first = np.asarray(state.mu, np.float32) / np.asarray(gradient)
+    assert abs(first.mean() - 1) < 0.002 and np.abs(first - 1).max() < 0.1
 
 
 def test_the_first_update_with_bfloat16_moments_is_that_of_float32():
