@@ -13,7 +13,7 @@ from infimed_jax.errors import UserError
 from infimed_jax.train import flops, meter
 from infimed_jax.train.curve import draw_curve, smoothed
 from infimed_jax.train.line import clock, progress_line
-from infimed_jax.train.meter import Meter
+from infimed_jax.train.meter import Meter, averaged
 from infimed_jax.train.telemetry import MetricsLog
 from infimed_jax.train.trace import Trace
 
@@ -35,6 +35,15 @@ def test_a_row_is_the_counts_over_the_clock_and_the_peak(model, monkeypatch):
     needed = flops.step_flops(model, cfg.train).of(METRICS)
     assert second["flops"] == needed and second["peak_share"] == pytest.approx(needed / 1e9)
     assert second["seconds_left"] == 2.5 * 10  # the median of 4 and 1
+
+
+def test_a_line_speaks_of_the_steps_since_the_last_without_compiling():
+    compiled = {"seconds": 9.0, "compile_seconds": 8.0, "tokens": 50, "images": 1, "data_wait_share": 0.0}
+    plain = {"seconds": 1.0, "compile_seconds": 0.0, "tokens": 150, "images": 3, "data_wait_share": 0.5, "loss": 3.0}
+    rows = [compiled | {"peak_share": 0.02, "loss": 4.0}, plain | {"peak_share": 0.4}]
+    line = averaged(rows)
+    assert (line["tokens_per_second"], line["images_per_second"], line["loss"]) == (100, 2, 3.0)
+    assert line["data_wait_share"] == pytest.approx(0.05) and line["peak_share"] == pytest.approx((0.18 + 0.4) / 2)
 
 
 def test_the_progress_line_shows_what_is_there():
