@@ -96,6 +96,10 @@ def test_the_default_mesh_follows_from_devices_and_global_batch(rows, devices, e
 def test_a_tensor_axis_that_was_asked_for_stays():
     asked = replace(_config(128), mesh=config.Mesh(2, -1, 4))
     assert sharding.settle_mesh(asked, 256) is asked.mesh
+    both = replace(_config(128), mesh=config.Mesh(2, 2))
+    assert sharding.settle_mesh(both, 8) == config.Mesh(2, 2, 2)
+    with pytest.raises(UserError, match=r"mesh.data=2, mesh.fsdp=2, mesh.tensor=1 do not multiply to the 1 devices"):
+        sharding.run_mesh(both, jax.devices()[:1])
 
 
 @given(

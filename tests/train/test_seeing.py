@@ -72,7 +72,8 @@ def test_smoothing_is_the_mean_of_what_is_there():
 
 @pytest.mark.parametrize("count", [1, 40])
 def test_a_curve_is_drawn_for_any_run(tmp_path, count):
-    rows = [{"step": n, "loss": 1 / n, "grad_norm": 1.0, "skipped": int(n == 7)} for n in range(1, count + 1)]
+    row = {"grad_norm": 1.0, "tokens": 100, "seconds": 2.0, "tokens_per_second": 50.0}
+    rows = [row | {"step": n, "loss": 1 / n, "skipped": int(n == 7)} for n in range(1, count + 1)]
     draw_curve(rows, "sft: runs/x", tmp_path / "curve.png")
     pixels = np.asarray(Image.open(tmp_path / "curve.png").convert("RGB"))
     assert pixels.shape[1] > pixels.shape[0] and len(np.unique(pixels)) > 10
