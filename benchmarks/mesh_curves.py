@@ -3,8 +3,7 @@
     python benchmarks/mesh_curves.py [--steps 200] [--output docs/mesh_curves.png]
 
 Same parameters, same batches, one curve a mesh: they must lie on each other. Below, each curve's distance to the one of
-a single device, which is float32 rounding carried along. Made of random tokens and pictures: nothing is downloaded.
-Writes the losses beside the picture's name in the folder of `--json`, where given.
+a single device, which is float32 rounding carried along. The data are random pictures and repeated patterns of tokens.
 """
 
 from __future__ import annotations
