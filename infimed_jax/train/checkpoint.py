@@ -23,6 +23,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from infimed_jax.errors import UserError
+from infimed_jax.models import lora
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run that holds its checkpoints, one folder a step."""
@@ -160,9 +161,14 @@ def _clear_partial(folder: Path) -> None:
 
 
 def open_params(folder: str | Path) -> tuple[dict[str, Any], Metadata]:
-    """As `load_params`, but every leaf is a StoredLeaf: for models that are larger than the memory."""
+    """As `load_params`, but every leaf is a StoredLeaf: for models that are larger than the memory.
+
+    A LoRA run is loaded whole instead: its kernels must be merged.
+    """
     path = find_checkpoint(folder)
     stored = _read_metadata(path)
+    if any(map(_is_adapter, _parameter_names(stored))):
+        return load_params(path)
     leaves = {
         name: StoredLeaf(tuple(stored.metadata[name].shape), np.dtype(stored.metadata[name].dtype), path, name)
         for name in _parameter_names(stored)
@@ -175,22 +181,34 @@ def load_params(folder: str | Path, abstract: Mapping[str, Any] | None = None) -
 
     With `abstract` (as `infimed.abstract_params` gives) they come straight into its shardings and are cast to its
     dtypes, a group of leaves at a time, and each process reads its own part; without, they are NumPy arrays as stored.
-    UserError where there is none, or names or shapes differ.
+    The adapters of a LoRA run come merged into their kernels, which are then float32. UserError where there is none,
+    or names or shapes differ.
     """
     path = find_checkpoint(folder)
     stored = _read_metadata(path)
     names = _parameter_names(stored)
-    if abstract is None:
-        wanted = {name: np.empty(stored.metadata[name].shape, stored.metadata[name].dtype) for name in names}
-        dtypes = {_short(name): leaf.dtype for name, leaf in wanted.items()}
-    else:
-        wanted = _as_stored(path, {_short(name): name for name in names}, stored.metadata, abstract)
-        dtypes = {name: leaf.dtype for name, leaf in _flatten(abstract).items()}
+    adapters = [name for name in names if _is_adapter(name)]
+    on_host = names if abstract is None else adapters
+    wanted = {name: np.empty(stored.metadata[name].shape, stored.metadata[name].dtype) for name in on_host}
+    dtypes = {_short(name): leaf.dtype for name, leaf in wanted.items()}
+    if abstract is not None:
+        kept = {_short(name): name for name in names if name not in adapters}
+        wanted |= _as_stored(path, kept, stored.metadata, abstract)
+        dtypes |= {name: leaf.dtype for name, leaf in _flatten(abstract).items()}
     flat: dict[str, Any] = {}
     for group in _groups(wanted):
         for name, leaf in _read(path, stored, group).items():
             flat[_short(name)] = leaf if leaf.dtype == dtypes[_short(name)] else leaf.astype(dtypes[_short(name)])
-    return _nest(flat), stored.custom_metadata[_USER]
+    metadata = stored.custom_metadata[_USER]
+    params = _nest(flat)
+    if adapters:
+        settings = metadata["config"]["train"]["lora"]
+        params = lora.merge_lora(params, settings["alpha"] / settings["rank"])
+    return params, metadata
+
+
+def _is_adapter(name: str) -> bool:
+    return name.endswith((f".{lora.A}", f".{lora.B}"))
 
 
 def read_metadata(folder: str | Path) -> Metadata:

@@ -29,7 +29,7 @@ TEXTS = [
     for look in ("bright", "dark")
     for side in ("left", "right")
     for organ in ("lung", "brain", "kidney")
-] + (ROOT / "infimed_jax" / "config.py").read_text(encoding="utf-8").splitlines()
+] + (ROOT / "infimed_jax" / "config" / "settings.py").read_text(encoding="utf-8").splitlines()
 MESSAGES = (
     [{"role": "user", "content": "Is there a lesion?"}],
     [
