@@ -1,0 +1,87 @@
+"""Which accelerator was asked for, and whether it is there: a fall back to the CPU is an error, not a warning."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+from collections.abc import Mapping
+
+from infimed_jax.errors import UserError
+from launch.distributed import tpu_chips
+
+PLATFORMS = ("cpu", "gpu", "tpu")
+_CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+_NAMES = {"cuda": "gpu", "rocm": "gpu"}
+"""JAX's names for what the options call gpu."""
+
+
+def add_option(parser: argparse.ArgumentParser, *, default: object = None) -> None:
+    parser.add_argument(
+        "--platform", choices=PLATFORMS, default=default, help="run there or not at all [what is installed]"
+    )
+
+
+def asked(platform: str | None, environ: Mapping[str, str] = os.environ) -> tuple[str, str] | None:
+    """(platform, who asked for it): the option, then JAX_PLATFORMS, then what is installed; None for nothing.
+
+    libtpu asks only where a TPU is on the bus: elsewhere it is there to compile ahead of time (`plan`).
+    """
+    if platform:
+        return platform, "--platform"
+    first = environ.get("JAX_PLATFORMS", "").split(",")[0].strip()
+    if first:
+        return _NAMES.get(first, first), "JAX_PLATFORMS"
+    plugin = next((name for name in _CUDA_PLUGINS if importlib.util.find_spec(name)), None)
+    if plugin:
+        return "gpu", f"the installed {plugin}"
+    if tpu_chips():
+        return "tpu", "a TPU on this host's bus"
+    return None
+
+
+def select(platform: str | None) -> None:
+    """Before JAX is imported: an explicit `--platform` is also what JAX is told."""
+    if platform:
+        os.environ["JAX_PLATFORMS"] = "cuda" if platform == "gpu" else platform
+
+
+def check(platform: str | None) -> str:
+    """The platform JAX runs on; UserError where another was asked for. Starts JAX's backend."""
+    wanted = asked(platform)
+    import jax
+
+    try:
+        found = jax.default_backend()
+    except RuntimeError as error:
+        who = f" ({wanted[0]} was asked for by {wanted[1]})" if wanted else ""
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"JAX cannot start{who}: {reason}; {mend(wanted[0] if wanted else '')}") from error
+    if wanted and found != wanted[0]:
+        raise UserError(f"{wanted[0]} was asked for by {wanted[1]}, but JAX found only {found}: {mend(wanted[0])}")
+    return found
+
+
+def mend(platform: str) -> str:
+    """What to do where `platform` was asked for and is not there."""
+    torch = "; a torch with CUDA in the same environment brings other CUDA libraries: remove it" if torch_cuda() else ""
+    return {
+        "gpu": "see nvidia-smi, pip install -e '.[cuda]', or --platform cpu to mean the CPU" + torch,
+        "tpu": "pip install -e '.[tpu]' on the TPU VM, one process a host; or --platform cpu to mean the CPU",
+    }.get(platform, "look at JAX_PLATFORMS, and run `doctor`")
+
+
+def torch_cuda() -> str:
+    """The version of an installed torch that was built with CUDA, or ''; without importing it."""
+    from importlib import metadata
+
+    try:
+        version = metadata.version("torch")
+        needs = metadata.requires("torch") or []
+    except metadata.PackageNotFoundError:
+        return ""
+    if "+cpu" in version:
+        return ""
+    built_with_cuda = "+cu" in version or any(name.startswith(("nvidia-", "cuda-")) for name in needs)
+    installed = any(importlib.util.find_spec(name) for name in ("nvidia",))
+    return version if built_with_cuda and installed else ""
