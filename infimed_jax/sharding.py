@@ -7,6 +7,7 @@ ambiguous matmul is an error at trace time, and gradients and moments inherit th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -27,16 +28,43 @@ _RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"
 """A weight's logical axis → the mesh axis that stores it. `fsdp` is gathered before use, `tensor` never is."""
 
 
+def run_mesh(cfg: config.Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a run over `devices` (default: all); `mesh.tensor` = 0 is settled by the global batch."""
+    devices = jax.devices() if devices is None else devices
+    return make_mesh(settle_mesh(cfg, len(devices)), devices)
+
+
+def settle_mesh(cfg: config.Config, devices: int) -> config.Mesh:
+    """`cfg.mesh` with a positive `tensor`: the least with which the rows of the global batch split over the rest.
+
+    Raises UserError where no `tensor` that divides the model helps.
+    """
+    mesh = cfg.mesh
+    if mesh.tensor != 0:
+        return mesh
+    if -1 not in (mesh.data, mesh.fsdp):
+        return replace(mesh, tensor=-1)
+    rows, fixed = cfg.train.global_batch // cfg.train.micro_batches, max(mesh.data, mesh.fsdp)
+    for tensor in range(1, devices + 1):
+        shards = devices // tensor
+        if devices % tensor == 0 and shards % fixed == 0 and rows % shards == 0 and not _undivided(cfg.model, tensor):
+            return replace(mesh, tensor=tensor)
+    raise UserError(
+        f"{rows} rows (train.global_batch / train.micro_batches) do not split over {devices} devices with any "
+        "mesh.tensor that divides the model: change train.global_batch or the number of devices"
+    )
+
+
 def mesh_sizes(mesh: config.Mesh, devices: int) -> dict[str, int]:
-    """Size of each axis over `devices` devices; a size of -1 takes what the others leave.
+    """Size of each axis over `devices` devices; a size of -1 takes what the others leave, `tensor` = 0 is 1.
 
     Raises UserError where the sizes do not multiply to the number of devices.
     """
-    sizes = [mesh.data, mesh.fsdp, mesh.tensor]
+    sizes = [mesh.data, mesh.fsdp, mesh.tensor or 1]
     fixed = int(np.prod([size for size in sizes if size != -1]))
     sizes = [devices // fixed if size == -1 else size for size in sizes]
     if int(np.prod(sizes)) != devices:
-        asked = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        asked = ", ".join(f"mesh.{axis}={getattr(mesh, axis)}" for axis in AXES)
         raise UserError(
             f"{asked} do not multiply to the {devices} devices at hand: change one, or set one to -1 for the rest"
         )
@@ -57,7 +85,12 @@ def abstract_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh
 
 def check_fits(model: config.Model, mesh: Mesh | AbstractMesh) -> None:
     """UserError where `mesh.tensor` does not divide the heads, the feed-forward or the vocabulary of `model`."""
-    tensor = mesh.shape["tensor"]
+    for name, size in _undivided(model, mesh.shape["tensor"]).items():
+        raise UserError(f"mesh.tensor={mesh.shape['tensor']} does not divide model.{name}={size}: choose a divisor")
+
+
+def _undivided(model: config.Model, tensor: int) -> dict[str, int]:
+    """Sizes of the model that `tensor` must divide and does not."""
     split = {
         "text.num_kv_heads": model.text.num_kv_heads,
         "text.intermediate_size": model.text.intermediate_size,
@@ -66,9 +99,7 @@ def check_fits(model: config.Model, mesh: Mesh | AbstractMesh) -> None:
         "vision.num_heads": model.vision.num_heads,
         "vision.intermediate_size": model.vision.intermediate_size,
     }
-    for name, size in split.items():
-        if size % tensor:
-            raise UserError(f"mesh.tensor={tensor} does not divide model.{name}={size}: choose a divisor")
+    return {name: size for name, size in split.items() if size % tensor}
 
 
 def stored_spec(axes: LogicalAxes, shape: tuple[int, ...]) -> PartitionSpec:
@@ -103,14 +134,39 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Parts into which the rows of a batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def micro_batches(train: config.Train, mesh: Mesh | AbstractMesh) -> int:
+    """Pieces of a global batch: `train.micro_batches`, or the fewest that `train.rows_per_device` allows on `mesh`.
+
+    The global batch is the recipe's on any number of devices. Raises UserError where it does not split over them.
+    """
+    shards, rows = row_shards(mesh), train.global_batch // train.micro_batches
+    if rows % shards:
+        raise UserError(
+            f"{rows} rows (train.global_batch / train.micro_batches) do not split over mesh.data * mesh.fsdp = "
+            f"{shards}: change the mesh, train.global_batch or train.micro_batches"
+        )
+    if not train.rows_per_device:
+        return train.micro_batches
+    each = train.global_batch // shards
+    return next(k for k in range(1, each + 1) if each % k == 0 and each // k <= train.rows_per_device)
+
+
 def local_rows(rows: int, mesh: Mesh) -> np.ndarray:
     """i64[n], ascending: the rows of a global batch of `rows` rows that this process must load.
 
     Raises UserError where the rows do not split evenly.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = row_shards(mesh)
     if rows % shards:
-        raise UserError(f"a batch of {rows} rows does not split over mesh.data * mesh.fsdp = {shards}")
+        raise UserError(
+            f"a batch of {rows} rows does not split over mesh.data * mesh.fsdp = {shards}: change the mesh, "
+            "train.global_batch or train.micro_batches"
+        )
     slices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
     return np.unique(np.concatenate([np.arange(rows)[index] for index in slices]))
 

@@ -137,6 +137,6 @@ def initialize(processes: Processes) -> None:
         )
     except (RuntimeError, ValueError, OSError) as error:  # requests' errors are OSErrors
         raise UserError(
-            f"{processes}: not joined ({' '.join(str(error).split())[:200]}); are all {processes.count or ''} processes "
-            "started, and can they reach that host and port? --num-processes 1 runs this one alone"
+            f"{processes}: not joined ({' '.join(str(error).split())[:200]}); start every process, and see that each "
+            "reaches that host and port; --num-processes 1 runs this one alone"
         ) from error

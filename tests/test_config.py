@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 
 from infimed_jax import config
@@ -22,6 +23,7 @@ def test_later_files_and_overrides_win(tmp_path):
     assert settings.model.vision == config.Vision()
 
 
+@settings_of_hypothesis(deadline=None)  # reading YAML is slow on a busy machine
 @given(st.integers(1, 10**6), st.floats(0, 1), st.sampled_from(["none", "dots", "full"]), st.booleans())
 def test_a_configuration_survives_its_own_file(steps, rate, remat, masked):
     settings = load(
@@ -58,6 +60,11 @@ def test_a_configuration_survives_its_own_file(steps, rate, remat, masked):
         ("model.text.num_kv_heads=3", ("num_kv_heads",)),
         ("train.global_batch=0", ("global_batch",)),
         ("train.micro_batches=3", ("global_batch", "micro_batches")),
+        ("train.rows_per_device=-1", ("rows_per_device",)),
+        ("train.lora.rank=-1", ("lora.rank",)),
+        ("train.lora.targets=[qproj]", ("train.lora.targets", "q_proj")),
+        ("optimizer.moments_dtype=float16", ("moments_dtype", "bfloat16")),
+        ("mesh.tensor=-2", ("mesh",)),
         ("grpo.group_size=1", ("group_size",)),
         ("grpo.update_prompts=100", ("prompts", "update_prompts")),
         ("sampling.top_p=0", ("top_p",)),
@@ -70,6 +77,20 @@ def test_what_cannot_be_is_refused_by_name_in_one_line(override, words):
         load([], [override])
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.micro_batches=2", "train.rows_per_device=2"], ("micro_batches=2", "rows_per_device=2", "set one")),
+        (["train.lora.rank=4", "train.train=[projector]"], ("train.lora.rank", "text")),
+        (["train.lora.rank=4", "train.lora.targets=[]"], ("train.lora.targets",)),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(overrides, words):
+    with pytest.raises(ConfigError) as caught:
+        load([], overrides)
+    assert all(word in str(caught.value) for word in words)
 
 
 def test_two_open_mesh_axes_are_refused():

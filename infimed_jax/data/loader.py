@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ _PATIENCE = 1000
 _DECODED_BYTES = 2**28
 """Decoded images kept. Decoding is the loader's main cost, and VQA-RAD asks about each image ten times: with the cache
 an epoch of it at 384 pixels took 9 s on two cores, without it 46."""
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -183,6 +187,14 @@ class Loader:
         self._bad: dict[str, str] = {}
         self._bad_reads = 0
 
+    def samples(self, step: int) -> int:
+        """Samples planned for step `step` (from 0), over all processes, bad records included."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        rows = self._plan(epoch).rows[place]
+        offsets = self._reader.index.offsets
+        rows = rows[rows != EMPTY]
+        return int((offsets[rows + 1] - offsets[rows]).sum())
+
     def __iter__(self) -> Iterator[tuple[Batch, list[str]]]:
         config = self._config
         local = local_rows(config.train.global_batch, self._mesh)
@@ -205,6 +217,9 @@ class Loader:
     def _count(self, loaded: list[LoadedRow]) -> None:
         """UserError where the share of bad records passes the limit, early for data that is bad throughout."""
         bad = [entry for row in loaded for entry in row.bad]
+        for name, reason in bad:
+            if name not in self._bad:
+                log.warning("left out: %s (%s)", name, reason)
         self._read += sum(len(row.ids) for row in loaded) + len(bad)
         self._bad_reads += len(bad)
         self._bad.update(bad)

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 
 from infimed_jax import config
+from infimed_jax.models import lora
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,14 @@ class Compute:
     remat: Literal["none", "dots", "full"] = "full"
     attention: Literal["auto", "xla", "splash"] = "auto"
     logit_chunk: int = 512
+    lora_scale: float = 0.0
+    """What adapters' outputs are multiplied by; a tree without adapters is computed as it is."""
 
     @classmethod
     def of(cls, train: config.Train) -> Compute:
-        return cls(train.compute_dtype, train.remat, train.attention, train.logit_chunk)
+        """`remat: auto` is `full` here; `train.memory.choose_remat` finds out whether more fits."""
+        remat = "full" if train.remat == "auto" else train.remat
+        return cls(train.compute_dtype, remat, train.attention, train.logit_chunk, lora.scale_of(train.lora))
 
     @property
     def implementation(self) -> str | None:

@@ -54,22 +54,34 @@ class Linear(nn.Module):
     dtype: jnp.dtype
     bias: bool = False
     init: Initializer = normal_002
+    lora_scale: float = 0.0
+    """Of the adapters beside the kernel, where there are any (`models.lora`)."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         contracted = len(self.inputs)
         kernel = weight(self, "kernel", self.inputs + self.outputs, self.axes, self.init, self.dtype)
-        lead = x.ndim - contracted
         out_axes = self.axes[contracted:]
-        out = jax.lax.dot_general(
-            x,
-            kernel,
-            ((tuple(range(lead, x.ndim)), tuple(range(contracted))), ((), ())),
-            out_sharding=PartitionSpec(*spec_of(x)[:lead], *gathered_spec(out_axes)),
-        )
+        out = _contract(x, kernel, contracted, out_axes)
+        if self.lora_scale and self.has_variable("params", "lora_a"):
+            low = _contract(x, self._adapter("lora_a", (*self.axes[:contracted], None)), contracted, (None,))
+            out = out + self.lora_scale * _contract(low, self._adapter("lora_b", (None, *out_axes)), 1, out_axes)
         if self.bias:
             out = out + weight(self, "bias", self.outputs, out_axes, nn.initializers.zeros, self.dtype)
         return out
+
+    def _adapter(self, name: str, axes: LogicalAxes) -> Array:
+        return jax.sharding.reshard(self.get_variable("params", name).astype(self.dtype), gathered_spec(axes))
+
+
+def _contract(x: Array, kernel: Array, contracted: int, out_axes: LogicalAxes) -> Array:
+    lead = x.ndim - contracted
+    return jax.lax.dot_general(
+        x,
+        kernel,
+        ((tuple(range(lead, x.ndim)), tuple(range(contracted))), ((), ())),
+        out_sharding=PartitionSpec(*spec_of(x)[:lead], *gathered_spec(out_axes)),
+    )
 
 
 class RMSNorm(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,14 +31,15 @@ class SelfAttention(nn.Module):
     def __call__(self, x: Float[Array, "B T D"], rope: tuple[Array, Array], attend: Attend) -> tuple[Array, Any]:
         text, dtype = self.text, jnp.dtype(self.compute.dtype)
         d, n, k, h = text.hidden_size, text.num_heads, text.num_kv_heads, text.head_dim
+        linear = functools.partial(Linear, dtype=dtype, lora_scale=self.compute.lora_scale)
         axes = ("embed", "heads", None)
-        query = Linear((d,), (n, h), axes, dtype, name="q_proj")(x)
-        key = Linear((d,), (k, h), axes, dtype, name="k_proj")(x)
-        value = Linear((d,), (k, h), axes, dtype, name="v_proj")(x)
+        query = linear((d,), (n, h), axes, name="q_proj")(x)
+        key = linear((d,), (k, h), axes, name="k_proj")(x)
+        value = linear((d,), (k, h), axes, name="v_proj")(x)
         query = apply_rope(RMSNorm(text.norm_eps, name="q_norm")(query), rope)
         key = apply_rope(RMSNorm(text.norm_eps, name="k_norm")(key), rope)
         out, aux = attend(query, key, value)
-        return Linear((n, h), (d,), ("heads", None, "embed"), dtype, name="o_proj")(out), aux
+        return linear((n, h), (d,), ("heads", None, "embed"), name="o_proj")(out), aux
 
 
 class Mlp(nn.Module):
@@ -49,9 +51,10 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         d, f, dtype = self.text.hidden_size, self.text.intermediate_size, jnp.dtype(self.compute.dtype)
-        gate = Linear((d,), (f,), ("embed", "mlp"), dtype, name="gate_proj")(x)
-        up = Linear((d,), (f,), ("embed", "mlp"), dtype, name="up_proj")(x)
-        return Linear((f,), (d,), ("mlp", "embed"), dtype, name="down_proj")(jax.nn.silu(gate) * up)
+        linear = functools.partial(Linear, dtype=dtype, lora_scale=self.compute.lora_scale)
+        gate = linear((d,), (f,), ("embed", "mlp"), name="gate_proj")(x)
+        up = linear((d,), (f,), ("embed", "mlp"), name="up_proj")(x)
+        return linear((f,), (d,), ("mlp", "embed"), name="down_proj")(jax.nn.silu(gate) * up)
 
 
 class Block(nn.Module):

@@ -13,7 +13,7 @@ from infimed_jax.plan import collectives as network
 from infimed_jax.plan.compile import compile_step
 from infimed_jax.plan.flops import by_part, device_flops, products
 from infimed_jax.plan.memory import activation_estimate, state_bytes
-from infimed_jax.plan.program import GRPO_PIECES, for_tpu, is_grpo, train_program
+from infimed_jax.plan.program import for_tpu, rows_and_pieces, settled, train_program
 from infimed_jax.plan.roofline import roofline
 from infimed_jax.plan.topology import Topology
 
@@ -28,13 +28,13 @@ def counted(cfg: config.Config, topology: Topology, mesh: config.Mesh) -> Cell:
 
     Raises UserError where the mesh divides neither the devices, the model nor the batch.
     """
-    cfg = for_tpu(cfg) if topology.chip.tpu else cfg
-    sizes = sharding.mesh_sizes(mesh, topology.devices)
-    pieces = GRPO_PIECES if is_grpo(cfg) else cfg.train.micro_batches
-    rows = cfg.train.global_batch * (GRPO_PIECES if is_grpo(cfg) else 1)
+    cfg = dataclasses.replace(for_tpu(cfg) if topology.chip.tpu else cfg, mesh=mesh)
+    sizes = sharding.mesh_sizes(sharding.settle_mesh(cfg, topology.devices), topology.devices)
     abstract = sharding.abstract_mesh(**sizes)
     with jax.sharding.use_abstract_mesh(abstract):
+        cfg = settled(cfg, abstract, topology.chip.memory)
         program = train_program(cfg, abstract)
+        rows, pieces = rows_and_pieces(cfg, abstract)
     state = state_bytes(program)
     work, moved = products(cfg, rows), network.collectives(cfg, rows, sizes, pieces)
     learnt = state["gradients"]
@@ -48,6 +48,8 @@ def counted(cfg: config.Config, topology: Topology, mesh: config.Mesh) -> Cell:
         "topology": topology.name,
         "devices": topology.devices,
         "mesh": sizes,
+        "remat": cfg.train.remat,
+        "attention": cfg.train.attention,
         "estimate": True,
         "fits": needed <= available,
         "memory": {
@@ -78,7 +80,8 @@ def counted(cfg: config.Config, topology: Topology, mesh: config.Mesh) -> Cell:
 
 def compiled(cell: Cell, cfg: config.Config, library: str) -> Cell:
     """`cell` with the TPU compiler's memory in place of the estimate."""
-    found = compile_step(for_tpu(cfg), cell["topology"], cell["mesh"], library)
+    train = dataclasses.replace(cfg.train, remat=cell["remat"], attention=cell["attention"])
+    found = compile_step(dataclasses.replace(cfg, train=train), cell["topology"], cell["mesh"], library)
     memory = cell["memory"]
     # The gradients are among the temporaries.
     rest = max(0, found.temporaries - memory["gradients"]) if found.fits else None

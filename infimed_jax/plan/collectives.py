@@ -16,6 +16,7 @@ import jax
 
 from infimed_jax import config, sharding
 from infimed_jax.models.infimed import abstract_params
+from infimed_jax.plan.flops import text_learns
 
 GATHER, REDUCE = "all-gather", "all-reduce"
 
@@ -67,7 +68,7 @@ def _weight(cfg: config.Config, path: tuple[str, ...], leaf: Any, mesh: dict[str
     width = 4 if norm or cfg.train.compute_dtype == "float32" else 2
     used = math.prod(leaf.shape) * width // (mesh["tensor"] if "tensor" in axes else 1)
     rows = mesh["data"] * mesh["fsdp"]
-    learns = part in cfg.train.train
+    learns = text_learns(cfg) if part == "text" else part in cfg.train.train
     fsdp = mesh["fsdp"] if "fsdp" in axes else 1
     chunks = -(-cfg.data.context // min(cfg.train.logit_chunk, cfg.data.context))
     if part != "text" and cfg.data.images_per_row == 0:

@@ -116,7 +116,7 @@ def _text(cfg: config.Config, rows: int) -> list[Product]:
     d, f, heads, kv = text.hidden_size, text.intermediate_size, text.num_heads, text.num_kv_heads
     width = text.head_dim
     # Something learns in or below the text model, so gradients pass through it; its own weights may be frozen.
-    back = 1 + ("text" in cfg.train.train)
+    back = 1 + text_learns(cfg)
     block = {"count": text.num_layers, "recomputed": int(cfg.train.remat == "full"), "backward": back}
     return [
         Product("text", "q_proj", tokens, d, heads * width, **block),
@@ -147,6 +147,11 @@ def _self_attention(cfg: config.Config, rows: int) -> list[Product]:
     ]
 
 
+def text_learns(cfg: config.Config) -> bool:
+    """Whether the text model's own weights do; LoRA's adapters are below a hundredth of them, and are not counted."""
+    return "text" in cfg.train.train and not cfg.train.lora.rank
+
+
 def attention_kernel(cfg: config.Config) -> str:
     """The text model's kernel; `auto` counts as a dense one, which is what platforms without a kernel run."""
     return "xla" if cfg.train.attention == "auto" else cfg.train.attention
@@ -161,7 +166,7 @@ def causal_keys(length: int) -> int:
 def _head(cfg: config.Config, rows: int) -> Product:
     """Logits: computed again in the backward pass, always (ops.cross_entropy)."""
     text, tokens = cfg.model.text, rows * cfg.data.context
-    back = 1 + ("text" in cfg.train.train)
+    back = 1 + text_learns(cfg)
     return Product("head", "logits", tokens, text.hidden_size, text.vocab_size, recomputed=1, backward=back)
 
 

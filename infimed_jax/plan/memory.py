@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
-import jax
-
 from infimed_jax import config
 from infimed_jax.plan.flops import BF16, attention_kernel
 from infimed_jax.plan.program import Program
+from infimed_jax.train.memory import local_bytes
 
 F32 = 4
 
@@ -20,18 +16,13 @@ def state_bytes(program: Program) -> dict[str, int]:
     Gradients are as large as the masters; they live only inside the step, so a compiler's temporaries hold them.
     """
     state = program.state
-    trainable = _held(state.trainable)
+    trainable = local_bytes(state.trainable)
     return {
-        "parameters": trainable + _held(state.frozen),
-        "moments": _held(state.opt),
-        "batch": _held(program.batch),
+        "parameters": trainable + local_bytes(state.frozen),
+        "moments": local_bytes(state.opt),
+        "batch": local_bytes(program.batch),
         "gradients": trainable,
     }
-
-
-def _held(tree: Any) -> int:
-    """Bytes of one device's shards."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def activation_estimate(cfg: config.Config, rows: int, mesh: dict[str, int]) -> int:

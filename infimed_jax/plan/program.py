@@ -1,4 +1,4 @@
-"""The real train step with abstract arguments: what is traced, and compiled ahead of time, for a pod that is not here."""
+"""The real train step with abstract arguments: what is traced, and compiled ahead of time, for a pod elsewhere."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from infimed_jax import config, sharding
 from infimed_jax.data.batch import Batch
-from infimed_jax.errors import UserError
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.infimed import init_params
 from infimed_jax.rl.loss import GrpoBatch, grpo_loss
+from infimed_jax.train.memory import choose_remat
 from infimed_jax.train.optimizer import make_optimizer
 from infimed_jax.train.state import TrainState, init_state
 from infimed_jax.train.step import make_train_step, next_token_loss
@@ -57,9 +57,7 @@ def train_program(cfg: config.Config, mesh: Mesh | AbstractMesh) -> Program:
     UserError where the mesh does not divide the model or the batch.
     """
     sharding.check_fits(cfg.model, mesh)
-    pieces = GRPO_PIECES if is_grpo(cfg) else cfg.train.micro_batches
-    rows = cfg.train.global_batch * (pieces if is_grpo(cfg) else 1)
-    _check_rows(rows // pieces, mesh)
+    rows, pieces = rows_and_pieces(cfg, mesh)
     optimizer = make_optimizer(cfg.optimizer)
     state = jax.eval_shape(lambda: init_state(init_params(jax.random.key(0), cfg.model), cfg, optimizer))
     state = jax.tree.map(lambda leaf: _placed(leaf, mesh), state)
@@ -72,21 +70,28 @@ def train_program(cfg: config.Config, mesh: Mesh | AbstractMesh) -> Program:
     return Program(step, state, batch, jax.ShapeDtypeStruct((), jnp.dtype("float32")))
 
 
+def rows_and_pieces(cfg: config.Config, mesh: Mesh | AbstractMesh) -> tuple[int, int]:
+    """Rows of a step over all devices, and its micro-batches. UserError where they do not split over `mesh`."""
+    pieces = sharding.micro_batches(cfg.train, mesh)
+    return (cfg.train.global_batch * GRPO_PIECES, GRPO_PIECES) if is_grpo(cfg) else (cfg.train.global_batch, pieces)
+
+
+def settled(cfg: config.Config, mesh: Mesh | AbstractMesh, memory: float) -> config.Config:
+    """`cfg` with `remat: auto` chosen as a run on devices of `memory` bytes chooses it; call under `mesh`."""
+    if cfg.train.remat != "auto":
+        return cfg
+    rows, pieces = rows_and_pieces(cfg, mesh)
+    shape = cfg.data.context, cfg.data.images_per_row
+    state = train_program(cfg, mesh).state
+    choice = "full" if is_grpo(cfg) else choose_remat(cfg, state, mesh, rows // pieces, shape, memory)
+    return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, remat=choice))
+
+
 def for_tpu(cfg: config.Config) -> config.Config:
     """`auto` attention as it is chosen on a TPU: here the choice by platform would see a CPU."""
     if cfg.train.attention != "auto":
         return cfg
     return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, attention="splash"))
-
-
-def _check_rows(rows: int, mesh: Mesh | AbstractMesh) -> None:
-    """As `sharding.local_rows`, which wants devices of this process."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % shards:
-        raise UserError(
-            f"{rows} rows at once (train.global_batch / train.micro_batches) do not split over "
-            f"mesh.data * mesh.fsdp = {shards}"
-        )
 
 
 def _abstract_batch(cfg: config.Config, rows: int, mesh: Mesh | AbstractMesh) -> Batch:

@@ -9,7 +9,7 @@ from infimed_jax.plan.roofline import ASSUMPTIONS
 from infimed_jax.plan.topology import GIB
 
 _COLUMNS = (
-    "topology", "mesh d,f,t", "fits", "GiB", "param", "moment", "grad", "rest", "of", "step s >=", "bound by",
+    "topology", "mesh d,f,t", "remat", "fits", "GiB", "param", "moment", "grad", "rest", "of", "step s >=", "bound by",
     "tokens/s <=", "peak <=", "PFLOP", "sent GiB",
 )  # fmt: skip
 
@@ -19,7 +19,10 @@ def render(cells: Sequence[Cell]) -> str:
     rows = [_COLUMNS, *map(_row, cells)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
     return "\n".join(
-        "  ".join(text.ljust(width) if i < 2 else text.rjust(width) for i, (text, width) in enumerate(zip(row, widths)))
+        "  ".join(
+            text.ljust(width) if i < 3 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     )  # fmt: skip
 
@@ -30,6 +33,7 @@ def _row(cell: Cell) -> tuple[str, ...]:
     return (
         cell["topology"],
         ",".join(str(size) for size in cell["mesh"].values()),
+        cell["remat"],
         about + ("yes" if cell["fits"] else "NO"),
         about + _gib(memory["needed"]),
         _gib(memory["parameters"]),

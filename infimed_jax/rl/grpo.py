@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,12 +26,15 @@ from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.files import write_json
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.infimed import abstract_params
+from infimed_jax.models.lora import merge_lora, scale_of
 from infimed_jax.rl.loss import grpo_loss, make_scorer
 from infimed_jax.rl.rewards import score
 from infimed_jax.rl.rollout import Questions, plan_layout, prompt_order, questions
 from infimed_jax.rl.step import Plan, Reply, RewardFn, grpo_step
-from infimed_jax.sharding import local_rows, make_mesh
+from infimed_jax.sharding import micro_batches, run_mesh
 from infimed_jax.train.checkpoint import CHECKPOINTS, Checkpoints, Metadata
+from infimed_jax.train.curve import CURVE, draw_curve
+from infimed_jax.train.line import progress_line
 from infimed_jax.train.loop import OnStep
 from infimed_jax.train.optimizer import make_optimizer
 from infimed_jax.train.state import Params, TrainState, abstract_like, init_state, split_params
@@ -44,7 +47,7 @@ RESULT = "result.json"
 
 _BOUND = {
     "data": ("context", "images_per_row"),
-    "train": ("train", "compute_dtype", "global_batch", "micro_batches", "seed", "init_from"),
+    "train": ("train", "lora", "compute_dtype", "global_batch", "micro_batches", "seed", "init_from"),
 }
 """Settings that a resumed run must share, beside those of the model, the optimizer and GRPO itself."""
 
@@ -54,7 +57,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class GrpoResult:
     params: Params
-    """After the last update, on the devices."""
+    """After the last update, on the devices, adapters merged."""
     history: list[Row]
     """The lines of metrics.jsonl."""
     steps: int
@@ -88,8 +91,8 @@ def grpo(
     """
     if not cfg.train.output:
         raise config.ConfigError("train.output is empty: name the run's folder")
-    mesh = make_mesh(cfg.mesh)
-    local_rows(cfg.train.global_batch // cfg.train.micro_batches, mesh)
+    mesh = run_mesh(cfg)
+    cfg = replace(cfg, train=replace(cfg.train, micro_batches=micro_batches(cfg.train, mesh), rows_per_device=0))
     found = questions(samples, tokenizer, cfg)
     folder = Path(cfg.train.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +119,8 @@ def _plan(cfg: config.Config, params: Params, tokenizer: Tokenizer, found: Quest
     layout, compute = plan_layout(found, cfg), Compute.of(cfg.train)
     reference = None
     if cfg.grpo.kl_coefficient > 0:
-        learnt, frozen = split_params(params, cfg.train.train)
+        adapted = ("text",) if cfg.train.lora.rank else ()
+        learnt, frozen = split_params(params, tuple(part for part in cfg.train.train if part not in adapted))
         # In the very dtypes of the state, so that the first divergence is exactly 0.
         reference = jax.tree.map(lambda x: x.astype(jnp.float32), learnt)
         reference |= jax.tree.map(lambda x: x.astype(cfg.train.compute_dtype), frozen)
@@ -150,14 +154,15 @@ def _run(
     elif main:
         (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(cfg), sort_keys=False), encoding="utf-8")
     _announce(plan, found, start)
-    metrics_log = MetricsLog(folder, start, cfg.train.log_every, active=main)
+    metrics_log = MetricsLog(folder, start, cfg, active=main)
     try:
         state = _steps(plan, state, start, found, samples, checkpoints, metadata, metrics_log, on_step)
     finally:
         metrics_log.close()
     checkpoints.wait()
-    result = _result(state, metrics_log.rows, found)
+    result = _result(cfg, state, metrics_log.rows, found)
     if main:
+        draw_curve(result.history, f"{cfg.train.stage}: {folder}", folder / CURVE)
         summary = {name: value for name, value in vars(result).items() if name not in ("params", "history")}
         write_json(folder / RESULT, summary)
     return result
@@ -183,12 +188,13 @@ def _steps(
             asked = [samples[int(number)] for number in found.numbers[places]]
             state, metrics, replies = grpo_step(plan, state, step, asked)
             done = step + 1
-            row = {"step": done, **metrics, "seconds": time.perf_counter() - begin}
+            seconds = time.perf_counter() - begin
+            row = {"step": done, **metrics, "seconds": seconds, "seconds_left": seconds * (total - done)}
             metrics_log.write(row)
             _write_replies(replies_file, done, replies[: cfg.grpo.group_size])
             _check_skips(cfg, metrics_log.rows, asked)
             if done % cfg.train.log_every == 0 or done == total:
-                log.info("step %d/%d  reward %.4f  accuracy %.4f", done, total, row["reward"], row["accuracy"])
+                log.info(progress_line(done, total, row))
             if on_step is not None:
                 on_step(done, total, row)
             stop = asked_to_stop(done)
@@ -210,7 +216,13 @@ def _metadata(cfg: config.Config, found: Questions, tokenizer: Tokenizer) -> Met
     bound |= {f"{part}.{key}": values[part][key] for part, keys in _BOUND.items() for key in keys}
     bound |= {"the questions": found.fingerprint, "the tokenizer": tokenizer.fingerprint}
     history = [{"stage": cfg.train.stage, "fingerprint": found.fingerprint}]
-    return {"config": values, "fingerprint": found.fingerprint, "history": history, "grpo": bound}
+    return {
+        "config": values,
+        "fingerprint": found.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+        "history": history,
+        "grpo": bound,
+    }
 
 
 def _check_same_run(folder: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -266,10 +278,10 @@ def _write_replies(file: TextIO, step: int, replies: Sequence[Reply]) -> None:
         file.write(json.dumps(values | {"reward": reply.reward._asdict()}, ensure_ascii=False) + "\n")
 
 
-def _result(state: TrainState, rows: list[Row], found: Questions) -> GrpoResult:
+def _result(cfg: config.Config, state: TrainState, rows: list[Row], found: Questions) -> GrpoResult:
     edge = max(1, round(0.1 * len(rows)))
     return GrpoResult(
-        params=state.params,
+        params=merge_lora(state.params, scale_of(cfg.train.lora)),
         history=rows,
         steps=len(rows),
         tokens=sum(row["tokens"] for row in rows),

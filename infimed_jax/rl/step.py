@@ -15,6 +15,7 @@ from infimed_jax import config
 from infimed_jax.data.chat import Tokenizer
 from infimed_jax.data.sample import Sample
 from infimed_jax.models.compute import Compute
+from infimed_jax.models.lora import merge_lora, scale_of
 from infimed_jax.rl.advantages import group_advantages, without_variance
 from infimed_jax.rl.loss import Scorer, on_policy
 from infimed_jax.rl.rewards import Reward
@@ -67,7 +68,8 @@ def grpo_step(plan: Plan, state: TrainState, step: int, asked: Sequence[Sample])
 
     # Rollout. A group is `group_size` times the same object, side by side: its prompt is prefilled once.
     prompts = [p for p in render_prompts(asked, tokenizer, cfg) for _ in range(settings.group_size)]
-    weights = sampler_weights(state.params, cfg.model, cfg.train.compute_dtype)
+    dtype = cfg.train.compute_dtype
+    weights = sampler_weights(merge_lora(state.params, scale_of(cfg.train.lora), dtype), cfg.model, dtype)
     completions = generate(
         weights,
         cfg.model,

@@ -20,6 +20,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from infimed_jax.errors import UserError
+from infimed_jax.models import lora
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run that holds its checkpoints, one folder a step."""
@@ -131,20 +132,27 @@ def load_params(folder: str | Path, abstract: Mapping[str, Any] | None = None) -
     """(parameters, metadata) from a run's folder (its latest checkpoint), a checkpoint, or `save_params`' folder.
 
     With `abstract` (as `infimed.abstract_params` gives) they come straight into its shardings and are cast to its
-    dtypes; without, they are NumPy arrays as stored. UserError where there is none, or names or shapes differ.
+    dtypes; without, they are NumPy arrays as stored. The adapters of a LoRA run come merged into their kernels, which
+    are then float32. UserError where there is none, or names or shapes differ.
     """
     path = find_checkpoint(folder)
     stored = _read_metadata(path)
     names = [name for name in stored.metadata if name.split(".")[0] in _PARAMETERS]
-    if abstract is None:
-        wanted = {name: np.empty(stored.metadata[name].shape, stored.metadata[name].dtype) for name in names}
-    else:
-        wanted = _as_stored(path, {name.split(".", 1)[1]: name for name in names}, stored.metadata, abstract)
-    flat = _load(path, wanted, partial=True)
+    adapters = [name for name in names if name.endswith((f".{lora.A}", f".{lora.B}"))]
+    on_host = names if abstract is None else adapters
+    wanted = {name: np.empty(stored.metadata[name].shape, stored.metadata[name].dtype) for name in on_host}
     if abstract is not None:
-        dtypes = {name: leaf.dtype for name, leaf in _flatten(abstract).items()}
-        flat = {name: leaf.astype(dtypes[name.split(".", 1)[1]]) for name, leaf in flat.items()}
-    return _nest({name.split(".", 1)[1]: leaf for name, leaf in flat.items()}), stored.custom_metadata[_USER]
+        kept = {name.split(".", 1)[1]: name for name in names if name not in adapters}
+        wanted |= _as_stored(path, kept, stored.metadata, abstract)
+    flat = {name.split(".", 1)[1]: leaf for name, leaf in _load(path, wanted, partial=True).items()}
+    if abstract is not None:
+        flat |= {name: flat[name].astype(leaf.dtype) for name, leaf in _flatten(abstract).items()}
+    metadata = stored.custom_metadata[_USER]
+    params = _nest(flat)
+    if adapters:
+        settings = metadata["config"]["train"]["lora"]
+        params = lora.merge_lora(params, settings["alpha"] / settings["rank"])
+    return params, metadata
 
 
 def find_checkpoint(folder: str | Path) -> Path:

@@ -1,7 +1,8 @@
 """One stage's training run, read top to bottom: open, start or resume, step, save, report.
 
-A run's folder holds config.yaml, checkpoints/, metrics.jsonl, tensorboard/ and, once it is finished, result.json. The
-same command continues a stopped run exactly: the next batches and losses are those of a run that was never stopped.
+A run's folder holds config.yaml, checkpoints/, metrics.jsonl, tensorboard/ and, once it is finished, result.json and
+curve.png. The same command continues a stopped run exactly: the next batches and losses are those of a run that was
+never stopped.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,26 @@ import yaml
 
 from infimed_jax import config, sharding
 from infimed_jax.config import Config, ConfigError
-from infimed_jax.data.chat import load_tokenizer
+from infimed_jax.data.chat import Tokenizer, load_tokenizer
 from infimed_jax.data.loader import Loader, make_loader
 from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.files import write_json
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.infimed import abstract_params, init_params
+from infimed_jax.models.lora import merge_lora, scale_of
 from infimed_jax.train import telemetry
 from infimed_jax.train.checkpoint import CHECKPOINTS, Checkpoints, Metadata, load_params
+from infimed_jax.train.curve import CURVE, draw_curve
+from infimed_jax.train.line import progress_line
+from infimed_jax.train.memory import choose_remat
+from infimed_jax.train.meter import Meter
 from infimed_jax.train.optimizer import learning_rate, make_optimizer
-from infimed_jax.train.state import Params, TrainState, abstract_state, init_state
+from infimed_jax.train.state import Params, TrainState, abstract_state, init_state, on_mesh
 from infimed_jax.train.step import Metrics, TrainStep, make_train_step, next_token_loss
 from infimed_jax.train.stopping import stop_requests
 from infimed_jax.train.telemetry import MetricsLog, Row
+from infimed_jax.train.trace import Trace
+from infimed_jax.train.watchdog import Watchdog
 
 RESULT = "result.json"
 
@@ -43,6 +51,7 @@ _FREE = {
     *("data.dataset", "data.tokenizer", "data.prefetch", "data.threads", "data.max_bad_records"),
     *("train.output", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints"),
     *("train.max_skipped_updates", "train.remat", "train.attention", "train.logit_chunk", "train.micro_batches"),
+    *("train.rows_per_device", "train.wandb", "train.step_timeout"),
 }
 """Settings that may change on resume: they alter how a step is computed, not what it computes. (Another mesh, kernel or
 number of micro-batches adds in another order, so its losses are equal to rounding; all else equal, they are the same
@@ -56,13 +65,15 @@ class TrainResult:
     """A finished stage; all but `params` and `history` is in result.json."""
 
     params: Params
-    """The whole model on the devices: what learnt in float32, the rest in the compute dtype."""
+    """The whole model on the devices, adapters merged: what learnt in float32, the rest in the compute dtype."""
     history: list[Row]
     """The lines of metrics.jsonl."""
     stage: str
     steps: int
     tokens: int
     """Non-padding, all steps together."""
+    tokens_per_step: float
+    samples_per_step: float
     loss_first: float
     """Mean of the first 5 % of the steps."""
     loss_last: float
@@ -77,25 +88,28 @@ class TrainResult:
     """The loader's report: rows, fill, what was dropped and what could not be read."""
 
 
-def train(cfg: Config, *, params: Params | None = None, on_step: OnStep | None = None) -> TrainResult:
+def train(
+    cfg: Config, *, params: Params | None = None, on_step: OnStep | None = None, profile_steps: int = 0
+) -> TrainResult:
     """Run the stage `cfg` describes, or what is left of it, in `cfg.train.output`.
 
     Starts from `params`, or `train.init_from`, or random values; a checkpoint in the output folder goes before all
-    three. A finished run is not run again. Raises Interrupted after Ctrl-C or SIGTERM, with the state saved; UserError
-    where the folder holds another run, a batch has nothing to learn, or updates stay non-finite.
+    three. A finished run is not run again. `profile_steps` steps are traced, the first two aside. Raises Interrupted
+    after Ctrl-C or SIGTERM, with the state saved; UserError where the folder holds another run, a batch has nothing to
+    learn, or updates stay non-finite.
     """
     if not cfg.train.output:
         raise ConfigError("train.output is empty: name the run's folder")
     if params is not None and cfg.train.init_from:
         raise UserError("parameters were given and train.init_from is set: choose one")
-    mesh = sharding.make_mesh(cfg.mesh)
-    sharding.local_rows(cfg.train.global_batch // cfg.train.micro_batches, mesh)
+    mesh = sharding.run_mesh(cfg)
+    sharding.micro_batches(cfg.train, mesh)  # refuses what does not split, before anything is written
     folder = Path(cfg.train.output)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(folder / CHECKPOINTS, cfg.train.keep_checkpoints)
     try:
         with jax.set_mesh(mesh):
-            return _run(cfg, mesh, folder, checkpoints, params, on_step)
+            return _run(cfg, mesh, folder, checkpoints, params, on_step, profile_steps)
     finally:
         checkpoints.close()
 
@@ -107,60 +121,70 @@ def _run(
     checkpoints: Checkpoints,
     params: Params | None,
     on_step: OnStep | None,
+    profile_steps: int,
 ) -> TrainResult:
     start = checkpoints.latest_step() or 0
     loader = make_loader(cfg, mesh=mesh, start_step=start)
-    state, metadata = _open_state(cfg, checkpoints, start, loader.fingerprint, params)
+    tokenizer = load_tokenizer(cfg.data.tokenizer)
+    state, metadata = _open_state(cfg, checkpoints, start, loader.fingerprint, tokenizer, params)
     main = jax.process_index() == 0
     if start == loader.steps and (folder / RESULT).exists():
         log.info("%s is finished: %s", cfg.train.stage, folder)
         return _result(cfg, state, telemetry.read_metrics(folder), json.loads((folder / RESULT).read_text())["data"])
     if main:
         (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(cfg), sort_keys=False), encoding="utf-8")
-    _announce(cfg, mesh, state, start, loader.steps)
-    metrics_log = MetricsLog(folder, start, cfg.train.log_every, active=main)
+    _announce(cfg, mesh, state, loader)
+    metrics_log = MetricsLog(folder, start, cfg, active=main)
+    trace = Trace(folder, min(start + 3, loader.steps), profile_steps)
     try:
-        state = _steps(cfg, state, loader, checkpoints, metadata, metrics_log, on_step)
+        state = _steps(cfg, mesh, state, loader, checkpoints, metadata, metrics_log, trace, on_step)
     finally:
+        trace.close()
         metrics_log.close()
     checkpoints.wait()
     result = _result(cfg, state, metrics_log.rows, _data_report(loader, metadata))
     if main:
+        draw_curve(result.history, f"{cfg.train.stage}: {folder}", folder / CURVE)
         write_json(folder / RESULT, {k: v for k, v in vars(result).items() if k not in ("params", "history")})
     return result
 
 
 def _open_state(
-    cfg: Config, checkpoints: Checkpoints, start: int, fingerprint: str, params: Params | None
+    cfg: Config,
+    checkpoints: Checkpoints,
+    start: int,
+    fingerprint: str,
+    tokenizer: Tokenizer,
+    params: Params | None,
 ) -> tuple[TrainState, Metadata]:
     """The state at step `start`, and the metadata that its checkpoints carry."""
     optimizer = make_optimizer(cfg.optimizer)
     metadata: Metadata = {"config": config.to_dict(cfg), "fingerprint": fingerprint, "history": [], "bad_records": {}}
+    metadata["tokenizer"] = tokenizer.fingerprint
     if start:
         saved = checkpoints.metadata(start)
         _check_same_run(checkpoints.folder, saved, metadata)
         return checkpoints.restore(abstract_state(cfg, optimizer), start), saved | {"config": metadata["config"]}
     abstract = abstract_params(cfg.model)
     if cfg.train.init_from:
-        params, before = load_params(cfg.train.init_from, _on_mesh(abstract))
+        params, before = load_params(cfg.train.init_from, on_mesh(abstract))
+        check_tokenizer(cfg, before, tokenizer)
         metadata["history"] = before.get("history", [])
     elif params is None:
         params = init_params(jax.random.key(cfg.train.seed), cfg.model)
     else:
-        params = jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), params, _on_mesh(abstract))
+        params = jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), params, on_mesh(abstract))
     metadata["history"] = [*metadata["history"], {"stage": cfg.train.stage, "fingerprint": fingerprint}]
     return init_state(params, cfg, optimizer), metadata
 
 
-def _on_mesh(abstract: Params) -> Params:
-    """`eval_shape` gives abstract shardings; a restore wants those of the current mesh."""
-    mesh = jax.sharding.get_mesh()
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=jax.sharding.NamedSharding(mesh, leaf.sharding.spec)
-        ),
-        abstract,
-    )
+def check_tokenizer(cfg: Config, before: Metadata, tokenizer: Tokenizer) -> None:
+    """UserError where the parameters learnt other tokens: their ids would mean something else."""
+    if before.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise UserError(
+            f"train.init_from={cfg.train.init_from} was trained with another tokenizer than data.tokenizer="
+            f"{cfg.data.tokenizer}: give the tokenizer of that run"
+        )
 
 
 def _check_same_run(folder: Path, saved: Metadata, ours: Metadata) -> None:
@@ -185,51 +209,73 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _announce(cfg: Config, mesh: jax.sharding.Mesh, state: TrainState, start: int, total: int) -> None:
+def _announce(cfg: Config, mesh: jax.sharding.Mesh, state: TrainState, loader: Loader) -> None:
+    start, data = loader.start_step, loader.report()
     trained, frozen = telemetry.parameter_counts(state.trainable, state.frozen)
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    log.info("%s: %d steps%s", cfg.train.stage, total, f", continued after step {start}" if start else "")
-    log.info("mesh: %s; %d %s devices", axes, mesh.size, mesh.devices.flat[0].platform)
-    log.info("parameters: %s learn (%s), %s frozen", f"{trained:,}", ", ".join(cfg.train.train), f"{frozen:,}")
+    pieces = sharding.micro_batches(cfg.train, mesh)
+    rows = cfg.train.global_batch // pieces // sharding.row_shards(mesh)
+    learns = ", ".join(cfg.train.train)
+    if cfg.train.lora.rank:
+        learns += f"; of text LoRA adapters of rank {cfg.train.lora.rank} on {', '.join(cfg.train.lora.targets)}"
+    log.info("%s: %d steps%s", cfg.train.stage, loader.steps, f", continued after step {start}" if start else "")
+    log.info("mesh: %s; %d %s devices", axes, mesh.size, mesh.devices.flat[0].device_kind)
+    log.info("parameters: %s learn (%s), %s frozen", f"{trained:,}", learns, f"{frozen:,}")
+    log.info("batch: %d rows in %d pieces of %d rows a device", cfg.train.global_batch, pieces, rows)
+    log.info("compute: %s, attention %s", cfg.train.compute_dtype, cfg.train.attention)
+    log.info(
+        "data: %s samples in %s rows, %.1f %% filled; left out: %s",
+        *(f"{data['samples']:,}", f"{data['rows']:,}", 100 * data["fill"], data["dropped"] or "none"),
+    )
 
 
 def _steps(
     cfg: Config,
+    mesh: jax.sharding.Mesh,
     state: TrainState,
     loader: Loader,
     checkpoints: Checkpoints,
     metadata: Metadata,
     metrics_log: MetricsLog,
+    trace: Trace,
     on_step: OnStep | None,
 ) -> TrainState:
     """The loop proper: from the loader's start step to its last, saving as it goes."""
-    loss_fn = next_token_loss(cfg.model, Compute.of(cfg.train))
-    step_fn: TrainStep = make_train_step(loss_fn, make_optimizer(cfg.optimizer), cfg.train.micro_batches)
+    step_fn = _compiled_step(cfg, mesh, state, loader)
     total = loader.steps
     batches = iter(loader)
-    clock = _Clock()
+    meter = Meter(cfg, mesh, total)
 
     def record(step: int, metrics: Metrics, ids: list[str], waited: float) -> None:
-        row = _row(step, jax.device_get(metrics), learning_rate(cfg.optimizer, step - 1, total), clock.lap(), waited)
+        watchdog.beat(f"step {step}: waiting for its result")
+        rate = learning_rate(cfg.optimizer, step - 1, total)
+        row = meter.row(step, jax.device_get(metrics), rate, loader.samples(step - 1), waited)
         _check_weight(row, ids)
+        if row["skipped"]:
+            row["skipped_ids"] = ids
+            log.warning("step %d: loss or gradient not finite, update skipped; samples %s", step, _few(ids))
         metrics_log.write(row)
         _check_skips(cfg, metrics_log.rows, ids)
         if step % cfg.train.log_every == 0 or step == total:
-            log.info("step %d/%d  loss %.4f  %.0f tokens/s", step, total, row["loss"], row["tokens_per_second"])
+            log.info(progress_line(step, total, row))
         if on_step is not None:
             on_step(step, total, row)
 
     pending: tuple[int, Metrics, list[str], float] | None = None
-    with stop_requests() as asked:
+    with stop_requests() as asked, Watchdog(cfg.train.step_timeout) as watchdog:
         for step in range(loader.start_step + 1, total + 1):
+            watchdog.beat(f"step {step}: waiting for data")
             since = time.perf_counter()
             batch, ids = next(batches)
             waited = time.perf_counter() - since
             if step == loader.start_step + 1 and jax.process_index() == 0:
                 text = telemetry.describe_row(batch, load_tokenizer(cfg.data.tokenizer))
                 log.info("first sample (%s), «learnt»:\n%s", ids[0] if ids else "padding", text)
+            trace.before(step)
+            watchdog.beat(f"step {step}: compiling or computing")
             state, metrics = step_fn(state, batch, learning_rate(cfg.optimizer, step - 1, total))
             metrics |= telemetry.batch_counts(batch, cfg.model.projector.visual_tokens)
+            trace.after(step, metrics)
             # The step before is read while this one runs, so that the devices never wait for the host.
             if pending is not None:
                 record(*pending)
@@ -239,6 +285,7 @@ def _steps(
                 record(*pending)
                 pending = None
                 bad = metadata["bad_records"] | loader.report()["bad_record_ids"]
+                watchdog.beat(f"step {step}: saving")
                 checkpoints.save(step, state, metadata | {"bad_records": bad})
             if stop and step < total:
                 checkpoints.wait()
@@ -249,33 +296,12 @@ def _steps(
     return state
 
 
-class _Clock:
-    """Wall and compile seconds since the lap before."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter(), telemetry.compile_seconds()
-
-    def lap(self) -> tuple[float, float]:
-        now = time.perf_counter(), telemetry.compile_seconds()
-        before, self._last = self._last, now
-        return now[0] - before[0], now[1] - before[1]
-
-
-def _row(step: int, metrics: Metrics, rate: float, lap: tuple[float, float], waited: float) -> Row:
-    seconds, compiling = lap
-    counts = {name: int(metrics[name]) for name in ("tokens", "loss_tokens", "images")}
-    floats = {name: float(value) for name, value in metrics.items() if name not in (*counts, "non_finite")}
-    return {
-        "step": step,
-        **floats,
-        **counts,
-        "skipped": int(metrics["non_finite"]),
-        "learning_rate": rate,
-        "seconds": seconds,
-        "compile_seconds": compiling,
-        "tokens_per_second": counts["tokens"] / seconds,
-        "data_wait_share": min(1.0, waited / seconds),
-    }
+def _compiled_step(cfg: Config, mesh: jax.sharding.Mesh, state: TrainState, loader: Loader) -> TrainStep:
+    pieces = sharding.micro_batches(cfg.train, mesh)
+    largest = tuple(max(sizes) for sizes in zip(*loader.shapes, strict=True))
+    remat = choose_remat(cfg, state, mesh, cfg.train.global_batch // pieces, largest)
+    loss_fn = next_token_loss(cfg.model, replace(Compute.of(cfg.train), remat=remat))
+    return make_train_step(loss_fn, make_optimizer(cfg.optimizer), pieces)
 
 
 def _check_weight(row: Row, ids: list[str]) -> None:
@@ -311,11 +337,13 @@ def _result(cfg: Config, state: TrainState, rows: list[Row], data: dict[str, Any
     seconds = sum(row["seconds"] for row in rows)
     compiling = sum(row["compile_seconds"] for row in rows)
     return TrainResult(
-        params=state.params,
+        params=merge_lora(state.params, scale_of(cfg.train.lora)),
         history=rows,
         stage=cfg.train.stage,
         steps=int(state.step),
         tokens=tokens,
+        tokens_per_step=tokens / max(len(rows), 1),
+        samples_per_step=sum(row["samples"] for row in rows) / max(len(rows), 1),
         loss_first=telemetry.mean_loss(rows),
         loss_last=telemetry.mean_loss(rows, last=True),
         seconds=seconds,

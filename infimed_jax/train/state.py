@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from infimed_jax import config
 from infimed_jax.errors import UserError
 from infimed_jax.models.infimed import init_params
+from infimed_jax.models.lora import init_lora
 
 Params = Mapping[str, Any]
 
@@ -24,16 +25,16 @@ class TrainState:
     """Gradients and moments exist for `trainable` alone; stage and freezing are this one split."""
 
     trainable: Params
-    """Float32 masters of the parts that learn, by top-level name."""
+    """Float32 masters of what learns: whole parts by top-level name, or with LoRA the text model's adapters."""
     frozen: Params
-    """The other parts, in the compute dtype."""
+    """The rest, in the compute dtype."""
     opt: optax.OptState
     step: jax.Array
     """i32[]; batches consumed, skipped updates included: the position in the data."""
 
     @property
     def params(self) -> dict[str, Any]:
-        """The whole model."""
+        """The whole model, adapters as leaves of their own."""
         return merge_params(self.trainable, self.frozen)
 
 
@@ -47,12 +48,19 @@ def split_params(params: Params, train: tuple[str, ...]) -> tuple[dict[str, Any]
 
 
 def merge_params(trainable: Params, frozen: Params) -> dict[str, Any]:
-    return {**trainable, **frozen}
+    """Both trees as one. They share no leaf; an adapted linear has its adapters in the one, its kernel in the other."""
+    merged = dict(frozen)
+    for name, part in trainable.items():
+        merged[name] = merge_params(part, frozen[name]) if name in frozen else part
+    return merged
 
 
 def init_state(params: Params, cfg: config.Config, optimizer: optax.GradientTransformation) -> TrainState:
     """State before the first step. Parameters are copied: the step donates its state, never the caller's arrays."""
     trainable, frozen = split_params(params, cfg.train.train)
+    if cfg.train.lora.rank:
+        frozen["text"] = trainable["text"]
+        trainable["text"] = init_lora(jax.random.key(cfg.train.seed), cfg.model.text, cfg.train.lora)
     trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trainable)
     frozen = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.dtype(cfg.train.compute_dtype), copy=True), frozen)
     return TrainState(trainable, frozen, _replicate_scalars(optimizer.init(trainable)), _replicated(jnp.int32(0)))
@@ -62,12 +70,17 @@ def abstract_state(cfg: config.Config, optimizer: optax.GradientTransformation) 
     """Shapes, dtypes and shardings of the state under the current mesh: the target of a restore."""
     # The key is made inside: under an abstract mesh nothing may create an array.
     state = jax.eval_shape(lambda: init_state(init_params(jax.random.key(0), cfg.model), cfg, optimizer))
-    return jax.tree.map(_with_sharding, state)
+    return on_mesh(state)
 
 
 def abstract_like(tree: Any) -> Any:
     """Shapes, dtypes and shardings of existing arrays."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
+
+
+def on_mesh(abstract: Any) -> Any:
+    """`abstract` with the current mesh's own shardings: `eval_shape` gives abstract ones, a restore wants devices."""
+    return jax.tree.map(_with_sharding, abstract)
 
 
 def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -1,7 +1,7 @@
 """What a run tells about itself: counts of each batch, compile time, metrics files, and one decoded sample.
 
 Throughput counts non-padding tokens, visual places included; `loss_tokens` are those with a weight; an image counts
-once per row slot, which is how often it is encoded.
+once per row slot, which is how often it is encoded; `samples` are those of the batch's plan, bad records included.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from infimed_jax import config
 from infimed_jax.data.batch import NO_IMAGE, Batch
 from infimed_jax.data.chat import Tokenizer
+from infimed_jax.errors import UserError
 
 Row = dict[str, Any]
 """One step's line of metrics.jsonl."""
@@ -44,9 +47,12 @@ def compile_seconds() -> float:
 
 @functools.partial(jax.jit, static_argnames="visual_tokens")
 def batch_counts(batch: Batch, visual_tokens: int) -> dict[str, jax.Array]:
-    """i32 scalars over the global batch: `tokens`, `loss_tokens`, `images`."""
+    """Of the global batch: `tokens`, `loss_tokens`, `images` (i32), and `pairs` (f32), the query-key pairs attended."""
+    used = batch.segment_ids != 0
     return {
-        "tokens": jnp.sum(batch.segment_ids != 0),
+        "tokens": jnp.sum(used),
+        # Positions restart in each segment, and a token at position p attends to p + 1 keys.
+        "pairs": jnp.sum(jnp.where(used, batch.positions + 1, 0).astype(jnp.float32)),
         "loss_tokens": jnp.sum(batch.loss_weights > 0),
         # build_row fills a row's image slots in order, so the highest index tells how many are used.
         "images": jnp.sum(jnp.max(batch.visual_index, axis=1) + 1) // visual_tokens,
@@ -77,17 +83,19 @@ def describe_row(batch: Batch, tokenizer: Tokenizer) -> str:
 
 
 class MetricsLog:
-    """metrics.jsonl (every step) and TensorBoard (every `tensorboard_every` steps) of one run; silent if not `active`.
+    """metrics.jsonl (every step), TensorBoard and Weights & Biases (every `train.log_every` steps) of one run.
 
-    On resume, lines past `start_step` are dropped: those steps run again.
+    Silent if not `active`. On resume, lines past `start_step` are dropped: those steps run again. UserError where
+    `train.wandb` is set and its package is not installed.
     """
 
-    def __init__(self, folder: Path, start_step: int, tensorboard_every: int, *, active: bool = True) -> None:
+    def __init__(self, folder: Path, start_step: int, cfg: config.Config, *, active: bool = True) -> None:
         self.rows = [row for row in read_metrics(folder) if row["step"] <= start_step]
-        self._every = tensorboard_every
+        self._every = cfg.train.log_every
         self._active = active
         if not active:
             return
+        self._wandb = _wandb_run(folder, cfg) if cfg.train.wandb else None
         from tensorboardX import SummaryWriter  # imports torch where it is installed: seconds
 
         part = folder / (METRICS + ".part")
@@ -102,14 +110,37 @@ class MetricsLog:
             return
         self._file.write(_line(row))
         if row["step"] % self._every == 0:
-            for name, value in row.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, row["step"])
+            numbers = {name: value for name, value in row.items() if name != "step" and not isinstance(value, list)}
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, row["step"])
+            if self._wandb:
+                self._wandb.log(numbers, step=row["step"])
 
     def close(self) -> None:
         if self._active:
             self._file.close()
             self._board.close()
+            if self._wandb:
+                self._wandb.finish()
+
+
+def _wandb_run(folder: Path, cfg: config.Config) -> Any:
+    """The run's page; its id is kept in the folder, so that a resumed run goes on there."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(f"train.wandb={cfg.train.wandb} needs the wandb package: pip install wandb") from error
+    file = folder / "wandb_id.txt"
+    if not file.exists():
+        file.write_text(secrets.token_hex(8), encoding="utf-8")
+    return wandb.init(
+        project=cfg.train.wandb,
+        name=f"{cfg.train.stage} {folder.name}",
+        id=file.read_text(encoding="utf-8"),
+        resume="allow",
+        dir=str(folder),
+        config=config.to_dict(cfg),
+    )
 
 
 def read_metrics(folder: str | Path) -> list[Row]:

@@ -3,48 +3,70 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
+from infimed_jax.config import Config, load
 from infimed_jax.errors import UserError
 from launch.commands.arguments import add_command, add_settings
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    add_settings(add_command(commands, "train", train, "One training stage: pretraining or any supervised stage."))
-    text = "GRPO with verifiable rewards, from the checkpoint `train.init_from`."
-    add_settings(add_command(commands, "grpo", grpo, text))
+    text = "One training stage: pretraining or any supervised stage; the same command continues a stopped run."
+    p = add_command(commands, "train", train, text)
+    _add_start(p)
+    p.add_argument("--profile", type=int, default=0, metavar="STEPS", help="trace this many steps into RUN/profile")
+    add_settings(p)
+    p = add_command(commands, "grpo", grpo, "GRPO with verifiable rewards, from a finished run.")
+    _add_start(p)
+    add_settings(p)
+
+
+def _add_start(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--init-from", metavar="RUN", help="the run (or checkpoint) to start from: train.init_from")
+
+
+def _load(args: argparse.Namespace) -> Config:
+    """Before the heavy imports: a mistake is answered at once."""
+    config = load(args.config, args.settings)
+    return replace(config, train=replace(config.train, init_from=args.init_from)) if args.init_from else config
 
 
 def train(args: argparse.Namespace) -> None:
-    from infimed_jax.config import load
-
-    config = load(args.config, args.settings)  # before the heavy imports: a mistake is answered at once
+    config = _load(args)
+    if args.profile < 0:
+        raise UserError("--profile counts steps: it must not be negative")
     from infimed_jax.train.loop import train
     from launch.progress import StepProgress
 
     with StepProgress(config.train.stage) as progress:
-        result = train(config, on_step=progress.update)
-    print(f"{config.train.stage}: {result.steps} steps, loss {result.loss_first:.4f} -> {result.loss_last:.4f}")
+        result = train(config, on_step=progress.update, profile_steps=args.profile)
+    print(
+        f"{config.train.stage}: {result.steps} steps, loss {result.loss_first:.4f} -> {result.loss_last:.4f}, "
+        f"{result.samples_per_step:.1f} samples and {result.tokens_per_step:,.0f} tokens a step"
+    )
     print(f"Outputs: {config.train.output}")
 
 
 def grpo(args: argparse.Namespace) -> None:
-    from infimed_jax.config import load
-
-    config = load(args.config, args.settings)
+    config = _load(args)
     if not config.train.init_from:
-        raise UserError("grpo starts from a tuned model: give train.init_from=RUN")
+        raise UserError("grpo starts from a tuned model: give --init-from RUN")
     import jax
 
     from infimed_jax.data.chat import load_tokenizer
     from infimed_jax.data.storage import open_samples
+    from infimed_jax.models.infimed import abstract_params
     from infimed_jax.rl.grpo import grpo
-    from infimed_jax.sharding import make_mesh
+    from infimed_jax.sharding import run_mesh
     from infimed_jax.train.checkpoint import load_params
+    from infimed_jax.train.loop import check_tokenizer
+    from infimed_jax.train.state import on_mesh
     from launch.progress import StepProgress
 
-    params, _ = load_params(config.train.init_from)
     samples, tokenizer = open_samples(config.data.dataset), load_tokenizer(config.data.tokenizer)
-    with jax.set_mesh(make_mesh(config.mesh)), StepProgress("grpo") as progress:
+    with jax.set_mesh(run_mesh(config)), StepProgress("grpo") as progress:
+        params, before = load_params(config.train.init_from, on_mesh(abstract_params(config.model)))
+        check_tokenizer(config, before, tokenizer)
         result = grpo(
             config,
             params=params,

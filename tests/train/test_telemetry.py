@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from infimed_jax import config
 from infimed_jax.data.batch import Segment, build_row, stack_rows
 from infimed_jax.data.chat import load_tokenizer, render
 from infimed_jax.data.sample import Sample, Turn
@@ -40,6 +41,7 @@ def test_counts_equal_counting_place_by_place():
         "tokens": sum(len(segment) for row in segments for segment in row),
         "loss_tokens": learnt,
         "images": 1 + 2 + 0 + 0,
+        "pairs": sum(len(segment) * (len(segment) + 1) // 2 for row in segments for segment in row),
     }
 
 
@@ -57,19 +59,22 @@ def test_the_printed_sample_shows_places_and_what_is_learnt(tokenizer_folder: Pa
     )
 
 
+LOGGING = config.Config(train=config.Train(log_every=1))
+
+
 def _row(step: int, loss: float = 1.0, skipped: int = 0) -> dict:
     return {"step": step, "loss": loss, "skipped": skipped}
 
 
 def test_resuming_drops_the_lines_of_steps_that_run_again_and_a_torn_one(tmp_path: Path):
-    log = MetricsLog(tmp_path, 0, tensorboard_every=1)
+    log = MetricsLog(tmp_path, 0, LOGGING)
     for step in (1, 2, 3):
         log.write(_row(step, loss=step))
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
-    log = MetricsLog(tmp_path, 2, tensorboard_every=1)
+    log = MetricsLog(tmp_path, 2, LOGGING)
     log.write(_row(3, loss=30))
     log.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -77,7 +82,7 @@ def test_resuming_drops_the_lines_of_steps_that_run_again_and_a_torn_one(tmp_pat
 
 
 def test_processes_other_than_the_first_write_nothing(tmp_path: Path):
-    log = MetricsLog(tmp_path, 0, tensorboard_every=1, active=False)
+    log = MetricsLog(tmp_path, 0, LOGGING, active=False)
     log.write(_row(1))
     log.close()
     assert log.rows == [_row(1)] and not any(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Every setting of the package: frozen dataclasses, composed from YAML files, validated as a whole.
+"""Every setting of the package, as frozen dataclasses that refuse what cannot be.
 
 A field's docstring says what it is, its unit, and the published value where one is known
 ("recipe" is arXiv 2509.22261, "ancestor" is Open-Qwen2VL, arXiv 2504.00595).
@@ -6,28 +6,18 @@ A field's docstring says what it is, its unit, and the published value where one
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import json
 import math
-import types
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import yaml
+from typing import Literal
 
 from infimed_jax.errors import UserError
-
-T = TypeVar("T")
 
 
 class ConfigError(UserError):
     """A setting that does not exist or cannot be; the message names it and the mend."""
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
 
@@ -52,9 +42,9 @@ class Vision:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        _require(self.hidden_size % self.num_heads == 0, "vision.hidden_size must be a multiple of vision.num_heads")
-        _require(self.image_size >= self.patch_size, "vision.image_size must hold at least one patch")
-        _require(
+        require(self.hidden_size % self.num_heads == 0, "vision.hidden_size must be a multiple of vision.num_heads")
+        require(self.image_size >= self.patch_size, "vision.image_size must hold at least one patch")
+        require(
             -self.num_layers - 1 <= self.feature_layer <= self.num_layers,
             f"vision.feature_layer must lie in [-{self.num_layers + 1}, {self.num_layers}]",
         )
@@ -82,7 +72,7 @@ class Projector:
     """Tokens of one image after pooling, a square number. Recipe: 144 in pretraining, 729 (no pooling) in SFT."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             math.isqrt(self.visual_tokens) ** 2 == self.visual_tokens and self.visual_tokens > 0,
             f"projector.visual_tokens must be a square number, not {self.visual_tokens}",
         )
@@ -110,8 +100,8 @@ class Text:
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.num_heads % self.num_kv_heads == 0, "text.num_heads must be a multiple of text.num_kv_heads")
-        _require(self.head_dim % 2 == 0, "text.head_dim must be even (rotary embedding)")
+        require(self.num_heads % self.num_kv_heads == 0, "text.num_heads must be a multiple of text.num_kv_heads")
+        require(self.head_dim % 2 == 0, "text.head_dim must be even (rotary embedding)")
 
 
 @dataclass(frozen=True)
@@ -121,7 +111,7 @@ class Model:
     text: Text = field(default_factory=Text)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.projector.grid <= self.vision.grid,
             f"projector.visual_tokens ({self.projector.visual_tokens}) exceeds the patches ({self.vision.num_patches})",
         )
@@ -153,11 +143,11 @@ class Data:
     """Share of unreadable records above which the run ends."""
 
     def __post_init__(self) -> None:
-        _require(self.context >= 8, "data.context must be at least 8 tokens")
-        _require(self.images_per_row >= 0, "data.images_per_row must not be negative")
-        _require(1 <= self.buckets <= 4, "data.buckets must be between 1 and 4")
-        _require(min(self.prefetch, self.threads) >= 0, "data.prefetch and data.threads must not be negative")
-        _require(0 <= self.max_bad_records <= 1, "data.max_bad_records is a share between 0 and 1")
+        require(self.context >= 8, "data.context must be at least 8 tokens")
+        require(self.images_per_row >= 0, "data.images_per_row must not be negative")
+        require(1 <= self.buckets <= 4, "data.buckets must be between 1 and 4")
+        require(min(self.prefetch, self.threads) >= 0, "data.prefetch and data.threads must not be negative")
+        require(0 <= self.max_bad_records <= 1, "data.max_bad_records is a share between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -177,11 +167,13 @@ class Optimizer:
     """Not applied to biases and 1-D parameters. Recipe: 0.01 in pretraining; SFT 0.1 (text) or 0.01 (table)."""
     clip_norm: float = 1.0
     """Global gradient norm; not stated in the recipe, 1.0 in the ancestor."""
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 halves Adam's memory, 8 bytes a parameter to 4; the second moment is then rounded stochastically."""
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate >= 0, "optimizer.learning_rate must not be negative")
-        _require(0 <= self.warmup_fraction <= 1, "optimizer.warmup_fraction is a share between 0 and 1")
-        _require(self.clip_norm > 0, "optimizer.clip_norm must be positive")
+        require(self.learning_rate >= 0, "optimizer.learning_rate must not be negative")
+        require(0 <= self.warmup_fraction <= 1, "optimizer.warmup_fraction is a share between 0 and 1")
+        require(self.clip_norm > 0, "optimizer.clip_norm must be positive")
 
 
 @dataclass(frozen=True)
@@ -190,12 +182,39 @@ class Mesh:
 
     data: int = 1
     fsdp: int = -1
-    tensor: int = 1
+    tensor: int = 0
+    """0: 1, or where the global batch has too few rows for the devices, the least that lets it split over the rest."""
 
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)
-        _require(all(s == -1 or s > 0 for s in sizes), "mesh sizes must be positive, or -1 for the rest")
-        _require(sizes.count(-1) <= 1, "only one of mesh.data, mesh.fsdp, mesh.tensor may be -1")
+        positive = all(s == -1 or s > 0 for s in (self.data, self.fsdp, self.tensor or 1))
+        require(positive, "mesh sizes must be positive, or -1 for the rest (mesh.tensor also 0, for automatic)")
+        require(sizes.count(-1) <= 1, "only one of mesh.data, mesh.fsdp, mesh.tensor may be -1")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (arXiv 2106.09685) on the text model's linears, which then stay frozen in the compute dtype."""
+
+    rank: int = 0
+    """0 turns adapters off."""
+    alpha: float = 16.0
+    """The adapters' output is scaled by alpha / rank."""
+    targets: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    """The linears that get one, in every layer."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, "train.lora.rank must not be negative")
+        require(self.alpha > 0, "train.lora.alpha must be positive")
+        require(bool(self.targets) or not self.rank, "train.lora.targets names no linear: nothing would learn")
 
 
 @dataclass(frozen=True)
@@ -212,12 +231,16 @@ class Train:
     """Steps in all; 0 follows from `epochs`."""
     micro_batches: int = 1
     """Gradient accumulation: pieces of a global batch run one after the other."""
+    rows_per_device: int = 0
+    """Rows that a device computes at once, at most; `micro_batches` then follows from the mesh. 0: off."""
     train: tuple[Literal["vision", "projector", "text"], ...] = ("projector", "text")
     """Parts that learn; the rest is frozen (no gradient, no moments). Recipe: vision always frozen."""
+    lora: Lora = field(default_factory=Lora)
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of activations and matmuls; master parameters and moments are float32."""
-    remat: Literal["none", "dots", "full"] = "full"
-    """Activation checkpointing: keep all, keep matmul outputs, keep only block inputs."""
+    """Of activations and matmuls; master parameters are float32."""
+    remat: Literal["auto", "none", "dots", "full"] = "auto"
+    """Activation checkpointing: `none` keeps all, `dots` the matmuls' outputs, `full` only the blocks' inputs. `auto`
+    is `dots` where an estimate of the memory allows it, else `full`; in GRPO `full`: the sampler needs the memory."""
     logit_chunk: int = 512
     """Positions of a row whose logits exist at once in the loss; must divide the row."""
     attention: Literal["auto", "xla", "splash"] = "auto"
@@ -227,6 +250,10 @@ class Train:
     keep_checkpoints: int = 2
     log_every: int = 10
     """Steps."""
+    wandb: str = ""
+    """Weights & Biases project that gets the metrics too; needs the `wandb` package."""
+    step_timeout: float = 600.0
+    """Seconds after which a step that has not ended is called hung, with the host's name; 0: never."""
     max_skipped_updates: int = 5
     """Consecutive non-finite updates that end the run."""
     seed: int = 0
@@ -236,13 +263,24 @@ class Train:
     """A finished run (or checkpoint) whose parameters this stage starts from."""
 
     def __post_init__(self) -> None:
-        _require(self.global_batch > 0, "train.global_batch must be positive")
-        _require(self.micro_batches > 0, "train.micro_batches must be positive")
-        _require(
+        require(self.global_batch > 0, "train.global_batch must be positive")
+        require(self.micro_batches > 0, "train.micro_batches must be positive")
+        require(
             self.global_batch % self.micro_batches == 0,
             f"train.global_batch {self.global_batch} must be a multiple of train.micro_batches {self.micro_batches}",
         )
-        _require(bool(self.train), "train.train names no part: nothing would learn")
+        require(bool(self.train), "train.train names no part: nothing would learn")
+        require(
+            not self.lora.rank or "text" in self.train,
+            "train.lora.rank is set but train.train does not name text, whose linears the adapters are for",
+        )
+        require(self.rows_per_device >= 0, "train.rows_per_device must not be negative")
+        require(
+            not self.rows_per_device or self.micro_batches == 1,
+            f"train.micro_batches={self.micro_batches} and train.rows_per_device={self.rows_per_device} are both set: "
+            "set one, the other follows",
+        )
+        require(self.step_timeout >= 0, "train.step_timeout must not be negative")
 
 
 @dataclass(frozen=True)
@@ -263,11 +301,11 @@ class Sampling:
     """Tokens decoded on the device before the host refills finished slots."""
 
     def __post_init__(self) -> None:
-        _require(self.temperature >= 0, "sampling.temperature must not be negative")
-        _require(0 < self.top_p <= 1, "sampling.top_p must lie in (0, 1]")
-        _require(self.top_k >= 0, "sampling.top_k must not be negative")
-        _require(self.repetition_penalty > 0, "sampling.repetition_penalty must be positive")
-        _require(
+        require(self.temperature >= 0, "sampling.temperature must not be negative")
+        require(0 < self.top_p <= 1, "sampling.top_p must lie in (0, 1]")
+        require(self.top_k >= 0, "sampling.top_k must not be negative")
+        require(self.repetition_penalty > 0, "sampling.repetition_penalty must be positive")
+        require(
             min(self.max_tokens, self.slots, self.burst) > 0, "sampling.max_tokens, slots and burst must be positive"
         )
 
@@ -304,8 +342,8 @@ class Grpo:
     """`constant` is the control: every completion earns 1, so nothing can be learnt."""
 
     def __post_init__(self) -> None:
-        _require(self.group_size > 1, "grpo.group_size must be at least 2: one completion has no group to compare with")
-        _require(
+        require(self.group_size > 1, "grpo.group_size must be at least 2: one completion has no group to compare with")
+        require(
             self.prompts % self.update_prompts == 0,
             f"grpo.prompts {self.prompts} must be a multiple of grpo.update_prompts {self.update_prompts}",
         )
@@ -320,88 +358,3 @@ class Config:
     train: Train = field(default_factory=Train)
     sampling: Sampling = field(default_factory=Sampling)
     grpo: Grpo = field(default_factory=Grpo)
-
-
-def from_dict(kind: type[T], values: dict[str, Any], path: str = "") -> T:
-    """Build the dataclass `kind` from nested plain values; unknown keys and wrong types raise ConfigError."""
-    hints = typing.get_type_hints(kind)
-    known = {f.name for f in dataclasses.fields(kind)}
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {path}{near[0]}?" if near else f"; known here: {', '.join(sorted(known))}"
-            raise ConfigError(f"unknown setting {path}{key}{hint}")
-    return kind(**{key: _typed(hints[key], value, f"{path}{key}") for key, value in values.items()})
-
-
-def _typed(hint: Any, value: Any, path: str) -> Any:
-    """`value` as the annotated type, or a ConfigError that names the field; never a lossy conversion."""
-    origin = typing.get_origin(hint)
-    if dataclasses.is_dataclass(hint):
-        _require(isinstance(value, dict), f"{path} must be a group of settings, not {value!r}")
-        return from_dict(hint, value, path + ".")
-    if origin is Literal:
-        allowed = typing.get_args(hint)
-        if value not in allowed:
-            near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
-            hint_text = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{path} must be one of {', '.join(map(str, allowed))}, not {value!r}{hint_text}")
-        return value
-    if origin is tuple:
-        if isinstance(value, str):
-            value = [part.strip() for part in value.strip("[]()").split(",") if part.strip()]
-        _require(isinstance(value, (list, tuple)), f"{path} must be a list, not {value!r}")
-        return tuple(_typed(typing.get_args(hint)[0], item, path) for item in value)
-    if origin in (typing.Union, types.UnionType):
-        raise ConfigError(f"{path}: optional settings are not used here")
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-5 as a string
-        except ValueError:
-            pass
-    _require(type(value) is hint, f"{path} must be {hint.__name__}, not {value!r}")
-    return value
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain values that `from_dict` reads back to an equal config."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `over`'s leaves laid on top, nested groups merged."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
-
-
-def load(files: typing.Sequence[str | Path], overrides: typing.Sequence[str] = ()) -> Config:
-    """Compose YAML files, later over earlier, then dotted overrides such as `train.steps=20`."""
-    values: dict[str, Any] = {}
-    for file in files:
-        try:
-            loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read config {file}: {error.strerror or error}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"config {file} is not valid YAML: {' '.join(str(error).split())}") from error
-        _require(isinstance(loaded or {}, dict), f"config {file} must hold groups of settings")
-        values = merge(values, loaded or {})
-    return from_dict(Config, with_overrides(values, overrides))
-
-
-def with_overrides(values: dict[str, Any], overrides: typing.Sequence[str]) -> dict[str, Any]:
-    """Nested plain values with dotted overrides such as `train.steps=20` laid on top."""
-    for override in overrides:
-        dotted, equals, text = override.partition("=")
-        _require(bool(equals) and bool(dotted), f"override {override!r} must look like train.steps=20")
-        try:
-            nested: Any = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r} is not valid YAML: {' '.join(str(error).split())}") from error
-        for key in reversed(dotted.split(".")):
-            nested = {key: nested}
-        values = merge(values, nested)
-    return values

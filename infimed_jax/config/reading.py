@@ -1,0 +1,102 @@
+"""Settings from YAML files and dotted overrides, typed; unknown keys are refused with the nearest known one."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from infimed_jax.config.settings import Config, ConfigError, require
+
+T = TypeVar("T")
+
+
+def from_dict(kind: type[T], values: dict[str, Any], path: str = "") -> T:
+    """Build the dataclass `kind` from nested plain values; unknown keys and wrong types raise ConfigError."""
+    hints = typing.get_type_hints(kind)
+    known = {f.name for f in dataclasses.fields(kind)}
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {path}{near[0]}?" if near else f"; known here: {', '.join(sorted(known))}"
+            raise ConfigError(f"unknown setting {path}{key}{hint}")
+    return kind(**{key: _typed(hints[key], value, f"{path}{key}") for key, value in values.items()})
+
+
+def _typed(hint: Any, value: Any, path: str) -> Any:
+    """`value` as the annotated type, or a ConfigError that names the field; never a lossy conversion."""
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        require(isinstance(value, dict), f"{path} must be a group of settings, not {value!r}")
+        return from_dict(hint, value, path + ".")
+    if origin is Literal:
+        allowed = typing.get_args(hint)
+        if value not in allowed:
+            near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
+            hint_text = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{path} must be one of {', '.join(map(str, allowed))}, not {value!r}{hint_text}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.strip("[]()").split(",") if part.strip()]
+        require(isinstance(value, (list, tuple)), f"{path} must be a list, not {value!r}")
+        return tuple(_typed(typing.get_args(hint)[0], item, path) for item in value)
+    if origin in (typing.Union, types.UnionType):
+        raise ConfigError(f"{path}: optional settings are not used here")
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-5 as a string
+        except ValueError:
+            pass
+    require(type(value) is hint, f"{path} must be {hint.__name__}, not {value!r}")
+    return value
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values that `from_dict` reads back to an equal config."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `over`'s leaves laid on top, nested groups merged."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def load(files: typing.Sequence[str | Path], overrides: typing.Sequence[str] = ()) -> Config:
+    """Compose YAML files, later over earlier, then dotted overrides such as `train.steps=20`."""
+    values: dict[str, Any] = {}
+    for file in files:
+        try:
+            loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read config {file}: {error.strerror or error}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"config {file} is not valid YAML: {' '.join(str(error).split())}") from error
+        require(isinstance(loaded or {}, dict), f"config {file} must hold groups of settings")
+        values = merge(values, loaded or {})
+    return from_dict(Config, with_overrides(values, overrides))
+
+
+def with_overrides(values: dict[str, Any], overrides: typing.Sequence[str]) -> dict[str, Any]:
+    """Nested plain values with dotted overrides such as `train.steps=20` laid on top."""
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        require(bool(equals) and bool(dotted), f"override {override!r} must look like train.steps=20")
+        try:
+            nested: Any = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r} is not valid YAML: {' '.join(str(error).split())}") from error
+        for key in reversed(dotted.split(".")):
+            nested = {key: nested}
+        values = merge(values, nested)
+    return values

@@ -1,0 +1,50 @@
+"""A run's curves as a picture: what to look at first when it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CURVE = "curve.png"
+
+_PANELS = (
+    ("loss", "loss, nats a token"),
+    ("reward", "reward"),
+    ("grad_norm", "gradient norm"),
+    ("learning_rate", "learning rate"),
+    ("tokens_per_second", "tokens a second, without padding"),
+)
+
+
+def draw_curve(rows: Sequence[dict[str, Any]], title: str, file: Path) -> None:
+    """The lines of metrics.jsonl, a panel a metric that they hold; skipped updates are marked, not drawn."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a tenth of a second that --help need not pay
+    from matplotlib.figure import Figure
+
+    panels = [(name, label) for name, label in _PANELS if any(name in row for row in rows)]
+    if not panels:
+        return
+    figure = Figure(figsize=(4.5 * len(panels), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    for axis, (name, label) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
+        good = [(row["step"], row[name]) for row in rows if name in row and not row.get("skipped")]
+        steps, values = np.array(good, np.float64).reshape(-1, 2).T
+        axis.plot(steps, values, color="tab:blue", alpha=0.35 if len(values) >= 20 else 1.0, linewidth=1)
+        if len(values) >= 20:
+            axis.plot(steps, smoothed(values), color="tab:blue", linewidth=1.8, label="mean of 5 % of the steps")
+        for step in (row["step"] for row in rows if row.get("skipped")):
+            axis.axvline(step, color="tab:red", linewidth=0.8)
+        axis.set(xlabel="step", title=label)
+        axis.grid(alpha=0.25)
+    figure.savefig(file, dpi=110)
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Centred moving mean over a twentieth of the values; at the edges over what there is."""
+    width = max(1, len(values) // 20)
+    kernel = np.ones(width)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
