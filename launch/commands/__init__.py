@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 
-from launch.commands import convert, data, evaluate, plan, quickstart, train
+from launch.commands import convert, data, doctor, evaluate, plan, quickstart, train
 
-MODULES = (quickstart, train, evaluate, data, convert, plan)
+MODULES = (quickstart, train, evaluate, data, convert, plan, doctor)
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
