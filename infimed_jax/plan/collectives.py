@@ -61,7 +61,10 @@ def by_name(items: Sequence[Collective]) -> dict[str, int]:
 
 
 def _weight(cfg: config.Config, path: tuple[str, ...], leaf: Any, mesh: dict[str, int], pieces: int) -> list:
-    """Of one parameter: how often it is gathered, and how often a gradient of it is reduced."""
+    """Of one parameter: how often it is gathered, and how often a gradient of it is reduced.
+
+    Micro-batches share the gathered weights outside the stacks: XLA moves those out of their loop.
+    """
     part, name = path[0], path[-1]
     axes = {axis for axis in leaf.sharding.spec if axis is not None}
     norm = name == "scale" or any("norm" in key for key in path)  # used in float32
@@ -75,24 +78,25 @@ def _weight(cfg: config.Config, path: tuple[str, ...], leaf: Any, mesh: dict[str
         return []
     if name == "lm_head":
         return [
-            Collective("weights", "head", GATHER, used, fsdp, pieces),
+            Collective("weights", "head", GATHER, used, fsdp, 1),
             Collective("gradients", "head", REDUCE, used, rows, pieces * chunks * learns),
         ]
     if name == "embed_tokens":
         whole = math.prod(leaf.shape) * width
         tied = cfg.model.text.tie_embeddings
         return [
-            Collective("weights", "text", GATHER, whole, fsdp * mesh["tensor"], pieces),
+            Collective("weights", "text", GATHER, whole, fsdp * mesh["tensor"], 1),
             Collective("gradients", "text", REDUCE, whole, rows, pieces * learns),
-            Collective("weights", "head", GATHER, used, fsdp, pieces * tied),
+            Collective("weights", "head", GATHER, used, fsdp, int(tied)),
             # Reduced in every chunk of the loss: the sum over chunks is taken afterwards.
             Collective("gradients", "head", REDUCE, used, rows, pieces * chunks * learns * tied),
         ]
     stacked = "layers" in path or "blocks" in path
-    again = stacked and cfg.train.remat != "none" and _differentiated(cfg, part)
+    # A block's last bias is no operand of its backward pass.
+    again = stacked and cfg.train.remat != "none" and _differentiated(cfg, part) and path[-2:] != ("fc2", "bias")
     rows *= mesh["tensor"] if name == "scale" and {"q_norm", "k_norm"} & set(path) else 1
     return [
-        Collective("weights", part, GATHER, used, fsdp, pieces * (1 + again)),
+        Collective("weights", part, GATHER, used, fsdp, pieces * (1 + again) if stacked else 1),
         Collective("gradients", part, REDUCE, used, rows, pieces * learns),
     ]
 

@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 HOW_TO_GET_IT = "libtpu is not installed: pip install 'jax[tpu]' (no TPU is needed) to compile instead of estimate"
 _SOURCES = ("models", "ops", "train", "rl", "plan", "sharding.py", "data/batch.py")
 """What the compiled program is made of; a change in one of them makes every kept result void."""
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -102,7 +102,7 @@ def _in_a_process(question: dict[str, Any], library: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "infimed_jax.plan.compile"],
         input=json.dumps(question),
-        env=os.environ | _ENVIRONMENT | {"TPU_LIBRARY_PATH": library},
+        env=os.environ | ENVIRONMENT | {"TPU_LIBRARY_PATH": library},
         cwd=PACKAGE.parent,
         capture_output=True,
         text=True,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
@@ -41,8 +42,8 @@ class Counts:
         return dict(total)
 
 
-def count(text: str) -> Counts:
-    """Of one device's program, as `compiled.as_text()` gives it."""
+def count(text: str, trips: Callable[[str], int] | None = None) -> Counts:
+    """Of one device's program, as `compiled.as_text()` gives it; `trips` tells those of a loop that does not itself."""
     computations, entry = _parse(text)
     dots: Counter[str] = Counter()
     collectives: Counter[tuple[str, int]] = Counter()
@@ -60,8 +61,8 @@ def count(text: str) -> Counts:
                 if kind == "reduce-scatter":
                     whole *= size
                 collectives[kind, size] += times * whole
-            for called, trips in _calls(opcode, rest):
-                walk(called, times * trips)
+            for called, each in _calls(opcode, rest, trips):
+                walk(called, times * each)
 
     walk(entry, 1)
     return Counts(sum(dots.values()), dict(dots), dict(collectives))
@@ -84,11 +85,11 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
     return computations, entry
 
 
-def _calls(opcode: str, rest: str) -> list[tuple[str, int]]:
+def _calls(opcode: str, rest: str, trips: Callable[[str], int] | None) -> list[tuple[str, int]]:
     if opcode == "while":
-        trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest)
-        assert trips, f"a loop of unknown length: {rest[:200]}"
-        return [(re.search(r"body=%?([\w.\-]+)", rest)[1], int(trips[1]))]
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest)
+        assert known or trips, f"a loop of unknown length: {rest[:200]}"
+        return [(re.search(r"body=%?([\w.\-]+)", rest)[1], int(known[1]) if known else trips(rest))]
     if opcode == "conditional":  # the branch that computes: the other returns zeros
         branches = re.search(r"branch_computations=\{([^}]*)\}", rest)
         names = (
