@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 
 from infimed_jax.errors import UserError
+from launch import distributed
 from launch.distributed import tpu_chips
 
 PLATFORMS = ("cpu", "gpu", "tpu")
@@ -16,10 +17,8 @@ _NAMES = {"cuda": "gpu", "rocm": "gpu"}
 """JAX's names for what the options call gpu."""
 
 
-def add_option(parser: argparse.ArgumentParser, *, default: object = None) -> None:
-    parser.add_argument(
-        "--platform", choices=PLATFORMS, default=default, help="run there or not at all [what is installed]"
-    )
+def add_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--platform", choices=PLATFORMS, help="run there or not at all [what is installed]")
 
 
 def asked(platform: str | None, environ: Mapping[str, str] = os.environ) -> tuple[str, str] | None:
@@ -38,6 +37,30 @@ def asked(platform: str | None, environ: Mapping[str, str] = os.environ) -> tupl
     if tpu_chips():
         return "tpu", "a TPU on this host's bus"
     return None
+
+
+def start(args: argparse.Namespace) -> None:
+    """The other processes and the platform that was asked for, before a command asks JAX for a device.
+
+    `args.hosts` is "many" for a command that runs on several hosts, else "one". UserError where that cannot be.
+    """
+    select(args.platform)
+    # JAX takes three quarters of a GPU by itself; beside a large model there is nothing else to leave room for.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    processes = distributed.detect(args)
+    if processes and processes.count > 1 and args.hosts == "one":
+        raise UserError(f"{args.command} runs in one process, but there are {processes}; start it on one host alone")
+    if processes:
+        print(processes, flush=True)
+        distributed.initialize(processes)
+    check(args.platform)
+
+
+def refuse_hosts(args: argparse.Namespace) -> None:
+    """UserError where a command that knows nothing of several hosts is given some."""
+    given = args.coordinator or args.num_processes or args.process_id is not None
+    if given and not hasattr(args, "hosts"):
+        raise UserError(f"{args.command} runs in one process: --coordinator and its fellows are for train")
 
 
 def select(platform: str | None) -> None:

@@ -107,6 +107,7 @@ def _memory() -> Check:
 def devices(platform: str | None) -> Check:
     """What JAX runs on, and whether it is what was asked for."""
     try:
+        accelerator.select(platform)
         found = accelerator.check(platform)
     except UserError as error:
         return Check("devices", "not what was asked for", str(error))

@@ -34,32 +34,9 @@ def configure_jax() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def configure_devices(args: argparse.Namespace) -> None:
-    """The platform that was asked for, and the other processes, before the command asks JAX for a device.
-
-    `args.hosts` is "many" for a command that runs on several hosts, "one" for another that wants an accelerator.
-    """
-    accelerator.select(args.platform)
-    hosts = getattr(args, "hosts", None)
-    if hosts is None:
-        if args.coordinator or args.num_processes or args.process_id is not None:
-            raise UserError(f"{args.command} runs in one process: --coordinator and its fellows are for train")
-        return
-    # JAX takes three quarters by itself; on a GPU with a large model on it there is nothing else to leave room for.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-    processes = distributed.detect(args)
-    if processes and processes.count > 1 and hosts == "one":
-        raise UserError(f"{args.command} runs in one process, but there are {processes}; start it on one host alone")
-    if processes:
-        print(processes, flush=True)
-        distributed.initialize(processes)
-    accelerator.check(args.platform)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="launch/run.py", description=__doc__.splitlines()[0])
     distributed.add_options(parser)
-    accelerator.add_option(parser)
     commands.add_commands(parser.add_subparsers(dest="command", required=True, metavar="COMMAND"))
     args = parser.parse_args(arguments)
     configure_jax()
@@ -67,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     for chatty in ("absl", "jax", "orbax", "tensorboardX", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        configure_devices(args)
+        accelerator.refuse_hosts(args)
         args.run(args)
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)

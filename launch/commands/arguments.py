@@ -27,7 +27,7 @@ def add_group(commands: argparse._SubParsersAction, name: str, text: str) -> arg
 
 def add_devices(parser: argparse.ArgumentParser, *, hosts: str) -> None:
     """The main parser's options, here too: `hosts` is "many" for a command that runs on several, else "one"."""
-    accelerator.add_option(parser, default=argparse.SUPPRESS)
+    accelerator.add_option(parser)
     distributed.add_options(parser, default=argparse.SUPPRESS)
     parser.set_defaults(hosts=hosts)
 

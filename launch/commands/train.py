@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from infimed_jax.config import Config, load
 from infimed_jax.errors import UserError
+from launch import accelerator
 from launch.commands.arguments import add_command, add_devices, add_settings
 
 
@@ -37,6 +38,7 @@ def train(args: argparse.Namespace) -> None:
     config = _load(args)
     if args.profile < 0:
         raise UserError("--profile counts steps: it must not be negative")
+    accelerator.start(args)
     from infimed_jax.train.loop import train
     from launch.progress import StepProgress
 
@@ -53,6 +55,7 @@ def grpo(args: argparse.Namespace) -> None:
     config = _load(args)
     if not config.train.init_from:
         raise UserError("grpo starts from a tuned model: give --init-from RUN")
+    accelerator.start(args)
     import jax
 
     from infimed_jax.data.chat import load_tokenizer
