@@ -131,21 +131,20 @@ def _command(tmp_path: Path, cfg, *before: str) -> list[str]:
     return [sys.executable, "launch/run.py", *before, "train", "--config", str(settings)]
 
 
-def _environment(tmp_path: Path, number: int) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """Of every process: a CPU device each, no job of SLURM's, and compiled programs kept for all of them."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    return plain | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "1",
-        "XDG_CACHE_HOME": str(tmp_path / f"cache{number}"),
-    }
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return plain | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XDG_CACHE_HOME": cache}
 
 
 @pytest.mark.timeout(600)
-def test_two_slurm_tasks_train_together(stage, tmp_path):
+def test_two_slurm_tasks_train_together(stage, environment, tmp_path):
     cfg = stage(steps=2, checkpoint_every=50, output=str(tmp_path / "run"))
     job = {"SLURM_JOB_ID": _job_with_a_free_port(), "SLURM_NTASKS": "2"}
     job |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "0"}
-    tasks = [_environment(tmp_path, i) | job | {"SLURM_PROCID": str(i)} for i in range(2)]
+    tasks = [environment | job | {"SLURM_PROCID": str(i)} for i in range(2)]
     outputs = _train([_command(tmp_path, cfg)] * 2, tasks)
     for number, output in enumerate(outputs):
         assert f"processes: {number} of 2 by SLURM, coordinator localhost:" in output
@@ -167,6 +166,8 @@ def two_hosts():
     if not _namespaces_work():
         pytest.skip("needs root and network namespaces (ip netns)")
     names = [f"infimed{os.getpid()}-{i}" for i in range(2)]
+    # `ip netns exec` lays these over /etc: each host's own name is its own address, as gloo expects.
+    own = [Path("/etc/netns") / name for name in names]
     ends = [f"inf{os.getpid() % 10_000}-{i}" for i in range(2)]
     steps = [["netns", "add", name] for name in names]
     steps.append(["link", "add", ends[0], "type", "veth", "peer", "name", ends[1]])
@@ -179,6 +180,9 @@ def two_hosts():
             [*inside, "link", "set", "lo", "up"],
         ]
     try:
+        for number, folder in enumerate(own, start=1):
+            folder.mkdir(parents=True)
+            (folder / "hosts").write_text(f"127.0.0.1 localhost\n10.99.0.{number} {socket.gethostname()}\n")
         for step in steps:
             done = subprocess.run(["ip", *step], capture_output=True, text=True)
             if done.returncode:
@@ -187,17 +191,19 @@ def two_hosts():
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        for folder in own:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.timeout(600)
-def test_two_hosts_train_by_hand(two_hosts, stage, tmp_path):
+def test_two_hosts_train_by_hand(two_hosts, stage, environment, tmp_path):
     cfg = stage(steps=2, checkpoint_every=50, output=str(tmp_path / "run"))
     by_hand = ("--coordinator", "10.99.0.1:5123", "--num-processes", "2", "--process-id")
     commands = [
         ["ip", "netns", "exec", host, *_command(tmp_path, cfg, *by_hand, str(number))]
         for number, host in enumerate(two_hosts)
     ]
-    outputs = _train(commands, [_environment(tmp_path, i) for i in range(2)])
+    outputs = _train(commands, [environment] * 2)
     assert all(f"processes: {i} of 2 by command line" in output for i, output in enumerate(outputs))
     assert [row["step"] for row in read_metrics(cfg.train.output)] == [1, 2]
 

@@ -10,7 +10,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = [
-    {"mesh_shape": [1, 8, 1], "settings": {}},
     {
         "mesh_shape": [2, 2, 2],
         "settings": {"train": {"train": ["vision", "projector", "text"], "remat": "full"}},
