@@ -76,9 +76,9 @@ def check(platform: str | None) -> str:
 
     try:
         found = jax.default_backend()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the latter where no plugin offers that platform
         who = f" ({wanted[0]} was asked for by {wanted[1]})" if wanted else ""
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200] or "no plugin for it is installed"
         raise UserError(f"JAX cannot start{who}: {reason}; {mend(wanted[0] if wanted else '')}") from error
     if wanted and found != wanted[0]:
         raise UserError(f"{wanted[0]} was asked for by {wanted[1]}, but JAX found only {found}: {mend(wanted[0])}")
