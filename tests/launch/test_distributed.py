@@ -117,7 +117,7 @@ def _train(commands: list[list[str]], environments: list[dict[str, str]]) -> lis
         for command, environment in zip(commands, environments, strict=True)
     ]
     try:
-        outputs = [child.communicate(timeout=280)[0] for child in children]
+        outputs = [child.communicate(timeout=560)[0] for child in children]
     finally:
         for child in children:
             child.kill()
