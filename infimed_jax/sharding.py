@@ -43,7 +43,7 @@ def settle_mesh(cfg: config.Config, devices: int) -> config.Mesh:
     if mesh.tensor != 0:
         return mesh
     if -1 not in (mesh.data, mesh.fsdp):
-        return replace(mesh, tensor=-1)
+        return replace(mesh, tensor=max(1, devices // (mesh.data * mesh.fsdp)))
     rows, fixed = cfg.train.global_batch // cfg.train.micro_batches, max(mesh.data, mesh.fsdp)
     for tensor in range(1, devices + 1):
         shards = devices // tensor

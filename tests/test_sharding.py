@@ -1,8 +1,12 @@
 """The mesh and where batches lie; many devices are in tests/multi_device."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
 from infimed_jax import config, sharding
@@ -64,3 +68,57 @@ def test_a_tensor_axis_must_divide_the_model():
     sharding.check_fits(config.Model(), sharding.abstract_mesh(1, 1, 8))
     with pytest.raises(UserError, match=r"mesh.tensor=16 does not divide model.text.num_kv_heads=8"):
         sharding.check_fits(config.Model(), sharding.abstract_mesh(1, 1, 16))
+
+
+def _config(rows: int, **train) -> config.Config:
+    return config.Config(train=config.Train(global_batch=rows, **train))
+
+
+@pytest.mark.parametrize(
+    ("rows", "devices", "expected"),
+    [
+        (256, 1, 1),
+        (256, 32, 1),
+        (128, 128, 1),
+        (128, 256, 2),  # fewer rows than devices: two of them share a row
+        (256, 1024, 4),
+        (128, 24, None),  # 24 = 8 * 3, and 3 divides no head
+    ],
+)
+def test_the_default_mesh_follows_from_devices_and_global_batch(rows, devices, expected):
+    if expected is None:
+        with pytest.raises(UserError, match=r"128 rows .* do not split over 24 devices .* change train.global_batch"):
+            sharding.settle_mesh(_config(rows), devices)
+    else:
+        assert sharding.settle_mesh(_config(rows), devices) == config.Mesh(data=1, fsdp=-1, tensor=expected)
+
+
+def test_a_tensor_axis_that_was_asked_for_stays():
+    asked = replace(_config(128), mesh=config.Mesh(2, -1, 4))
+    assert sharding.settle_mesh(asked, 256) is asked.mesh
+    both = replace(_config(128), mesh=config.Mesh(2, 2))
+    assert sharding.settle_mesh(both, 8) == config.Mesh(2, 2, 2)
+    with pytest.raises(UserError, match=r"mesh.data=2, mesh.fsdp=2, mesh.tensor=1 do not multiply to the 1 devices"):
+        sharding.run_mesh(both, jax.devices()[:1])
+
+
+@given(
+    rows=st.integers(1, 64),
+    shards=st.sampled_from([(1, 1), (2, 1), (1, 4), (2, 4)]),
+    most=st.integers(0, 5),
+    pieces=st.integers(1, 4),
+)
+def test_micro_batches_follow_from_the_rows_that_a_device_holds(rows, shards, most, pieces):
+    mesh, count = sharding.abstract_mesh(*shards), shards[0] * shards[1]
+    train = config.Train(global_batch=rows * (1 if most else pieces), micro_batches=1 if most else pieces)
+    train = replace(train, rows_per_device=most)
+    if rows % count:
+        with pytest.raises(UserError, match="do not split over"):
+            sharding.micro_batches(train, mesh)
+        return
+    found = sharding.micro_batches(train, mesh)
+    if not most:
+        assert found == pieces
+        return
+    fits = [k for k in range(1, rows + 1) if rows % (k * count) == 0 and rows // (k * count) <= most]
+    assert found == min(fits)

@@ -168,7 +168,7 @@ class Optimizer:
     clip_norm: float = 1.0
     """Global gradient norm; not stated in the recipe, 1.0 in the ancestor."""
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 halves Adam's memory, 8 bytes a parameter to 4; the second moment is then rounded stochastically."""
+    """bfloat16 halves Adam's memory, 8 bytes a parameter to 4; both are then rounded stochastically."""
 
     def __post_init__(self) -> None:
         require(self.learning_rate >= 0, "optimizer.learning_rate must not be negative")

@@ -36,6 +36,7 @@ from infimed_jax.train.checkpoint import CHECKPOINTS, Checkpoints, Metadata
 from infimed_jax.train.curve import CURVE, draw_curve
 from infimed_jax.train.line import progress_line
 from infimed_jax.train.loop import OnStep
+from infimed_jax.train.meter import memory_bytes
 from infimed_jax.train.optimizer import make_optimizer
 from infimed_jax.train.state import Params, TrainState, abstract_like, init_state, split_params
 from infimed_jax.train.step import make_train_step
@@ -189,7 +190,14 @@ def _steps(
             state, metrics, replies = grpo_step(plan, state, step, asked)
             done = step + 1
             seconds = time.perf_counter() - begin
-            row = {"step": done, **metrics, "seconds": seconds, "seconds_left": seconds * (total - done)}
+            row = {
+                "step": done,
+                **metrics,
+                "seconds": seconds,
+                "tokens_per_second": metrics["tokens"] / seconds,
+                "memory_gib": memory_bytes(jax.local_devices()) / 2**30,
+                "seconds_left": seconds * (total - done),
+            }
             metrics_log.write(row)
             _write_replies(replies_file, done, replies[: cfg.grpo.group_size])
             _check_skips(cfg, metrics_log.rows, asked)

@@ -33,6 +33,11 @@ def draw_curve(rows: Sequence[dict[str, Any]], title: str, file: Path) -> None:
     for axis, (name, label) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
         good = [(row["step"], row[name]) for row in rows if name in row and not row.get("skipped")]
         steps, values = np.array(good, np.float64).reshape(-1, 2).T
+        if name == "tokens_per_second":  # over five steps: of two that end together the second takes no time
+            tokens, seconds = (
+                np.array([row[n] for row in rows if not row.get("skipped")]) for n in ("tokens", "seconds")
+            )
+            values = smoothed(tokens, 5) / smoothed(seconds, 5)
         axis.plot(steps, values, color="tab:blue", alpha=0.35 if len(values) >= 20 else 1.0, linewidth=1)
         if len(values) >= 20:
             axis.plot(steps, smoothed(values), color="tab:blue", linewidth=1.8, label="mean of 5 % of the steps")
@@ -43,8 +48,8 @@ def draw_curve(rows: Sequence[dict[str, Any]], title: str, file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def smoothed(values: np.ndarray) -> np.ndarray:
-    """Centred moving mean over a twentieth of the values; at the edges over what there is."""
-    width = max(1, len(values) // 20)
+def smoothed(values: np.ndarray, width: int = 0) -> np.ndarray:
+    """Centred moving mean over `width` (or a twentieth of the) values; at the edges over what there is."""
+    width = min(width or max(1, len(values) // 20), len(values))
     kernel = np.ones(width)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")

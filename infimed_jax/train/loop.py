@@ -32,7 +32,7 @@ from infimed_jax.train.checkpoint import CHECKPOINTS, Checkpoints, Metadata, loa
 from infimed_jax.train.curve import CURVE, draw_curve
 from infimed_jax.train.line import progress_line
 from infimed_jax.train.memory import choose_remat
-from infimed_jax.train.meter import Meter
+from infimed_jax.train.meter import Meter, averaged
 from infimed_jax.train.optimizer import learning_rate, make_optimizer
 from infimed_jax.train.state import Params, TrainState, abstract_state, init_state, on_mesh
 from infimed_jax.train.step import Metrics, TrainStep, make_train_step, next_token_loss
@@ -257,7 +257,8 @@ def _steps(
         metrics_log.write(row)
         _check_skips(cfg, metrics_log.rows, ids)
         if step % cfg.train.log_every == 0 or step == total:
-            log.info(progress_line(step, total, row))
+            since_line = metrics_log.rows[-min(cfg.train.log_every, step - loader.start_step) :]
+            log.info(progress_line(step, total, averaged(since_line)))
         if on_step is not None:
             on_step(step, total, row)
 

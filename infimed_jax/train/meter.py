@@ -69,6 +69,20 @@ class Meter:
         return row | ({"peak_share": computed / seconds / self._peak} if self._peak else {})
 
 
+def averaged(rows: list[Row]) -> Row:
+    """The last of `rows` with its speeds, shares and waiting taken over all of them, time spent compiling left out."""
+    seconds = sum(row["seconds"] for row in rows)
+    working = max(seconds - sum(row["compile_seconds"] for row in rows), 0.01 * seconds)
+    last = rows[-1] | {
+        "tokens_per_second": sum(row["tokens"] for row in rows) / working,
+        "images_per_second": sum(row["images"] for row in rows) / working,
+        "data_wait_share": sum(row["data_wait_share"] * row["seconds"] for row in rows) / seconds,
+    }
+    if "peak_share" in last:
+        last["peak_share"] = sum(row["peak_share"] * row["seconds"] for row in rows) / working
+    return last
+
+
 def memory_bytes(devices: list[jax.Device]) -> float:
     """Peak so far of this process's fullest device; where devices keep no count (CPUs), of the process itself."""
     peaks = [stats["peak_bytes_in_use"] for device in devices if (stats := device.memory_stats())]

@@ -43,8 +43,9 @@ def _adamw(
 def scale_by_adam_bfloat16(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     """`optax.scale_by_adam` with both moments stored in bfloat16; the step itself uses them before they are rounded.
 
-    The second moment is rounded stochastically: its increments are 1 - b2 = 0.1 % of it, below bfloat16's resolution
-    of 0.4 %, so rounding to nearest would leave it where it stands. The noise depends on the update's number alone.
+    They are rounded stochastically: the second moment's increments are 1 - b2 = 0.1 % of what is missing, below
+    bfloat16's resolution of 0.4 %, so rounding to nearest would leave it where it stands (and the first moment 3 %
+    short of a constant gradient). The noise depends on the update's number alone.
     """
 
     def init(params: Any) -> optax.ScaleByAdamState:
@@ -57,11 +58,10 @@ def scale_by_adam_bfloat16(b1: float, b2: float, eps: float) -> optax.GradientTr
         nu = jax.tree.map(lambda v, g: b2 * v.astype(jnp.float32) + (1 - b2) * g * g, state.nu, grads)
         first, second = (1 - beta ** count.astype(jnp.float32) for beta in (b1, b2))
         direction = jax.tree.map(lambda m, v: (m / first) / (jnp.sqrt(v / second) + eps), mu, nu)
-        leaves, structure = jax.tree.flatten(nu)
+        leaves, structure = jax.tree.flatten((mu, nu))
         key = jax.random.fold_in(jax.random.key(0), count)
         rounded = [stochastic_bfloat16(leaf, jax.random.fold_in(key, i)) for i, leaf in enumerate(leaves)]
-        mu = jax.tree.map(lambda m: m.astype(jnp.bfloat16), mu)
-        return direction, optax.ScaleByAdamState(count, mu, jax.tree.unflatten(structure, rounded))
+        return direction, optax.ScaleByAdamState(count, *jax.tree.unflatten(structure, rounded))
 
     return optax.GradientTransformation(init, update)
 

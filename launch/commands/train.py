@@ -54,7 +54,7 @@ def train(args: argparse.Namespace) -> None:
 def grpo(args: argparse.Namespace) -> None:
     config = _load(args)
     if not config.train.init_from:
-        raise UserError("grpo starts from a tuned model: give --init-from RUN")
+        raise UserError("grpo starts from a tuned model: give --init-from RUN (train.init_from)")
     accelerator.start(args)
     import jax
 

@@ -295,7 +295,7 @@ def test_eight_devices_split_the_rows(dataset, tokenizer_folder):
         "'images_per_row': 3}})\n"
         "batch, ids = next(iter(make_loader(config, mesh=make_mesh(config.mesh))))\n"
         "assert {s.data.shape[0] for s in batch.tokens.addressable_shards} == {1}, batch.tokens.sharding\n"
-        "print(','.join(ids))"
+        "print(','.join(ids)); print(np.asarray(batch.tokens).tolist(), np.asarray(batch.pixels).sum())"
     )
     root = Path(__file__).resolve().parents[2]
     env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PATH": ""}
@@ -303,7 +303,16 @@ def test_eight_devices_split_the_rows(dataset, tokenizer_folder):
         [sys.executable, "-c", program], cwd=root, env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().split(",") == stream(make_config(dataset, tokenizer_folder), steps=1)[0][1]
+    fields, ids = stream(make_config(dataset, tokenizer_folder), steps=1)[0]
+    contents = f"{fields['tokens'].tolist()} {fields['pixels'].sum()}"
+    assert done.stdout.splitlines() == [",".join(ids), contents]
+
+
+@pytest.mark.parametrize("how", ["first_fit_decreasing", "none"])
+def test_the_samples_of_a_step_are_those_that_come(how, dataset, tokenizer_folder):
+    config = make_config(dataset, tokenizer_folder, epochs=2, packing=how, mask_segments=False)
+    made = make_loader(config, mesh=make_mesh(Mesh()))
+    assert [made.samples(step) for step in range(made.steps)] == [len(ids) for _, ids in made]
 
 
 def test_real_radiographs_packed(tmp_path, tokenizer_folder):

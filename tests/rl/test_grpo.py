@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from infimed_jax.config import ConfigError
+from infimed_jax.config import ConfigError, Lora
 from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.rl.grpo import grpo
 from infimed_jax.rl.rewards import Reward
@@ -133,3 +133,20 @@ def timeless(history):
 def test_a_run_needs_a_folder(tiny):
     with pytest.raises(ConfigError, match=r"train.output"):
         align(tiny, tiny.cfg)
+
+
+def test_adapters_learn_what_is_rewarded_and_come_merged(tiny, tmp_path):
+    """LoRA in GRPO: the sampler sees the merged model, else the gap to its log-probabilities would grow."""
+    lora = Lora(rank=4, alpha=8.0)
+    cfg = configure(tiny, tmp_path, steps=4, train={"checkpoint_every": 100, "lora": lora}, kl_coefficient=0.05)
+    result = align(tiny, cfg, reward=says_bright)
+    assert result.history[0]["kl"] < 1e-8  # B is zero at first: the policy is the reference
+    assert all(row["logprob_gap"] < 1e-4 for row in result.history if "logprob_gap" in row)
+    assert result.history[-1]["kl"] > result.history[0]["kl"]
+    layers = jax.device_get((tiny.params["text"]["layers"], result.params["text"]["layers"]))
+    assert jax.tree.structure(layers[0]) == jax.tree.structure(layers[1])
+    assert np.any(layers[0]["mlp"]["up_proj"]["kernel"] != layers[1]["mlp"]["up_proj"]["kernel"])
+    np.testing.assert_array_equal(layers[0]["input_layernorm"]["scale"], layers[1]["input_layernorm"]["scale"])
+    # The checkpoint's adapters are merged on the host: float32 in another order.
+    loaded, merged = jax.device_get((load_params(tmp_path)[0], result.params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), loaded, merged)

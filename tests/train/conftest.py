@@ -22,6 +22,11 @@ MODEL = Model(
 )
 
 
+@pytest.fixture
+def model() -> Model:
+    return MODEL
+
+
 def _image(number: int) -> bytes:
     pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
     buffer = io.BytesIO()

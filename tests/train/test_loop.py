@@ -12,7 +12,9 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
+from data_prep.tokenizer import make_tokenizer
 from infimed_jax import config
 from infimed_jax.config import Config, ConfigError
 from infimed_jax.data.loader import make_loader
@@ -55,6 +57,11 @@ def test_a_run_leaves_its_configuration_metrics_result_and_parameters(stage):
     assert 0 < stored["compile_seconds"] < stored["seconds"]
     assert all(0 <= row["data_wait_share"] <= 1 and row["images"] > 0 for row in rows)
     assert any((folder / "tensorboard").iterdir())
+    assert Image.open(folder / "curve.png").width > 400
+    assert stored["samples_per_step"] == sum(row["samples"] for row in rows) / 7
+    assert stored["tokens_per_step"] == stored["tokens"] / 7
+    assert rows[-1]["seconds_left"] == 0 and all(row["memory_gib"] > 0.05 and row["flops"] > 0 for row in rows)
+    assert all("peak_share" not in row for row in rows)  # no peak is known for a CPU
     params, metadata = load_params(folder)
     _assert_same(params, result.params)
     assert metadata["config"] == config.to_dict(cfg)
@@ -101,6 +108,7 @@ except Interrupted as stop:
 def _child(cfg: Config, number: signal.Signals, at: int, cache: Path) -> subprocess.CompletedProcess:
     """A run in a new process that gets the signal when step `at` is reported."""
     environment = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # whatever this model takes
     return subprocess.run(
         [sys.executable, "-c", _CHILD, json.dumps(config.to_dict(cfg)), str(int(number)), str(at)],
         cwd=ROOT,
@@ -109,6 +117,10 @@ def _child(cfg: Config, number: signal.Signals, at: int, cache: Path) -> subproc
         text=True,
         timeout=120,
     )
+
+
+def _step_programs(cache: Path) -> set[str]:
+    return {path.name for path in cache.glob("jit_step-*-cache")}
 
 
 @pytest.mark.timeout(600)
@@ -120,8 +132,11 @@ def test_a_killed_and_a_stopped_run_continue_bit_for_bit_in_new_processes(stage,
     expected = train(whole)
     killed = _child(parts, signal.SIGKILL, 5, tmp_path / "cache")
     assert killed.returncode == -signal.SIGKILL
+    compiled = _step_programs(tmp_path / "cache")
+    assert compiled
     stopped = _child(parts, signal.SIGTERM, 6, tmp_path / "cache")
     assert stopped.returncode == 75, stopped.stderr
+    assert _step_programs(tmp_path / "cache") == compiled, "the second start compiled the step again"
     assert "stopped after step 7 of 8" in stopped.stdout and "the same command continues" in stopped.stdout
     result = train(parts)
     assert _losses(parts.train.output) == _losses(whole.train.output)
@@ -202,9 +217,19 @@ def test_stages_follow_each_other_and_the_frozen_tower_stays_bit_for_bit(stage, 
     assert [entry["stage"] for entry in load_params(second.train.output)[1]["history"]] == ["pretrain", "sft"]
 
 
+def test_parameters_that_learnt_another_tokenizer_are_refused(stage, tmp_path: Path):
+    first = stage(steps=1, output=str(tmp_path / "first"))
+    train(first)
+    other = make_tokenizer(["what else is the heart? yes no"] * 3, tmp_path / "tokenizer", vocab_size=300)
+    second = stage(steps=1, output=str(tmp_path / "second"), init_from=first.train.output)
+    second = dataclasses.replace(second, data=dataclasses.replace(second.data, tokenizer=str(other)))
+    with pytest.raises(UserError, match=r"first was trained with another tokenizer than data\.tokenizer="):
+        train(second)
+
+
 def test_micro_batches_give_the_same_losses(stage, tmp_path: Path):
     whole = train(stage(global_batch=4, steps=3, output=str(tmp_path / "1")))
-    pieces = train(stage(global_batch=4, steps=3, micro_batches=4, output=str(tmp_path / "4")))
+    pieces = train(stage(global_batch=4, steps=3, rows_per_device=1, output=str(tmp_path / "4")))
     # Float32 sums in another order, over three updates.
     np.testing.assert_allclose(
         [row["loss"] for row in whole.history], [row["loss"] for row in pieces.history], rtol=2e-5
@@ -225,13 +250,16 @@ def test_given_parameters_are_the_start_and_stay_whole(stage):
         train(_with_train(cfg, init_from="somewhere"), params=params)
 
 
-def test_non_finite_updates_end_the_run_and_name_the_samples(stage):
+def test_non_finite_updates_end_the_run_and_name_the_samples(stage, caplog):
     cfg = stage(max_skipped_updates=3)
     params = jax.tree.map(np.array, _random_params(cfg))
     params["text"]["norm"]["scale"][0] = np.nan
     with pytest.raises(UserError, match=r"3 updates in a row .* step 3 on samples toy/train/"):
         train(cfg, params=params)
-    assert [row["skipped"] for row in read_metrics(cfg.train.output)] == [1, 1, 1]
+    rows = read_metrics(cfg.train.output)
+    assert [row["skipped"] for row in rows] == [1, 1, 1]
+    assert all(len(row["skipped_ids"]) == row["samples"] > 0 for row in rows)
+    assert "step 1: loss or gradient not finite, update skipped; samples toy/train/" in caplog.text
 
 
 def test_a_batch_with_nothing_to_learn_is_an_error_not_a_loss_of_zero(stage, dataset, tmp_path: Path):

@@ -1,0 +1,100 @@
+"""Adapters: nothing changes at the start; y = x W + (alpha / r) (x A) B by hand; merged kernels compute the same."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from infimed_jax import config, sharding
+from infimed_jax.models import lora
+from infimed_jax.models.compute import Compute
+from infimed_jax.models.infimed import init_params, text_block
+from infimed_jax.train.state import merge_params
+
+MODEL = config.Model(
+    vision=config.Vision(image_size=8, patch_size=4, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2),
+    projector=config.Projector(visual_tokens=4),
+    text=config.Text(
+        vocab_size=40, hidden_size=12, intermediate_size=20, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6
+    ),
+)
+LORA = config.Lora(rank=3, alpha=6.0)
+COMPUTE = Compute("float32", "none", "xla", 8, lora_scale=2.0)
+
+
+@pytest.fixture(autouse=True)
+def _mesh():
+    with jax.set_mesh(sharding.make_mesh(config.Mesh(), jax.devices()[:1])):
+        yield
+
+
+@pytest.fixture
+def params():
+    return init_params(jax.random.key(0), MODEL)
+
+
+def _adapted(params, settings=LORA, noise=0.3):
+    adapters = lora.init_lora(jax.random.key(1), MODEL.text, settings)
+    moved = jax.tree.map(lambda x: x + noise * jax.random.normal(jax.random.key(2), x.shape), adapters)
+    return merge_params({"text": moved}, params)
+
+
+def _first_layer(params, compute=COMPUTE):
+    """Block 0 on fixed inputs, its attention replaced by something that shows q, k, v and feeds the o projection."""
+    layer = jax.tree.map(lambda x: x[0], params["text"]["layers"])
+    x = jax.random.normal(jax.random.key(3), (2, 5, 12))
+    positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
+
+    def attend(q, k, v):
+        return q + v.mean(axis=2, keepdims=True), (q, k, v)
+
+    return x, *text_block(layer, x, positions, attend, MODEL, compute)
+
+
+def test_untrained_adapters_change_nothing(params):
+    adapted = merge_params({"text": lora.init_lora(jax.random.key(1), MODEL.text, LORA)}, params)
+    for ours, plain in zip(jax.tree.leaves(_first_layer(adapted)), jax.tree.leaves(_first_layer(params)), strict=True):
+        np.testing.assert_array_equal(ours, plain)
+
+
+def test_an_adapted_value_projection_is_the_formula(params):
+    """v is the one product that neither norm nor rotation follows: float64 NumPy, from the normed input on."""
+    adapted = _adapted(params)
+    x, _, (_, _, v) = _first_layer(adapted)
+    wide = np.float64(x)
+    normed = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6)
+    leaf = jax.tree.map(lambda a: np.float64(a[0]), adapted["text"]["layers"]["self_attn"]["v_proj"])
+    expected = np.einsum("btd,dkh->btkh", normed, leaf["kernel"])
+    expected += (6.0 / 3) * np.einsum("btr,rkh->btkh", normed @ leaf["lora_a"], leaf["lora_b"])
+    np.testing.assert_allclose(v, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("targets", [LORA.targets, ("o_proj", "down_proj")])
+def test_merged_kernels_compute_what_the_adapters_do(params, targets):
+    adapted = _adapted(params, replace(LORA, targets=targets))
+    merged = lora.merge_lora(adapted, lora.scale_of(LORA))
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    ours = _first_layer(merged, replace(COMPUTE, lora_scale=0.0))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(_first_layer(adapted)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # float32, another order of the products
+    on_host = lora.merge_lora(jax.tree.map(np.asarray, adapted), lora.scale_of(LORA))
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(on_host))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), on_host, merged)
+
+
+def test_counts_and_shapes(params):
+    adapters = lora.init_lora(jax.random.key(1), MODEL.text, LORA)
+    assert sum(leaf.size for leaf in jax.tree.leaves(adapters)) == lora.param_count(MODEL.text, LORA)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(adapters):
+        *parents, which = [entry.key for entry in path]
+        kernel = params["text"]
+        for name in parents:
+            kernel = kernel[name]
+        rank_axis = leaf.ndim - 1 if which == "lora_a" else 1
+        assert leaf.shape[rank_axis] == 3
+        rest = leaf.shape[1:rank_axis] if which == "lora_a" else leaf.shape[2:]
+        assert rest == (
+            kernel["kernel"].shape[1 : 1 + len(rest)] if which == "lora_a" else kernel["kernel"].shape[-len(rest) :]
+        )

@@ -1,0 +1,96 @@
+"""FLOPs by formula against the matrix products in the traced step, counted one by one."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from infimed_jax import config, sharding
+from infimed_jax.data.batch import Batch
+from infimed_jax.models import infimed
+from infimed_jax.models.compute import Compute
+from infimed_jax.train.flops import peak_flops, step_flops
+from infimed_jax.train.optimizer import make_optimizer
+from infimed_jax.train.state import abstract_state, merge_params
+
+ROWS, TOKENS, IMAGES = 2, 40, 2
+
+
+def products(jaxpr) -> float:
+    """FLOPs of every dot_general; a scan's body as often as it runs."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shared = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * shared * math.prod(equation.outvars[0].aval.shape)
+        inner = sum(
+            products(getattr(sub, "jaxpr", sub))
+            for value in equation.params.values()
+            for sub in (value if isinstance(value, (tuple, list)) else (value,))
+            if hasattr(sub, "eqns") or hasattr(sub, "jaxpr")
+        )
+        total += inner * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+    return total
+
+
+def _batch(side: int) -> Batch:
+    i32 = jnp.zeros((ROWS, TOKENS), jnp.int32)
+    return Batch(i32, i32, i32, jnp.zeros((ROWS, TOKENS)), i32, jnp.zeros((ROWS, IMAGES, side, side, 3), jnp.uint8))
+
+
+@pytest.mark.parametrize(
+    ("parts", "rank"),
+    [(("projector", "text"), 0), (("projector",), 0), (("vision", "projector", "text"), 0), (("projector", "text"), 4)],
+)
+def test_the_formula_counts_the_products_of_forward_and_backward_pass(model, parts, rank):
+    train = config.Train(
+        train=parts, lora=config.Lora(rank=rank), compute_dtype="float32", remat="none", attention="xla"
+    )
+    cfg = config.Config(model=model, train=train)
+    with jax.set_mesh(sharding.make_mesh(config.Mesh(), jax.devices()[:1])):
+        state = abstract_state(cfg, make_optimizer(cfg.optimizer))
+        batch = sharding.place_batch(_batch(model.vision.image_size), jax.sharding.get_mesh())
+
+        def objective(trainable, frozen):
+            return infimed.hidden_states(merge_params(trainable, frozen), batch, model, Compute.of(train)).sum()
+
+        traced = jax.make_jaxpr(jax.value_and_grad(objective))(state.trainable, state.frozen)
+    # The XLA backend computes every pair of a row. The loss's head is apart: it recomputes its logits.
+    counts = {"tokens": ROWS * TOKENS, "pairs": ROWS * TOKENS**2, "images": ROWS * IMAGES, "loss_tokens": 0}
+    vision, width, patches = model.vision, model.text.hidden_size, model.vision.num_patches
+    # Nobody asks for the gradient of what enters the first product that learns.
+    first = patches * vision.hidden_size * (vision.patch_size**2 * 3 if "vision" in parts else width)
+    assert products(traced.jaxpr) == step_flops(model, train).of(counts) - 2 * ROWS * IMAGES * first
+
+
+def test_a_loss_token_costs_its_logits(model):
+    learnt = step_flops(model, config.Train())
+    adapted = step_flops(model, config.Train(lora=config.Lora(rank=2)))
+    logits = 2 * model.text.hidden_size * model.text.vocab_size
+    assert (learnt.loss_token, adapted.loss_token) == (3 * logits, 2 * logits)
+
+
+def test_the_4b_model_costs_six_flops_a_parameter_and_token():
+    """The rule of thumb, on the text model's matrices: 36 layers of 100.9M parameters and a 389M head."""
+    flops = step_flops(config.Model(), config.Train())
+    layers = 36 * (2560 * 128 * (32 + 16) + 32 * 128 * 2560 + 3 * 2560 * 9728)
+    np.testing.assert_allclose(flops.token + flops.loss_token, 6 * (layers + 151_936 * 2560))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("cpu", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_peaks_by_device_kind(kind, expected):
+    assert peak_flops(kind) == expected
