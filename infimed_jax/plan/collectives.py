@@ -2,7 +2,8 @@
 
 What is counted is the program as it is: a weight is gathered over `fsdp` wherever it is used, and again in the backward
 pass of a checkpointed block; its gradient is reduced over all rows, then cut to the shard that is kept. A v5p compile
-of the 4B model has just these collectives, and no reduce-scatter (tests/aot/test_program.py).
+of the 4B model, cut to two layers, has just these collectives and no reduce-scatter; tests/aot/test_aot.py compares
+the bytes on the tiny model.
 """
 
 from __future__ import annotations

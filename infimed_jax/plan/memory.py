@@ -28,8 +28,8 @@ def state_bytes(program: Program) -> dict[str, int]:
 def activation_estimate(cfg: config.Config, rows: int, mesh: dict[str, int]) -> int:
     """Bytes a device, without a compiler: what is kept for the backward pass, and the largest thing beside it.
 
-    `rows` are those of one micro-batch. Against ahead-of-time compiles of the 4B model for v5p it was within the range
-    that tests/aot/test_program.py states.
+    `rows` are those of one micro-batch. One ahead-of-time compile (4B, pretraining, v5p:2x4x4, full recomputation) is
+    what it was compared with: tests/plan/test_cell.py.
     """
     local, tensor = rows // (mesh["data"] * mesh["fsdp"]), mesh["tensor"]
     text, length = cfg.model.text, cfg.data.context
