@@ -4,13 +4,18 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-aot lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python launch/run.py quickstart $(ARGS)
 
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --ignore tests/aot
+
+# Compiles every stage for the TPU pod that its model names. It needs no TPU, but libtpu (0.7 GB) and 3 GB of memory.
+test-aot: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,tpu]'
+	$(BIN)/python -m pytest tests/aot -s
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

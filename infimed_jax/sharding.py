@@ -6,6 +6,7 @@ ambiguous matmul is an error at trace time, and gradients and moments inherit th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +28,7 @@ _RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"
 """A weight's logical axis → the mesh axis that stores it. `fsdp` is gathered before use, `tensor` never is."""
 
 
-def run_mesh(cfg: config.Config, devices: list[jax.Device] | None = None) -> Mesh:
+def run_mesh(cfg: config.Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a run over `devices` (default: all); `mesh.tensor` = 0 is settled by the global batch."""
     devices = jax.devices() if devices is None else devices
     return make_mesh(settle_mesh(cfg, len(devices)), devices)
@@ -54,21 +55,27 @@ def settle_mesh(cfg: config.Config, devices: int) -> config.Mesh:
     )
 
 
-def make_mesh(mesh: config.Mesh, devices: list[jax.Device] | None = None) -> Mesh:
-    """The explicit mesh over `devices` (default: all); a size of -1 takes what the others leave, `tensor` = 0 is 1.
+def mesh_sizes(mesh: config.Mesh, devices: int) -> dict[str, int]:
+    """Size of each axis over `devices` devices; a size of -1 takes what the others leave, `tensor` = 0 is 1.
 
     Raises UserError where the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
     sizes = [mesh.data, mesh.fsdp, mesh.tensor or 1]
     fixed = int(np.prod([size for size in sizes if size != -1]))
-    sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
-    if int(np.prod(sizes)) != len(devices):
+    sizes = [devices // fixed if size == -1 else size for size in sizes]
+    if int(np.prod(sizes)) != devices:
         asked = ", ".join(f"mesh.{axis}={getattr(mesh, axis)}" for axis in AXES)
         raise UserError(
-            f"{asked} do not multiply to the {len(devices)} devices at hand: change one, or set one to -1 for the rest"
+            f"{asked} do not multiply to the {devices} devices at hand: change one, or set one to -1 for the rest"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+    return dict(zip(AXES, sizes, strict=True))
+
+
+def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The explicit mesh over `devices` (default: all), of the sizes that `mesh_sizes` gives."""
+    devices = jax.devices() if devices is None else devices
+    sizes = tuple(mesh_sizes(mesh, len(devices)).values())
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
 
 
 def abstract_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:

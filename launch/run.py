@@ -7,8 +7,6 @@ resumed ends with exit code 75. Heavy imports happen inside the commands, so `--
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import errno
 import logging
 import os
@@ -18,9 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from infimed_jax.errors import Interrupted, UserError
-from launch import commands
+from launch import accelerator, commands, distributed
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 EXIT_USER_ERROR = 2
 EXIT_RESUME_ME = 75  # EX_TEMPFAIL: schedulers take it for "run the same command again"
 
@@ -37,30 +34,19 @@ def configure_jax() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def keep_freed_memory() -> None:
-    """Let glibc reuse what a step frees instead of returning it, to spare page faults on the CPU.
-
-    The same limits as GLIBC_TUNABLES, with huge pages, took a tiny model's step from 124 to 90 ms of CPU; this call,
-    without huge pages, was not timed by itself.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library has no mallopt
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**28)):
-            mallopt(option, value)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="launch/run.py", description=__doc__.splitlines()[0])
+    distributed.add_options(parser)
     commands.add_commands(parser.add_subparsers(dest="command", required=True, metavar="COMMAND"))
     args = parser.parse_args(arguments)
     configure_jax()
-    keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     for chatty in ("jax", "orbax", "tensorboardX", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     for second in ("absl", "asyncio"):  # Orbax raises what its threads log here: a full disk would take a page to say
         logging.getLogger(second).setLevel(logging.CRITICAL)
     try:
+        accelerator.refuse_hosts(args)
         args.run(args)
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)

@@ -42,7 +42,7 @@ class Mask:
             raise ValueError("Mask: positions restrict nothing unless causal")
 
 
-_BACKENDS = {"xla": xla_attention, "rows": rows_attention, "splash": splash_attention}
+BACKENDS = {"xla": xla_attention, "rows": rows_attention, "splash": splash_attention}
 _BY_PLATFORM = {"tpu": "splash", "cpu": "rows"}
 
 
@@ -59,14 +59,14 @@ def attention(
     `implementation` is "xla", "rows" (CPU), "splash" (TPU), or None for the platform's own, XLA elsewhere; the choice
     is logged once. Raises ValueError for an unknown name and for what the backend cannot do.
     """
-    name = implementation or _platform_choice(jax.default_backend())
-    if name not in _BACKENDS:
-        raise ValueError(f"unknown attention implementation {name!r}; known: {', '.join(_BACKENDS)}")
-    return _BACKENDS[name](q, k, v, mask)
+    name = implementation or platform_choice(jax.default_backend())
+    if name not in BACKENDS:
+        raise ValueError(f"unknown attention implementation {name!r}; known: {', '.join(BACKENDS)}")
+    return BACKENDS[name](q, k, v, mask)
 
 
 @functools.cache
-def _platform_choice(platform: str) -> str:
+def platform_choice(platform: str) -> str:
     name = _BY_PLATFORM.get(platform, "xla")
     log.info("attention: %s on %s", name, platform)
     return name

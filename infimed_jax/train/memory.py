@@ -21,12 +21,17 @@ log = logging.getLogger(__name__)
 
 
 def choose_remat(
-    cfg: config.Config, state: TrainState, mesh: jax.sharding.Mesh, rows: int, shape: tuple[int, int]
+    cfg: config.Config,
+    state: TrainState,
+    mesh: jax.sharding.Mesh,
+    rows: int,
+    shape: tuple[int, int],
+    available: float | None = None,
 ) -> str:
     """`train.remat`, or for `auto`: `dots` where about 80 % of a device's memory holds the step, else `full`.
 
     `rows` of `shape` (tokens, images) are computed at once over all devices. Several processes choose the same where
-    their devices are the same.
+    their devices are the same. `available` is a device's memory in bytes where it is not here to be asked.
     """
     if cfg.train.remat != "auto":
         return cfg.train.remat
@@ -34,7 +39,7 @@ def choose_remat(
     needed = step_bytes(cfg, state, mesh.shape["tensor"], rows, shape) + dots_bytes(
         cfg, mesh.shape["tensor"], rows, shape
     )
-    available = device_bytes(mesh)
+    available = device_bytes(mesh) if available is None else available
     choice = "dots" if needed <= _USABLE * available else "full"
     log.info(
         "activations: %s (with every matrix product kept about %.1f of %.1f GiB a device)",

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 
-from launch.commands import convert, data, evaluate, generate, quickstart, train
+from launch.commands import convert, data, doctor, evaluate, generate, plan, quickstart, train
 
-MODULES = (quickstart, train, evaluate, generate, data, convert)
+MODULES = (quickstart, train, evaluate, generate, data, convert, plan, doctor)
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from launch import accelerator, distributed
+
 Run = Callable[[argparse.Namespace], None]
 
 
@@ -21,6 +23,13 @@ def add_group(commands: argparse._SubParsersAction, name: str, text: str) -> arg
     """A command that only holds others: `run.py NAME STEP …`."""
     parser = commands.add_parser(name, help=text, description=text)
     return parser.add_subparsers(dest=f"{name}_step", required=True, metavar="STEP")
+
+
+def add_devices(parser: argparse.ArgumentParser, *, hosts: str) -> None:
+    """The main parser's options, here too: `hosts` is "many" for a command that runs on several, else "one"."""
+    accelerator.add_option(parser)
+    distributed.add_options(parser, default=argparse.SUPPRESS)
+    parser.set_defaults(hosts=hosts)
 
 
 def add_settings(parser: argparse.ArgumentParser, *, files: bool = True) -> None:

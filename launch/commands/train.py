@@ -7,17 +7,20 @@ from dataclasses import replace
 
 from infimed_jax.config import Config, load
 from infimed_jax.errors import UserError
-from launch.commands.arguments import add_command, add_settings
+from launch import accelerator
+from launch.commands.arguments import add_command, add_devices, add_settings
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     text = "One training stage: pretraining or any supervised stage; the same command continues a stopped run."
     p = add_command(commands, "train", train, text)
     _add_start(p)
+    add_devices(p, hosts="many")
     p.add_argument("--profile", type=int, default=0, metavar="STEPS", help="trace this many steps into RUN/profile")
     add_settings(p)
     p = add_command(commands, "grpo", grpo, "GRPO with verifiable rewards, from a finished run.")
     _add_start(p)
+    add_devices(p, hosts="one")
     add_settings(p)
 
 
@@ -35,6 +38,7 @@ def train(args: argparse.Namespace) -> None:
     config = _load(args)
     if args.profile < 0:
         raise UserError("--profile counts steps: it must not be negative")
+    accelerator.start(args)
     from infimed_jax.train.loop import train
     from launch.progress import StepProgress
 
@@ -51,6 +55,7 @@ def grpo(args: argparse.Namespace) -> None:
     config = _load(args)
     if not config.train.init_from:
         raise UserError("grpo starts from a tuned model: give --init-from RUN (train.init_from)")
+    accelerator.start(args)
     import jax
 
     from infimed_jax.data.chat import load_tokenizer

@@ -17,8 +17,8 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 
 
 COMMANDS = [
-    *((), ("quickstart",), ("train",), ("grpo",), ("evaluate",), ("generate",), ("data", "ingest")),
-    *(("convert", "from-hf"), ("convert", "to-hf"), ("convert", "verify")),
+    *((), ("quickstart",), ("train",), ("grpo",), ("evaluate",), ("generate",), ("plan",), ("doctor",)),
+    *(("data", "ingest"), ("convert", "from-hf"), ("convert", "to-hf"), ("convert", "verify")),
 ]
 
 

@@ -162,8 +162,8 @@ def test_half_a_mask_raises():
 
 
 def test_the_platforms_choice_is_logged_once(caplog):
-    attention_module._platform_choice.cache_clear()
+    attention_module.platform_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger=attention_module.log.name):
-        choices = {name: attention_module._platform_choice(name) for name in ("cpu", "tpu", "gpu", "cpu", "tpu")}
+        choices = {name: attention_module.platform_choice(name) for name in ("cpu", "tpu", "gpu", "cpu", "tpu")}
     assert choices == {"cpu": "rows", "tpu": "splash", "gpu": "xla"}
     assert len(caplog.records) == 3

@@ -1,0 +1,105 @@
+"""One cell of the table: a configuration on one topology and mesh, as plain values for JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from infimed_jax import config, sharding
+from infimed_jax.models.infimed import param_count
+from infimed_jax.plan import collectives as network
+from infimed_jax.plan.compile import compile_step
+from infimed_jax.plan.flops import by_part, device_flops, products
+from infimed_jax.plan.memory import activation_estimate, state_bytes
+from infimed_jax.plan.program import for_tpu, rows_and_pieces, settled, train_program
+from infimed_jax.plan.roofline import roofline
+from infimed_jax.plan.topology import Topology
+
+GPU_SHARE = 0.9
+"""Of the vendor's memory: what `launch/run.py` gives to JAX; the rest is the driver's, and libraries'."""
+
+Cell = dict[str, Any]
+
+
+def counted(cfg: config.Config, topology: Topology, mesh: config.Mesh) -> Cell:
+    """Everything that follows from the configuration alone, in less than a few seconds, and without a device.
+
+    Raises UserError where the mesh divides neither the devices, the model nor the batch.
+    """
+    cfg = dataclasses.replace(for_tpu(cfg) if topology.chip.tpu else cfg, mesh=mesh)
+    sizes = sharding.mesh_sizes(sharding.settle_mesh(cfg, topology.devices), topology.devices)
+    abstract = sharding.abstract_mesh(**sizes)
+    with jax.sharding.use_abstract_mesh(abstract):
+        cfg = settled(cfg, abstract, topology.chip.memory)
+        program = train_program(cfg, abstract)
+        rows, pieces = rows_and_pieces(cfg, abstract)
+    state = state_bytes(program)
+    work, moved = products(cfg, rows), network.collectives(cfg, rows, sizes, pieces)
+    learnt = state["gradients"]
+    bound = roofline(cfg, topology, sizes, work, moved, learnt)
+    activations = activation_estimate(cfg, rows // pieces, sizes)
+    available = int(topology.chip.memory * (1.0 if topology.chip.tpu else GPU_SHARE))
+    needed = sum(state.values()) + activations
+    tokens = rows * cfg.data.context
+    return {
+        "stage": cfg.train.stage,
+        "topology": topology.name,
+        "devices": topology.devices,
+        "mesh": sizes,
+        "remat": cfg.train.remat,
+        "attention": cfg.train.attention,
+        "estimate": True,
+        "fits": needed <= available,
+        "memory": {
+            **state,
+            "activations_and_temporaries": activations,
+            "needed": needed,
+            "available": available,
+        },
+        "parameters": param_count(cfg.model),
+        "rows_a_step": rows,
+        "tokens_a_step": tokens,
+        "images_a_step": rows * cfg.data.images_per_row,
+        "micro_batches": pieces,
+        "flops_a_step": by_part(work) | {"device": device_flops(work, sizes), "model": round(bound.model_flops)},
+        "bytes_sent_a_device": network.by_name(moved),
+        "roofline": {
+            "step_seconds": bound.step,
+            "bound_by": bound.bound,
+            "arithmetic_seconds": bound.arithmetic,
+            "memory_seconds": bound.memory,
+            "network_seconds": bound.network,
+            "tokens_per_second": tokens / bound.step,
+            "peak_share": bound.peak_share,
+        },
+        "chip": dataclasses.asdict(topology.chip),
+    }
+
+
+def compiled(cell: Cell, cfg: config.Config, library: str) -> Cell:
+    """`cell` with the TPU compiler's memory in place of the estimate."""
+    train = dataclasses.replace(cfg.train, remat=cell["remat"], attention=cell["attention"])
+    found = compile_step(dataclasses.replace(cfg, train=train), cell["topology"], cell["mesh"], library)
+    memory = cell["memory"]
+    # The gradients are among the temporaries.
+    rest = max(0, found.temporaries - memory["gradients"]) if found.fits else None
+    measured = memory | {
+        "activations_and_temporaries": rest,
+        "needed": found.needed,
+        "available": found.available or memory["available"],
+    }
+    return cell | {"estimate": False, "fits": found.fits, "memory": measured, "compiled": dataclasses.asdict(found)}
+
+
+def best_first(cells: list[Cell]) -> list[Cell]:
+    """What fits before what does not, the fastest bound of a device first; then fewer devices."""
+    return sorted(
+        cells,
+        key=lambda cell: (
+            not cell["fits"],
+            cell["roofline"]["step_seconds"] * cell["devices"] / cell["tokens_a_step"],
+            cell["devices"],
+        ),
+    )

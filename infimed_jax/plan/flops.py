@@ -1,0 +1,184 @@
+"""Every matrix product of a step, counted from the configuration: FLOPs, and the bytes they move in HBM.
+
+The counts are of the largest batch: full rows, every image slot used, every chunk of the loss computed. They equal
+what the compiler makes of a small model, product by product (tests/plan/test_counts.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from infimed_jax import config
+
+BF16 = 2
+"""Bytes."""
+SPLASH_BLOCK = 512
+"""Side of the blocks that `ops.attention_splash` computes or skips, where rows are a multiple of it."""
+_BACKWARD = {"xla": 4, "rows": 5, "splash": 7}
+"""Products of one attention's backward pass; the fused ones compute scores again (splash: in each of two kernels)."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """`[rows, inner] x [inner, outer]`, `count` times a forward pass, over the whole pod."""
+
+    part: str
+    """vision, projector, text or head."""
+    name: str
+    rows: int
+    inner: int
+    outer: int
+    count: int = 1
+    forward: int = 1
+    recomputed: int = 0
+    """Times in the backward pass that it runs again for activations that were not kept."""
+    backward: int = 0
+    """Products of the backward pass: 1 for the gradient of either operand."""
+    split: bool = True
+    """Whether `tensor` divides the work; else its devices repeat it."""
+    fused: bool = False
+    """Its result (attention scores) never reaches HBM."""
+    needed: float = 1.0
+    """Share of the products that a reader of the formula would count: a half of causal scores."""
+
+    @property
+    def runs(self) -> int:
+        return self.forward + self.recomputed + self.backward
+
+    @property
+    def flops(self) -> int:
+        """Of all runs."""
+        return 2 * self.rows * self.inner * self.outer * self.count * self.runs
+
+    @property
+    def model_flops(self) -> float:
+        """Without recomputation and masked scores: what a share of peak is counted with."""
+        needed = self.forward + min(self.backward, 2 * self.forward)  # kernels may compute more than two
+        return 2 * self.rows * self.inner * self.outer * self.count * needed * self.needed
+
+    def bytes(self, batch_shards: int, tensor: int) -> int:
+        """Read and written in HBM by one device, operands and result once a run, in bfloat16."""
+        rows, outer = self.rows // batch_shards, self.outer // (tensor if self.split else 1)
+        result = 0 if self.fused else rows * outer
+        return BF16 * (rows * self.inner + self.inner * outer + result) * self.count * self.runs
+
+
+def products(cfg: config.Config, rows: int) -> list[Product]:
+    """All matrix products of one step over `rows` rows."""
+    return [*_vision(cfg, rows), *_projector(cfg, rows), *_text(cfg, rows), _head(cfg, rows)]
+
+
+def _vision(cfg: config.Config, rows: int) -> list[Product]:
+    vision, trains = cfg.model.vision, "vision" in cfg.train.train
+    images = rows * cfg.data.images_per_row
+    if images == 0:
+        return []
+    patches, d, f = images * vision.num_patches, vision.hidden_size, vision.intermediate_size
+    again = int(trains and cfg.train.remat == "full")
+    back = 2 if trains else 0
+    block = {"count": vision.num_blocks, "recomputed": again, "backward": back}
+    scores = images * vision.num_heads * vision.num_patches
+    head = d // vision.num_heads
+    inner = {"count": vision.num_blocks, "recomputed": int(trains and cfg.train.remat != "none"), "backward": back}
+    return [
+        Product("vision", "patch_embedding", patches, 3 * vision.patch_size**2, d, backward=int(trains), split=False),
+        Product("vision", "q_proj k_proj v_proj", patches, d, 3 * d, **block),
+        Product("vision", "scores", scores, head, vision.num_patches, **inner),
+        Product("vision", "mix", scores, vision.num_patches, head, **inner),
+        Product("vision", "out_proj", patches, d, d, **block),
+        Product("vision", "fc1", patches, d, f, **block),
+        # The block's output is no operand of its own backward pass: it is not computed again.
+        Product("vision", "fc2", patches, f, d, **block | {"recomputed": 0}),
+    ]
+
+
+def _projector(cfg: config.Config, rows: int) -> list[Product]:
+    images = rows * cfg.data.images_per_row
+    if images == 0:
+        return []
+    vision, width, grid = cfg.model.vision, cfg.model.text.hidden_size, cfg.model.projector.grid
+    tokens, side, d = images * grid * grid, vision.grid, vision.hidden_size
+    seen, learns = int("vision" in cfg.train.train), int("projector" in cfg.train.train)
+    first = {"backward": learns + seen}
+    pooling = [
+        Product("projector", "pool_rows", images * grid, side, side * d, backward=seen, split=False),
+        Product("projector", "pool_columns", images * grid * grid, side, d, backward=seen, split=False),
+    ]
+    return (pooling if grid != side else []) + [
+        Product("projector", "linear_1", tokens, d, width, **first),
+        Product("projector", "linear_2", tokens, width, width, backward=learns + (learns | seen)),
+    ]
+
+
+def _text(cfg: config.Config, rows: int) -> list[Product]:
+    text, tokens = cfg.model.text, rows * cfg.data.context
+    d, f, heads, kv = text.hidden_size, text.intermediate_size, text.num_heads, text.num_kv_heads
+    width = text.head_dim
+    # Something learns in or below the text model, so gradients pass through it; its own weights may be frozen.
+    back = 1 + text_learns(cfg)
+    block = {"count": text.num_layers, "recomputed": int(cfg.train.remat == "full"), "backward": back}
+    return [
+        Product("text", "q_proj", tokens, d, heads * width, **block),
+        Product("text", "k_proj v_proj", tokens, d, 2 * kv * width, **block),
+        *_self_attention(cfg, rows),
+        Product("text", "o_proj", tokens, heads * width, d, **block),
+        Product("text", "gate_proj up_proj", tokens, d, 2 * f, **block),
+        Product("text", "down_proj", tokens, f, d, **block | {"recomputed": 0}),
+    ]
+
+
+def _self_attention(cfg: config.Config, rows: int) -> list[Product]:
+    """Scores and their product with the values; a kernel's further backward products are counted with the scores."""
+    text, length = cfg.model.text, cfg.data.context
+    kernel = attention_kernel(cfg)
+    keys = causal_keys(length) if kernel == "splash" else length
+    queries = rows * text.num_heads * length
+    backward = _BACKWARD[kernel]
+    shared = {
+        "count": text.num_layers,
+        "recomputed": int(cfg.train.remat != "none"),
+        "fused": kernel == "splash",
+        "needed": (length + 1) / 2 / keys,
+    }
+    return [
+        Product("text", "scores", queries, text.head_dim, keys, backward=backward - 2, **shared),
+        Product("text", "mix", queries, keys, text.head_dim, backward=2, **shared),
+    ]
+
+
+def text_learns(cfg: config.Config) -> bool:
+    """Whether the text model's own weights do; LoRA's adapters are below a hundredth of them, and are not counted."""
+    return "text" in cfg.train.train and not cfg.train.lora.rank
+
+
+def attention_kernel(cfg: config.Config) -> str:
+    """The text model's kernel; `auto` counts as a dense one, which is what platforms without a kernel run."""
+    return "xla" if cfg.train.attention == "auto" else cfg.train.attention
+
+
+def causal_keys(length: int) -> int:
+    """Keys that a query meets on average where blocks above the diagonal are skipped; segments skip no block."""
+    block = next((size for size in (SPLASH_BLOCK, 256, 128) if length % size == 0), length)
+    return (length + block) // 2
+
+
+def _head(cfg: config.Config, rows: int) -> Product:
+    """Logits: computed again in the backward pass, always (ops.cross_entropy)."""
+    text, tokens = cfg.model.text, rows * cfg.data.context
+    back = 1 + text_learns(cfg)
+    return Product("head", "logits", tokens, text.hidden_size, text.vocab_size, recomputed=1, backward=back)
+
+
+def by_part(items: Sequence[Product]) -> dict[str, int]:
+    """FLOPs of a step over the pod, of each part and in `total`."""
+    parts: dict[str, int] = {}
+    for item in items:
+        parts[item.part] = parts.get(item.part, 0) + item.flops
+    return parts | {"total": sum(parts.values())}
+
+
+def device_flops(items: Sequence[Product], mesh: dict[str, int]) -> int:
+    """FLOPs of one device: work that `tensor` does not split is repeated on it."""
+    shards = mesh["data"] * mesh["fsdp"]
+    return sum(item.flops // (shards * (mesh["tensor"] if item.split else 1)) for item in items)

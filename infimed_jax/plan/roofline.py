@@ -1,0 +1,67 @@
+"""A bound on a step's time: the slowest of arithmetic, memory and network, each at its vendor's peak."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from infimed_jax import config
+from infimed_jax.plan.collectives import Collective
+from infimed_jax.plan.flops import Product, device_flops
+from infimed_jax.plan.topology import Topology
+
+ASSUMPTIONS = (
+    "every unit at its peak; arithmetic, memory and network wholly overlapped",
+    "full rows: every image slot and every token used; every chunk of the loss computed",
+    "HBM: operands and results of matrix products in bfloat16, and the optimizer's arrays; nothing else",
+    "network: rings over all links of a device, one direction; GPUs of several nodes at the node's links",
+    "share of peak: without recomputation and masked scores, the frozen encoder's forward pass counted",
+)
+_OPTIMIZER_BYTES = 28
+"""A learnt parameter: gradient, master and two moments read, three of them written, in float32."""
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Seconds; `step` is the largest, the others are what it is the largest of."""
+
+    arithmetic: float
+    memory: float
+    network: float
+    model_flops: float
+    """Of a step over the pod, without recomputation."""
+    peak: float
+    """FLOPs a second of all devices."""
+
+    @property
+    def step(self) -> float:
+        return max(self.arithmetic, self.memory, self.network)
+
+    @property
+    def bound(self) -> str:
+        return max(("arithmetic", "memory", "network"), key=lambda name: getattr(self, name))
+
+    @property
+    def peak_share(self) -> float:
+        """Model FLOPs at the bound, as a share of peak: no run can show more."""
+        return self.model_flops / (self.step * self.peak)
+
+
+def roofline(
+    cfg: config.Config,
+    topology: Topology,
+    mesh: dict[str, int],
+    work: Sequence[Product],
+    moved: Sequence[Collective],
+    learnt_bytes: int,
+) -> Roofline:
+    """`learnt_bytes` are the float32 masters that one device holds."""
+    chip, shards = topology.chip, mesh["data"] * mesh["fsdp"]
+    traffic = sum(item.bytes(shards, mesh["tensor"]) for item in work) + learnt_bytes // 4 * _OPTIMIZER_BYTES
+    return Roofline(
+        arithmetic=device_flops(work, mesh) / chip.flops,
+        memory=traffic / chip.bandwidth,
+        network=sum(item.sent for item in moved) / topology.link(),
+        model_flops=sum(item.model_flops for item in work),
+        peak=chip.flops * topology.devices,
+    )

@@ -1,0 +1,40 @@
+"""`doctor`: whether this machine can run the package, and what to mend."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from infimed_jax.errors import UserError
+from launch import accelerator
+from launch.commands.arguments import add_command
+
+EXIT_SOMETHING_WRONG = 1
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    p = add_command(commands, "doctor", doctor, "Check versions, devices, cache, disk, attention and a tiny step.")
+    accelerator.add_option(p)
+    p.add_argument("--output", type=Path, default=Path(), help="where runs shall be written: its disk [%(default)s]")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
+
+
+def doctor(args: argparse.Namespace) -> None:
+    from infimed_jax.files import write_json
+    from launch.doctor import checks
+
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise UserError(f"--json {args.json}: no such folder")
+    found = []
+    for check in checks(args.platform, args.output):
+        found.append(check)
+        print(f"{'ok   ' if check.ok else 'WRONG'}  {check.name}: {check.found}", flush=True)
+        if check.mend:
+            print(f"       mend: {check.mend}", flush=True)
+    wrong = [check.name for check in found if not check.ok]
+    print(f"{len(found) - len(wrong)} of {len(found)} checks are well" + (f"; wrong: {', '.join(wrong)}" * bool(wrong)))
+    if args.json:
+        write_json(args.json, [{"name": c.name, "ok": c.ok, "found": c.found, "mend": c.mend} for c in found])
+        print(f"Outputs: {args.json}")
+    if wrong:
+        raise SystemExit(EXIT_SOMETHING_WRONG)
