@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -90,7 +91,8 @@ def write_shard(folder: Path, shard: str, samples: Iterable[Sample]) -> int:
 
     Shards may be written by many processes at once and in any order. None of the samples is kept in memory.
     """
-    file, part = folder / shard, folder / f".{shard}.part"
+    # A part of its own: a worker that was taken for dead may still write the same shard.
+    file, part = folder / shard, folder / f".{shard}.{uuid.uuid4().hex}.part"
     kinds: Counter[str] = Counter()
     origins: Counter[str] = Counter()
     ids: dict[str, None] = {}

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from tensorflow_datasets.proto import tf_example_pb2
 
 from infimed_jax.data import storage
