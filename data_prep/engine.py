@@ -51,6 +51,9 @@ class Engine:
             raise UserError(f"jobs must be at least 1, or -1 for all processors, not {self.jobs}")
 
 
+HERE = Engine()
+
+
 def run_pieces(
     work: Work[T], pieces: Sequence[T], folder: Path, engine: Engine, on_progress: Progress | None = None
 ) -> list[dict[str, Any]]:

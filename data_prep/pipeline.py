@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.engine import Engine
-from data_prep.image_bytes import image_fault, strip_metadata
+from data_prep.engine import HERE, Engine
+from data_prep.image_bytes import Kept, keep_image
 from data_prep.sources import SOURCES
 from data_prep.sources.source import Source, read_json
 from data_prep.steps import NoSamples, make_dataset
@@ -24,6 +24,8 @@ from infimed_jax.files import write_json
 
 VERSION = 2
 """Of what adapters make of the same files; raise it when that changes, so that datasets are prepared again."""
+_REMEMBERED = 100_000
+"""Images whose verdict is kept, in case they come again."""
 
 Progress = Callable[[str, int], None]
 """Called with the split and the number of records read so far, after each; of a source in shards, with those done."""
@@ -37,7 +39,7 @@ def ingest(
     *,
     on_progress: Progress | None = None,
     limit: int | None = None,
-    engine: Engine = Engine(),
+    engine: Engine = HERE,
 ) -> dict[str, Any]:
     """Prepare `output/SPLIT` (a dataset) and `output/SPLIT.json` (its report) for each split; no splits are all.
 
@@ -93,7 +95,7 @@ def _ingest_split(
     shards = [] if adapter.shards is None else adapter.shards(input, split)
     pieces = [tuple(shards)] if limit or not shards else [(shard,) for shard in shards]
     if len(pieces) == 1:
-        engine = Engine()
+        engine = HERE
     work = partial(_ingest_piece, adapter.name, input, split, limit, on_progress if len(pieces) == 1 else None)
     try:
         return make_dataset(
@@ -161,11 +163,11 @@ def _ingest_piece(
     read = places[-1]["read"] if places else 0
     records = enumerate(itertools.islice(itertools.chain.from_iterable(streams), read, None), start=read + 1)
     kept = sum(place["kept"] for place in places)
-    verdicts: dict[bytes, str] = {}  # of images that are judged by decoding: each distinct one once
+    seen: dict[bytes, Kept] = {}
     while not places or places[-1]["kept"] == SHARD_SIZE:
         place: dict[str, Any] = {"read": read, "skipped": [], "images_with_metadata": {}}
         room = SHARD_SIZE if limit is None else min(SHARD_SIZE, limit - kept)
-        samples = itertools.islice(_kept(records, place, verdicts, split, on_progress), room)
+        samples = itertools.islice(_kept(records, place, seen, split, on_progress), room)
         shard = f"{name}-{len(places):06d}"
         place["kept"] = write_shard(folder, shard, samples)
         read, kept = place["read"], kept + place["kept"]
@@ -180,43 +182,40 @@ def _ingest_piece(
 def _kept(
     records: Iterator[tuple[int, Sample | Skipped]],
     place: dict[str, Any],
-    verdicts: dict[bytes, str],
+    seen: dict[bytes, Kept],
     split: str,
     on_progress: Progress | None,
 ) -> Iterator[Sample]:
     """The usable samples, their images without metadata; `place` counts along."""
+    metadata = place["images_with_metadata"]
     for number, record in records:
         if isinstance(record, Sample):
-            reason = next(filter(None, (_image_fault(image, verdicts) for image in record.images)), "")
-            record = Skipped(record.id, reason, record.meta.get("image_id", "")) if reason else record
+            images = [_keep(image, seen) for image in record.images]
+            fault = next((image.fault for image in images if image.fault), "")
+            if fault:
+                record = Skipped(record.id, fault, record.meta.get("image_id", ""))
+            else:
+                record = replace(record, images=tuple(image.data for image in images))
+                for image in images:
+                    if image.metadata:
+                        metadata[image.metadata] = metadata.get(image.metadata, 0) + 1
         place["read"] = number
         if on_progress is not None:
             on_progress(split, number)
         if isinstance(record, Skipped):
             place["skipped"].append(vars(record))
         else:
-            yield _stripped(record, place["images_with_metadata"])
+            yield record
 
 
-def _image_fault(image: bytes, verdicts: dict[bytes, str]) -> str:
-    """Why the image cannot be used, or the empty string; verdicts that need decoding are remembered."""
+def _keep(image: bytes, seen: dict[bytes, Kept]) -> Kept:
+    """A JPEG is judged faster than it is looked up; other formats are decoded, each distinct image once."""
     if image.startswith(b"\xff\xd8"):
-        return image_fault(image)
+        return keep_image(image)
     key = hashlib.blake2b(image, digest_size=16).digest()
-    if key not in verdicts:
-        verdicts[key] = image_fault(image)
-    return verdicts[key]
-
-
-def _stripped(sample: Sample, kept_metadata: dict[str, int]) -> Sample:
-    images = []
-    for image in sample.images:
-        stripped, kept = strip_metadata(image)
-        images.append(stripped)
-        if kept:
-            kept_metadata[kept] = kept_metadata.get(kept, 0) + 1
-    return (
-        sample
-        if all(a is b for a, b in zip(images, sample.images, strict=True))
-        else replace(sample, images=tuple(images))
-    )
+    if key not in seen:
+        if len(seen) >= _REMEMBERED:
+            seen.clear()
+        kept = keep_image(image)
+        seen[key] = replace(kept, data=b"") if kept.data is image else kept  # what was stripped is held, and is rare
+    return replace(seen[key], data=seen[key].data or image)

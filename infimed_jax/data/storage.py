@@ -16,7 +16,6 @@ import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -39,8 +38,6 @@ SHARD_SIZE = 4096
 """Samples a shard: about 200 MB at the usual 50 KB an image."""
 
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_HASHES_AHEAD = 64
-"""Records that may wait for their hash."""
 _TEXT_FIELDS = ("id", "source", "split", "kind", "question", "answer")
 _DESCRIPTION = (
     "Samples of images and text; `turns` and `meta` are JSON, `images` are encoded files as their source had them."
@@ -96,27 +93,24 @@ def write_shard(folder: Path, shard: str, samples: Iterable[Sample]) -> int:
     kinds: Counter[str] = Counter()
     origins: Counter[str] = Counter()
     ids: dict[str, None] = {}
-    digests: list[Future[bytes]] = []
+    digests = bytearray()
     images = size = 0
     # group_size 1: each record is found and read alone, as random access wants. snappy: images do not compress, and
     # zstd, the default, took four times as long on VQA-RAD's for 2 % less.
     writer = ArrayRecordWriter(str(part), "group_size:1,snappy")
     try:
-        with ThreadPoolExecutor(1) as hasher:  # hashing releases the interpreter lock
-            for sample in samples:
-                check_sample(sample)
-                if sample.id in ids:
-                    raise UserError(f"sample id {sample.id!r} occurs twice: ids must be unique in a dataset")
-                ids[sample.id] = None
-                record = _to_record(sample)
-                digests.append(hasher.submit(_sha256, record))
-                writer.write(record)
-                if len(digests) > _HASHES_AHEAD:
-                    digests[-_HASHES_AHEAD].result()  # bounds the records that wait in memory
-                kinds[sample.kind] += 1
-                origins[f"{sample.source}/{sample.split}"] += 1
-                images += len(sample.images)
-                size += len(record)
+        for sample in samples:
+            check_sample(sample)
+            if sample.id in ids:
+                raise UserError(f"sample id {sample.id!r} occurs twice: ids must be unique in a dataset")
+            ids[sample.id] = None
+            record = _to_record(sample)
+            writer.write(record)
+            digests += hashlib.sha256(record).digest()
+            kinds[sample.kind] += 1
+            origins[f"{sample.source}/{sample.split}"] += 1
+            images += len(sample.images)
+            size += len(record)
     finally:
         writer.close()
     if ids:
@@ -130,7 +124,7 @@ def write_shard(folder: Path, shard: str, samples: Iterable[Sample]) -> int:
         "kinds": kinds,
         "origins": origins,
         "ids": list(ids),
-        "digests": b"".join(digest.result() for digest in digests).hex(),
+        "digests": digests.hex(),
     }
     write_json(folder / f"{shard}.json", facts)
     return len(ids)
@@ -210,10 +204,6 @@ def _short_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def _sha256(record: bytes) -> bytes:
-    return hashlib.sha256(record).digest()
-
-
 def _write_tfds_metadata(
     part: Path, name: str, template: tfds.core.ShardedFileTemplate, lengths: list[int], size: int
 ) -> None:
@@ -261,22 +251,39 @@ def _to_record(sample: Sample) -> bytes:
         raise UserError(f"sample {sample.id!r} holds text that is not Unicode: {error.reason}") from error
     encoded["images"] = list(sample.images)
     # tf.train.Example in protobuf's wire format, keys sorted. Written by hand: it copies an image once, and protobuf's
-    # own objects took five times as long.
-    entries: list[bytes] = []
-    for key in sorted(encoded):
-        values_list = [piece for value in encoded[key] for piece in _field(1, [value])]
-        entries += _field(1, [*_field(1, [key.encode()]), *_field(2, _field(1, values_list))])
-    return b"".join(_field(1, entries))
+    # own objects took several times as long.
+    pieces: list[bytes] = []
+    total = 0
+    for key, head in _FIELD_HEADS:
+        held: list[bytes] = []
+        for value in encoded[key]:
+            held += (b"\n", _varint(len(value)), value)
+        size = sum(map(len, held))
+        feature = b"\n" + _varint(size)  # of a BytesList
+        entry = head + b"\x12" + _varint(len(feature) + size) + feature  # of a map from names to features
+        entry = b"\n" + _varint(len(entry) + size) + entry
+        pieces += (entry, *held)
+        total += len(entry) + size
+    return b"".join((b"\n", _varint(total), *pieces))
 
 
-def _field(number: int, pieces: list[bytes]) -> list[bytes]:
-    """A length-delimited protobuf field that holds `pieces`."""
-    length, head = sum(map(len, pieces)), bytearray([number << 3 | 2])
-    while length > 0x7F:
-        head.append(length & 0x7F | 0x80)
-        length >>= 7
-    head.append(length)
-    return [bytes(head), *pieces]
+def _varint(number: int) -> bytes:
+    if number < 0x80:
+        return _SHORT_VARINTS[number]
+    digits = bytearray()
+    while number > 0x7F:
+        digits.append(number & 0x7F | 0x80)
+        number >>= 7
+    digits.append(number)
+    return bytes(digits)
+
+
+_SHORT_VARINTS = [bytes([number]) for number in range(0x80)]
+_FIELD_HEADS = [
+    (key, b"\n" + bytes([len(key)]) + key.encode())
+    for key in sorted((*_TEXT_FIELDS, "turns", "meta", "options", "images"))
+]
+"""Field 1, the name, of an entry of the features' map."""
 
 
 def _from_record(record: bytes) -> Sample:
