@@ -10,14 +10,22 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from data_prep.engine import Engine, Progress, Work, run_pieces
 from infimed_jax.data.sample import Sample
-from infimed_jax.data.storage import MANIFEST, CorruptRecord, Samples, join_shards, open_samples
+from infimed_jax.data.storage import (
+    MANIFEST,
+    SHARD_SIZE,
+    CorruptRecord,
+    Samples,
+    join_shards,
+    open_samples,
+    write_shard,
+)
 from infimed_jax.errors import UserError
 from infimed_jax.files import write_json
 
@@ -60,6 +68,16 @@ def read_samples(samples: Samples, numbers: Sequence[int]) -> Iterator[Sample]:
             yield samples[number]
         except CorruptRecord as error:
             raise UserError(f"{error}: prepare that dataset again") from error
+
+
+def write_stream(folder: Path, name: str, samples: Iterable[Sample]) -> int:
+    """Write a piece that is one stream as shards of the usual size; return its samples."""
+    rest, written = iter(samples), 0
+    for number in itertools.count():
+        shard = write_shard(folder, f"{name}-{number:06d}", itertools.islice(rest, SHARD_SIZE))
+        written += shard
+        if shard < SHARD_SIZE:
+            return written
 
 
 def make_dataset(
