@@ -104,7 +104,8 @@ def build_index(
 ) -> PackingIndex:
     """The packing of a dataset under the given settings; loaded from `folder` where it was built before.
 
-    `on_progress(done, samples)` follows the rendering. UserError: nothing is left to train on, or more records are unreadable than `data.max_bad_records` allows.
+    `on_progress(done, samples)` follows the rendering. UserError: nothing is left to train on, or more records are
+    unreadable than `data.max_bad_records` allows.
     """
     folder = Path(folder)
     settings = {

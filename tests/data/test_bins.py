@@ -1,4 +1,4 @@
-"""Bins: the textbook's for First-Fit-Decreasing, whole and within both budgets for the other, and never below the bound."""
+"""Bins: the textbook's for First-Fit-Decreasing; for both packers whole, within the budgets, and above the bound."""
 
 import itertools
 
