@@ -17,7 +17,7 @@ _SIDE = 64
 _BITS = 16
 """Side of the square of lowest frequencies whose signs are the hash: 256 bits, where the usual 64 do not tell chest
 radiographs apart."""
-THRESHOLD = 56
+THRESHOLD = 60
 """Bits in which a copy may differ. See `data_prep.decontaminate` for how it was chosen."""
 _CROPS = (0.0, 0.02)
 """Shares cut from each side before hashing: a copy that was cropped is near to one of them."""
@@ -76,7 +76,9 @@ def distances(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
 def normalised(question: str) -> list[str]:
     """Words in lower case without accents and punctuation; a Chinese sign is a word."""
     plain = "".join(c for c in unicodedata.normalize("NFKD", question.lower()) if not unicodedata.combining(c))
-    return re.findall(r"[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]+", plain)
+    return re.findall(
+        r"[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]+", plain
+    )
 
 
 def ngrams(question: str) -> set[str]:
