@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from launch.commands.arguments import add_command
+from launch.commands.data.engines import add_engine, engine_of
 
 
 def add(steps: argparse._SubParsersAction) -> None:
@@ -16,6 +17,7 @@ def add(steps: argparse._SubParsersAction) -> None:
     p.add_argument("--input", type=Path, required=True)
     p.add_argument("--output", type=Path, required=True)
     p.add_argument("--split", action="append", help="a split, repeatable [all]")
+    add_engine(p)
 
 
 def sources(args: argparse.Namespace) -> None:
@@ -32,6 +34,6 @@ def sources(args: argparse.Namespace) -> None:
 def ingest(args: argparse.Namespace) -> None:
     from data_prep.pipeline import ingest as prepare
 
-    report = prepare(args.source, args.input, args.output, args.split)
+    report = prepare(args.source, args.input, args.output, args.split or (), engine=engine_of(args))
     print(json.dumps(report, indent=1, ensure_ascii=False))
     print(f"Outputs: {args.output}")
