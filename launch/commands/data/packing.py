@@ -11,6 +11,10 @@ from launch.commands.arguments import add_command, add_settings
 def add(steps: argparse._SubParsersAction) -> None:
     p = add_command(steps, "pack", pack, "Write the packing index of data.dataset beside its shards; print the fill.")
     add_settings(p)
+    p = add_command(steps, "inspect", inspect, "An HTML page of packed rows: images, tokens by loss and sample, fill.")
+    p.add_argument("--output", type=Path, required=True, help="an HTML file")
+    p.add_argument("--rows", type=int, default=3, help="[%(default)s]")
+    add_settings(p)
     p = add_command(steps, "export-json", export_json, "The packed rows of data.dataset in the paper's JSON format.")
     p.add_argument("--output", type=Path, required=True, help="a file, one row a line")
     add_settings(p)
@@ -32,6 +36,16 @@ def pack(args: argparse.Namespace) -> None:
         names = [name for name, why in index.dropped if why == reason]
         print(f"  left out, {reason}: {count:,} ({', '.join(names[:3])}{', …' if count > 3 else ''})")
     print(f"Outputs: {index_folder(samples) / index.fingerprint[:16]}.json")
+
+
+def inspect(args: argparse.Namespace) -> None:
+    from data_prep.inspect import write_inspection
+    from infimed_jax.data.chat import load_tokenizer
+
+    config, samples, index = _packed(args)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    write_inspection(samples, index, tokenizer, config.model.projector.visual_tokens, args.output, args.rows)
+    print(f"Outputs: {args.output}")
 
 
 def export_json(args: argparse.Namespace) -> None:
