@@ -157,7 +157,7 @@ def is_repeating(part: str, max_compression: float) -> bool:
     raw = part.encode()
     ratio = len(raw) / len(zlib.compress(raw, 1)) if len(raw) >= _SHORT else 1.0
     if len(raw) >= _SHORT and ratio < _PLAIN:
-        return False  # nearly all text: what follows takes a hundred times as long
+        return False  # nearly all text: spare it the slower looks
     if len(raw) >= _LONG and ratio > max_compression:
         return True
     words = _WORDS.findall(part.lower())

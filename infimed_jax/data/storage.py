@@ -251,7 +251,7 @@ def _to_record(sample: Sample) -> bytes:
         raise UserError(f"sample {sample.id!r} holds text that is not Unicode: {error.reason}") from error
     encoded["images"] = list(sample.images)
     # tf.train.Example in protobuf's wire format, keys sorted. Written by hand: it copies an image once, and protobuf's
-    # own objects took several times as long.
+    # own objects took twice as long.
     pieces: list[bytes] = []
     total = 0
     for key, head in _FIELD_HEADS:
