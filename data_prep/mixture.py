@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
-from data_prep.pipeline import prepared_by, replace_dataset
+from data_prep.engine import HERE, Engine, Progress
 from data_prep.sources import SOURCES
+from data_prep.steps import make_dataset
 from infimed_jax.data.sample import Sample
-from infimed_jax.data.storage import CorruptRecord, Samples, open_samples
+from infimed_jax.data.storage import MANIFEST, SHARD_SIZE, CorruptRecord, Samples, open_samples, write_shard
 from infimed_jax.errors import UserError
-from infimed_jax.files import write_json
 
-VERSION = 1
+VERSION = 2
 """Of the way in which samples are drawn and ordered."""
 
 
@@ -29,6 +32,8 @@ class Part:
     """Of its samples, drawn at random; more than all of them is a matter of epochs."""
     cap: int = 0
     """Samples at most; 0 is no bound."""
+    group: str = ""
+    """What the mixture's balance calls it: `general`, `medical`."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
@@ -42,44 +47,159 @@ class Part:
         return min(wanted, self.cap) if self.cap else wanted
 
 
-def mix(parts: Sequence[Part], output: str | Path, seed: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Mixture:
+    """A stage's mixture, as its YAML file has it."""
+
+    parts: tuple[Part, ...]
+    balance: Mapping[str, float] = field(default_factory=dict)
+    """Weight of each group; where there is one too many of a group's samples, all its parts shrink alike."""
+
+
+def load_mixture(file: Path, data: Path, skip_missing: bool = False) -> tuple[Mixture, list[str]]:
+    """A mixture file with `data` before its datasets' names; and the names that were skipped since they are missing.
+
+    UserError: not YAML, an unknown or missing key, a value of another type, or a dataset that is not there.
+    """
+    try:
+        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the mixture {file}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"the mixture {file} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict) or not isinstance(value.get("parts"), list) or set(value) - {"parts", "balance"}:
+        raise UserError(f"the mixture {file} must hold `parts`, a list, and may hold `balance`, nothing else")
+    balance = value.get("balance") or {}
+    if not isinstance(balance, dict) or not all(_is_number(weight) and weight > 0 for weight in balance.values()):
+        raise UserError(f"the mixture {file}: `balance` gives each group a weight above 0")
+    parts, missing = [], []
+    for entry in value["parts"]:
+        part = _part(file, entry, data)
+        there = (part.folder / MANIFEST).is_file()
+        (parts if there or not skip_missing else missing).append(part)
+    return Mixture(tuple(parts), balance), [str(part.folder) for part in missing]
+
+
+_TYPES = {"dataset": str, "share": float, "cap": int, "group": str}
+
+
+def _part(file: Path, entry: Any, data: Path) -> Part:
+    if not isinstance(entry, dict) or not isinstance(entry.get("dataset"), str):
+        raise UserError(f"the mixture {file}: each part names its `dataset`, not {entry!r}")
+    for key, value in entry.items():
+        if key not in _TYPES:
+            raise UserError(f"the mixture {file}: unknown key {key!r} of {entry['dataset']}: {', '.join(_TYPES)}")
+        if not (_is_number(value) if _TYPES[key] is float else type(value) is _TYPES[key]):
+            raise UserError(f"the mixture {file}: {key} of {entry['dataset']} cannot be {value!r}")
+    return Part(data / entry["dataset"], **{key: value for key, value in entry.items() if key != "dataset"})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def mix(
+    parts: Sequence[Part],
+    output: str | Path,
+    seed: int,
+    *,
+    balance: Mapping[str, float] | None = None,
+    engine: Engine = HERE,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
     """Write the mixture to `output` and return its report, which is also `output.json` beside it.
 
     A pure function of the datasets and the seed; a mixture that was made so before is left as it is. UserError: no
-    parts, a part is no prepared dataset or has an unreadable record, or an id occurs twice.
+    parts, a part is no prepared dataset, may not be trained on, or has an unreadable record, or an id occurs twice.
     """
     if not parts:
         raise UserError("a mixture needs at least one part")
-    output = Path(output)
     datasets = [open_samples(part.folder) for part in parts]
-    chosen = [_draw(part, len(dataset), seed, k) for k, (part, dataset) in enumerate(zip(parts, datasets, strict=True))]
-    rows = [_row(part, dataset, len(numbers)) for part, dataset, numbers in zip(parts, datasets, chosen, strict=True)]
+    for part, dataset in zip(parts, datasets, strict=True):
+        _refuse_test_sets(part, dataset)
+    counts = _balanced(
+        parts, [part.taken(len(dataset)) for part, dataset in zip(parts, datasets, strict=True)], balance
+    )
+    rows = [_row(part, dataset, count) for part, dataset, count in zip(parts, datasets, counts, strict=True)]
     recipe = {
         "version": VERSION,
         "seed": seed,
-        "parts": [{key: row[key] for key in ("fingerprint", "share", "cap")} for row in rows],
+        "parts": [{key: row[key] for key in ("fingerprint", "taken")} for row in rows],
     }
-    report_file = output.with_name(f"{output.name}.json")
-    report = {"seed": seed, "samples": sum(map(len, chosen)), "licences": _licences(rows), "parts": rows}
-    if not prepared_by(output, recipe):
-        order = [(k, int(i)) for k, numbers in enumerate(chosen) for i in numbers]
-        order = [order[i] for i in np.random.default_rng([seed, len(parts)]).permutation(len(order))]
-        replace_dataset(output, _read(datasets, order), "mixture", recipe | {"licences": report["licences"]})
-    write_json(report_file, report)
-    return report
+    licences = _licences(rows)
+    return make_dataset(
+        Path(output),
+        name="mixture",
+        recipe=recipe,
+        info={"licences": licences},
+        work=partial(_write_slice, [part.folder for part in parts]),
+        pieces=_slices(_order(datasets, counts, seed)),
+        report=partial(_report, {"seed": seed, "balance": dict(balance or {}), "licences": licences, "parts": rows}),
+        engine=engine,
+        on_progress=on_progress,
+    )
 
 
-def _draw(part: Part, samples: int, seed: int, number: int) -> np.ndarray:
-    """Numbers of the samples taken from a part; a larger share keeps those of a smaller one."""
-    return np.random.default_rng([seed, number]).permutation(samples)[: part.taken(samples)]
+def _refuse_test_sets(part: Part, dataset: Samples) -> None:
+    for origin in dataset.manifest["origins"]:
+        source = SOURCES.get(origin.partition("/")[0])
+        if source is not None and not source.training_allowed:
+            raise UserError(f"{part.folder} holds {origin}, which is for evaluation only: leave it out of the mixture")
 
 
-def _read(datasets: Sequence[Samples], order: Sequence[tuple[int, int]]) -> Iterator[Sample]:
-    for part, number in order:
-        try:
-            yield datasets[part][number]
-        except CorruptRecord as error:
-            raise UserError(f"{error}: prepare that dataset again") from error
+def _balanced(parts: Sequence[Part], counts: list[int], balance: Mapping[str, float] | None) -> list[int]:
+    """Counts that hold the weights of the groups: the group that is scarcest for its weight stays whole."""
+    if not balance:
+        return counts
+    totals: dict[str, int] = defaultdict(int)
+    for part, count in zip(parts, counts, strict=True):
+        if part.group not in balance:
+            raise UserError(f"{part.folder} is of group {part.group!r}, which the balance gives no weight")
+        totals[part.group] += count
+    for group in balance:
+        if group not in totals:
+            raise UserError(f"the balance gives {group!r} a weight, but no part is of that group")
+    scale = min(totals[group] / weight for group, weight in balance.items())
+    return [
+        max(1, round(count * scale * balance[part.group] / totals[part.group]))
+        for part, count in zip(parts, counts, strict=True)
+    ]
+
+
+def _order(datasets: Sequence[Samples], counts: Sequence[int], seed: int) -> np.ndarray:
+    """i64[N, 2]: (part, number) of each sample of the mixture."""
+    chosen = [
+        _draw(count, len(dataset), seed, k) for k, (count, dataset) in enumerate(zip(counts, datasets, strict=True))
+    ]
+    order = np.concatenate([np.stack([np.full(len(n), k), n], axis=1) for k, n in enumerate(chosen)])
+    return order[np.random.default_rng([seed, len(datasets)]).permutation(len(order))]
+
+
+def _draw(count: int, samples: int, seed: int, number: int) -> np.ndarray:
+    """Numbers of the samples taken from a part; a larger count keeps those of a smaller one."""
+    return np.random.default_rng([seed, number]).permutation(samples)[:count]
+
+
+def _slices(order: np.ndarray) -> list[np.ndarray]:
+    return [order[start : start + SHARD_SIZE] for start in range(0, len(order), SHARD_SIZE)]
+
+
+def _write_slice(folders: Sequence[Path], order: np.ndarray, folder: Path, name: str) -> dict[str, Any]:
+    datasets = [open_samples(part) for part in folders]
+    write_shard(folder, name, (_read(datasets[part], int(number)) for part, number in order))
+    return {}
+
+
+def _read(dataset: Samples, number: int) -> Sample:
+    try:
+        return dataset[number]
+    except CorruptRecord as error:
+        raise UserError(f"{error}: prepare that dataset again") from error
+
+
+def _report(known: dict[str, Any], manifest: dict[str, Any], _: list[dict[str, Any]]) -> dict[str, Any]:
+    counts = {"samples": manifest["samples"], "images": manifest["images"], "fingerprint": manifest["fingerprint"]}
+    return counts | {"origins": manifest["origins"]} | known
 
 
 def _row(part: Part, dataset: Samples, taken: int) -> dict[str, Any]:
@@ -87,6 +207,7 @@ def _row(part: Part, dataset: Samples, taken: int) -> dict[str, Any]:
         "folder": str(part.folder),
         "origins": dataset.manifest["origins"],
         "fingerprint": dataset.fingerprint,
+        "group": part.group,
         "samples": len(dataset),
         "share": part.share,
         "cap": part.cap,

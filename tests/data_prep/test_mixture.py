@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from data_prep.mixture import Part, mix
+from data_prep.mixture import Part, load_mixture, mix
+from data_prep.sources import SOURCES
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
@@ -100,3 +102,68 @@ def test_a_corrupt_record_stops_the_mixture(parts, tmp_path):
     with pytest.raises(UserError, match=r"cannot be read.*prepare that dataset again"):
         mix([Part(folder) for folder in parts], tmp_path / "mix", 0)
     assert not (tmp_path / "mix").exists()
+
+
+def test_groups_are_balanced_by_the_scarcer_one(parts, tmp_path):
+    specs = [Part(parts[0], group="general"), Part(parts[1], group="medical", cap=10)]
+    report = mix(specs, tmp_path / "mix", 0, balance={"general": 3, "medical": 1})
+    assert [row["taken"] for row in report["parts"]] == [30, 10]
+    report = mix(specs, tmp_path / "other", 0, balance={"general": 1, "medical": 0.1})
+    assert [row["taken"] for row in report["parts"]] == [40, 4]
+    with pytest.raises(UserError, match="'medical', which the balance gives no weight"):
+        mix(specs, tmp_path / "bad", 0, balance={"general": 1})
+    with pytest.raises(UserError, match="no part is of that group"):
+        mix(specs, tmp_path / "bad", 0, balance={"general": 1, "medical": 1, "text": 1})
+
+
+def test_a_test_set_is_no_part(parts, tmp_path, monkeypatch):
+    monkeypatch.setitem(SOURCES, "mine", replace(SOURCES["vqa_rad"], name="mine", training_allowed=False))
+    with pytest.raises(UserError, match="b holds mine/train, which is for evaluation only"):
+        mix([Part(folder) for folder in parts], tmp_path / "mix", 0)
+
+
+def test_a_file_says_what_the_calls_do(parts, tmp_path):
+    file = tmp_path / "stage.yaml"
+    file.write_text("parts: [{dataset: a, cap: 5, group: x}, {dataset: b, share: 0.5}, {dataset: c}]\nbalance: {x: 2}")
+    mixture, missing = load_mixture(file, tmp_path, skip_missing=True)
+    assert mixture.parts == (Part(parts[0], cap=5, group="x"), Part(parts[1], share=0.5))
+    assert mixture.balance == {"x": 2} and missing == [str(tmp_path / "c")]
+    assert len(load_mixture(file, tmp_path)[0].parts) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("parts: [", "not valid YAML"),
+        ("[]", "must hold `parts`"),
+        ("parts: []\nseed: 1", "nothing else"),
+        ("parts: [a]", "each part names its `dataset`"),
+        ("parts: [{dataset: a, caps: 3}]", "unknown key 'caps' of a: dataset, share, cap, group"),
+        ("parts: [{dataset: a, cap: many}]", "cap of a cannot be 'many'"),
+        ("parts: [{dataset: a, cap: true}]", "cap of a cannot be True"),
+        ("parts: [{dataset: a, share: 2}]", "share of"),
+        ("parts: [{dataset: a}]\nbalance: {x: 0}", "a weight above 0"),
+    ],
+)
+def test_broken_files_are_refused_by_name(text, message, tmp_path):
+    file = tmp_path / "stage.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_mixture(file, tmp_path)
+    with pytest.raises(UserError, match="cannot read the mixture"):
+        load_mixture(tmp_path / "nowhere.yaml", tmp_path)
+
+
+def test_the_stages_files_are_the_papers(tmp_path):
+    folder = Path(__file__).resolve().parents[2] / "configs" / "mixtures"
+    assert sorted(f.stem for f in folder.iterdir()) == [
+        "pretrain", "sft_cross_distribution", "sft_general", "sft_medical",
+    ]  # fmt: skip
+    stages = {file.stem: load_mixture(file, tmp_path)[0] for file in folder.iterdir()}
+    caps = {part.folder.relative_to(tmp_path).parts[0]: part.cap for part in stages["sft_cross_distribution"].parts}
+    assert (caps["mammoth_vl"], caps["llava_med_instruct"], caps["pmc_vqa"], caps["pubmedvision_instruct"]) == (
+        180_000, 13_000, 20_000, 60_000,
+    )  # fmt: skip
+    left_out = {"iu_xray", "medpix", "pmc_oa", "vqa_med_2019", "omnimedvqa", "mmmu_med", "medxpertqa_mm"}
+    for mixture in stages.values():
+        assert mixture.parts and not left_out & {part.folder.relative_to(tmp_path).parts[0] for part in mixture.parts}

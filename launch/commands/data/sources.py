@@ -9,6 +9,7 @@ from typing import Any
 
 from infimed_jax.errors import UserError
 from launch.commands.arguments import add_command
+from launch.commands.data.engines import add_engine, engine_of
 
 
 def add(steps: argparse._SubParsersAction) -> None:
@@ -21,6 +22,7 @@ def add(steps: argparse._SubParsersAction) -> None:
     p.add_argument("--output", type=Path, required=True)
     p.add_argument("--split", action="append", help="a split, repeatable [all]")
     p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the source, repeatable")
+    add_engine(p)
 
 
 def sources(args: argparse.Namespace) -> None:
@@ -96,7 +98,14 @@ def _yes(value: bool) -> str:
 def ingest(args: argparse.Namespace) -> None:
     from data_prep.pipeline import ingest as prepare
 
-    report = prepare(args.source, args.input, args.output, args.split or (), options=_options(args.option))
+    report = prepare(
+        args.source,
+        args.input,
+        args.output,
+        args.split or (),
+        options=_options(args.option),
+        engine=engine_of(args),
+    )
     print(json.dumps(report, indent=1, ensure_ascii=False))
     print(f"Outputs: {args.output}")
 

@@ -1,0 +1,195 @@
+"""Test images and questions out of a training set, and the list of test questions that were in it.
+
+An image is found by its bytes or by its looks, a question by runs of 8 normalised words. Shorter questions ("is there a
+fracture?") are everybody's: they count only with the image they were asked about, or where the test has no image.
+
+The threshold of looks was chosen on VQA-RAD's 315 images: no two of them (49,455 pairs) differ in fewer than 70 of 256
+bits, though many are chest radiographs; copies at JPEG quality 20, at half size, at 224 × 224, in grey, or cropped by
+2 % on all sides differ in at most 13, cropped by 2 % on one side in at most 51, on two sides in at most 64. At 60 no
+pair of different images is taken for a copy, and all those copies are found but the worst of the last kind.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.engine import HERE, Engine, Progress
+from data_prep.filters import text
+from data_prep.hashes import THRESHOLD, distances, exact_hash, ngrams, normalised, perceptual_hashes
+from data_prep.steps import Slice, make_dataset, read_samples, slices
+from infimed_jax.data.sample import Sample
+from infimed_jax.data.storage import open_samples, write_shard
+from infimed_jax.errors import UserError
+
+VERSION = 1
+IMAGE, QUESTION = "image", "question"
+_LONG = 8
+"""Words from which a question stands for itself."""
+
+
+@dataclass
+class Tests:
+    """What may not be learnt: images and questions of all test sets, by the ids of their samples."""
+
+    exact: dict[str, int] = field(default_factory=dict)
+    """Hash of the bytes → number of the image."""
+    looks: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.uint64))
+    """u64[2n, 4]; `owner[i]` is the image of row i."""
+    owner: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    of_image: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
+    of_words: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    """n-gram → ids of the samples that ask it; short questions only of samples without an image."""
+    asked: dict[str, str] = field(default_factory=dict)
+    """Sample id → its normalised question."""
+    undecodable: int = 0
+
+
+def read_tests(folders: Sequence[Path]) -> Tests:
+    """UserError: no test set, or one that is no prepared dataset."""
+    if not folders:
+        raise UserError("decontamination needs at least one test set: give --test")
+    tests = Tests()
+    looks: list[np.ndarray] = []
+    owner: list[int] = []
+    for folder in folders:
+        samples = open_samples(folder)
+        for sample in read_samples(samples, range(len(samples))):
+            for image in sample.images:
+                key = exact_hash(image)
+                if key not in tests.exact:
+                    tests.exact[key] = len(tests.exact)
+                    hashes = perceptual_hashes(image)
+                    tests.undecodable += hashes is None
+                    for row in () if hashes is None else hashes:
+                        looks.append(row)
+                        owner.append(tests.exact[key])
+                tests.of_image[tests.exact[key]].append(sample.id)
+            words = normalised(_question(sample))
+            tests.asked[sample.id] = " ".join(words)
+            if len(words) >= _LONG or not sample.images:
+                for ngram in ngrams(_question(sample)):
+                    tests.of_words[ngram].append(sample.id)
+    if looks:
+        tests.looks, tests.owner = np.stack(looks), np.array(owner)
+    return tests
+
+
+def _question(sample: Sample) -> str:
+    """The bare question; of a chat or document, all that is not the assistant's."""
+    return sample.question or "\n".join(text(turn.content) for turn in sample.turns if turn.role != "assistant")
+
+
+def matches(sample: Sample, tests: Tests, seen: dict[str, list[int]]) -> dict[str, set[str]]:
+    """Ids of the test samples whose image, or whose question, the sample has. `seen` remembers images."""
+    images = {number for image in sample.images for number in _same_images(image, tests, seen)}
+    by_image = {id for number in images for id in tests.of_image[number]}
+    question = _question(sample)
+    words = " ".join(normalised(question))
+    by_words = {id for ngram in ngrams(question) for id in tests.of_words.get(ngram, ())}
+    by_words |= {id for id in by_image if tests.asked[id] and tests.asked[id] == words}
+    return {IMAGE: by_image, QUESTION: by_words}
+
+
+def _same_images(image: bytes, tests: Tests, seen: dict[str, list[int]]) -> list[int]:
+    key = exact_hash(image)
+    if key not in seen:
+        found = {tests.exact[key]} if key in tests.exact else set()
+        hashes = perceptual_hashes(image) if len(tests.looks) else None
+        if hashes is not None:
+            near = (distances(hashes, tests.looks) <= THRESHOLD).any(0)
+            found |= set(tests.owner[near].tolist())
+        seen[key] = sorted(found)
+    return seen[key]
+
+
+def decontaminate(
+    input: Path,
+    tests: Sequence[Path],
+    output: Path,
+    *,
+    engine: Engine = HERE,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write what no test set has to `output`, and `output.json`, which is returned.
+
+    The report lists the removed samples, and under `affected` the test samples that training on `input` would touch:
+    by image, by question, and by both, which is the whole question learnt by heart. UserError: nothing is left.
+    """
+    samples = open_samples(input)
+    recipe = {
+        "version": VERSION,
+        "threshold": THRESHOLD,
+        "input": samples.fingerprint,
+        "tests": [open_samples(folder).fingerprint for folder in tests],
+    }
+    known = read_tests(tests)
+    return make_dataset(
+        output,
+        name=samples.name,
+        recipe=recipe,
+        info={"origin": samples.manifest["info"]},
+        work=partial(_clean_slice, known),
+        pieces=slices(samples),
+        report=partial(_report, input, [str(folder) for folder in tests], known),
+        engine=engine,
+        on_progress=on_progress,
+    )
+
+
+def _clean_slice(tests: Tests, piece: Slice, folder: Path, name: str) -> dict[str, Any]:
+    removed: dict[str, list[str]] = {}
+    touched: dict[str, set[str]] = {IMAGE: set(), QUESTION: set(), "both": set()}
+    seen: dict[str, list[int]] = {}
+    read = 0
+
+    def kept():
+        nonlocal read
+        for sample in piece.read():
+            read += 1
+            found = matches(sample, tests, seen)
+            for how, ids in found.items():
+                touched[how] |= ids
+            touched["both"] |= found[IMAGE] & found[QUESTION]
+            reason = " and ".join(how for how in (IMAGE, QUESTION) if found[how])
+            if reason:
+                removed.setdefault(reason, []).append(sample.id)
+            else:
+                yield sample
+
+    write_shard(folder, name, kept())
+    return {"read": read, "removed": removed, "touched": {how: sorted(ids) for how, ids in touched.items()}}
+
+
+def _report(
+    input: Path, folders: list[str], tests: Tests, manifest: dict[str, Any], facts: list[dict[str, Any]]
+) -> dict[str, Any]:
+    removed: dict[str, list[str]] = {}
+    affected: dict[str, set[str]] = {}
+    for piece in facts:
+        for reason, ids in piece["removed"].items():
+            removed.setdefault(reason, []).extend(ids)
+        for how, ids in piece["touched"].items():
+            affected.setdefault(how, set()).update(ids)
+    any_way = affected[IMAGE] | affected[QUESTION]
+    return {
+        "input": str(input),
+        "tests": folders,
+        "threshold_bits": THRESHOLD,
+        "read": sum(piece["read"] for piece in facts),
+        "samples": manifest["samples"],
+        "fingerprint": manifest["fingerprint"],
+        "test_samples": len(tests.asked),
+        "test_images": len(tests.exact),
+        "test_images_compared_by_bytes_only": tests.undecodable,
+        "removed": {reason: len(ids) for reason, ids in sorted(removed.items())},
+        "affected_counts": {how: len(ids) for how, ids in affected.items()} | {"any": len(any_way)},
+        "affected": {how: sorted(ids) for how, ids in affected.items()} | {"any": sorted(any_way)},
+        "removed_ids": dict(sorted(removed.items())),
+    }

@@ -1,0 +1,247 @@
+"""Leaving out what should not be learnt: poor sources, refusals, empty or repeating text, tiny images, languages.
+
+Everything that goes is counted by reason and listed by id; no text of a sample is written to a report or a log.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import zlib
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from data_prep.engine import HERE, Engine, Progress
+from data_prep.sources.files import read_json
+from data_prep.steps import Slice, make_dataset, slices
+from infimed_jax.data.images import FORMATS
+from infimed_jax.data.sample import Sample
+from infimed_jax.data.storage import open_samples, write_shard
+from infimed_jax.errors import UserError
+
+VERSION = 1
+SOURCE_EXCLUDED = "source excluded by the assessment"
+REFUSAL = "refusal"
+EMPTY = "empty text"
+DEGENERATE = "degenerate text"
+REPEATED = "repeating text"
+SMALL_IMAGE = "image too small"
+LANGUAGE = "language"
+
+_SORRY = (
+    r"(?:(?:i(?:'m| am)|we(?:'re| are)) (?:very |so |really |truly )?sorry|sorry|i apologi[sz]e|my apologies|"
+    r"unfortunately)"
+)
+_CANNOT = (
+    r"(?:i|we)(?:'m| am|'re| are)? (?:can ?not|can't|cannot|could not|couldn't|(?:not able|unable|not allowed) to|"
+    r"won't be able to|am not able to|will not|do not have (?:access|the ability)|don't have (?:access|the ability))"
+)
+_DEED = (
+    r"(?:help|assist|answer|provide|fulfil|comply|process|identify|view|see|analy[sz]e|interpret|diagnose|do that|"
+    r"give|offer|make|access|the ability|access to)"
+)
+_REFUSALS = re.compile(
+    "|".join(
+        (
+            rf"^{_SORRY}\b[^.!?]{{0,40}}?\b{_CANNOT}",
+            rf"^{_SORRY}\b[^.!?]{{0,60}}\b(?:as an ai|language model)\b",
+            rf"^{_CANNOT} {_DEED}\b",
+            r"^as an? (?:ai|artificial intelligence|(?:large )?language model)\b",
+            r"^(?:很|非常|十分)?(?:抱歉|对不起|對不起|遗憾)[,，。!！:： ]*(?:但|我|作为|由于|无法|不能)",
+            r"^(?:我|作为(?:一个|一名)?(?:ai|人工智能)[^。]{0,20})(?:无法|不能|無法)(?:回答|提供|协助|帮助|查看|处理|识别|看到)",
+            r"^作为(?:一个|一名)?(?:ai|人工智能|语言模型)",
+            r"^(?:lo siento|lo lamento|perdón)\b[^.!?]{0,40}\bno (?:puedo|podemos)\b",
+            r"^(?:désolée?|je suis désolée?|je regrette)\b[^.!?]{0,40}\bje ne (?:peux|puis)\b",
+            r"^(?:es tut mir leid|tut mir leid|entschuldigung|leider)\b[^.!?]{0,40}\bkann ich\b",
+            r"^(?:desculpe|sinto muito|lamento)\b[^.!?]{0,40}\bnão (?:posso|consigo)\b",
+            r"^(?:mi dispiace|spiacente)\b[^.!?]{0,40}\bnon posso\b",
+            r"^(?:извините|простите|к сожалению)[^.!?]{0,40}\bне (?:могу|можем)\b",
+            r"^(?:申し訳|すみません|ごめんなさい)[^。]{0,40}(?:できません|お答えできません|できない)",
+            r"^(?:죄송|미안)[^.]{0,40}(?:없습니다|수 없|어렵습니다)",
+            r"^(?:عذرا|عذرًا|آسف|أعتذر)[^.]{0,40}(?:لا أستطيع|لا يمكنني)",
+        )
+    ),
+    re.IGNORECASE,
+)
+_WORDS = re.compile(r"\w+")
+_REPEATS = 5
+"""Times that a run of words comes back to back before the text counts as repeating."""
+_RUN = re.compile(r"(.{1,60}?)\1{9,}", re.DOTALL)
+_SHORT, _LONG, _PLAIN = 80, 400, 1.9
+"""Bytes below which text is not compressed, bytes from which its compression counts, and prose's own compression."""
+_REPLACED = "\ufffd"
+_SCRIPTS = {
+    "zh": re.compile(r"[\u4e00-\u9fff]"),
+    "ja": re.compile(r"[\u3040-\u30ff]"),
+    "ko": re.compile(r"[\uac00-\ud7af]"),
+    "ru": re.compile(r"[\u0400-\u04ff]"),
+    "ar": re.compile(r"[\u0600-\u06ff]"),
+}
+_LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What stays. Defaults leave out what no stage can use."""
+
+    refusals: bool = True
+    """Leave out samples with a refusing reply."""
+    min_image_side: int = 28
+    """Pixels of the shorter side: two patches of the encoder."""
+    max_compression: float = 12.0
+    """Long text that zlib shrinks more than this says the same over and over; English prose gives 2 to 3."""
+    languages: tuple[str, ...] = ()
+    """Codes to keep; () keeps all. `meta["language"]` where there is one, else by script: Latin letters are `en`."""
+    excluded: tuple[str, ...] = ()
+    """Sources to leave out, as the assessment decides."""
+
+    def __post_init__(self) -> None:
+        if self.min_image_side < 0 or self.max_compression <= 1:
+            raise UserError("min_image_side must not be negative, and max_compression must be above 1")
+
+
+def excluded_sources(report: Path) -> tuple[str, ...]:
+    """The sources that an assessment does not keep, from `{"sources": {NAME: {"keep": bool, "reason": str}}}`."""
+    sources = read_json(report, dict).get("sources")
+    if not isinstance(sources, dict) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("keep"), bool) for entry in sources.values()
+    ):
+        raise UserError(f'{report} is no assessment: it needs "sources", and for each source "keep": true or false')
+    return tuple(sorted(name for name, entry in sources.items() if not entry["keep"]))
+
+
+def why_left_out(sample: Sample, rules: Rules) -> str:
+    """The first reason against a sample, or the empty string."""
+    if sample.source in rules.excluded:
+        return SOURCE_EXCLUDED
+    replies = [text(turn.content) for turn in sample.turns if turn.role in ("assistant", "document")]
+    if not replies or not all(reply.strip() for reply in replies):
+        return EMPTY
+    if rules.refusals and any(is_refusal(reply) for reply in replies):
+        return REFUSAL
+    whole = [text(turn.content) + "\n" + turn.reasoning for turn in sample.turns]
+    if sample.kind in ("document", "chat") and any(is_degenerate(reply) for reply in replies):
+        return DEGENERATE
+    if any(is_repeating(part, rules.max_compression) for part in whole):
+        return REPEATED
+    if rules.languages and language(sample, " ".join(whole)) not in rules.languages:
+        return LANGUAGE
+    if any(shorter_side(image) < rules.min_image_side for image in sample.images):
+        return SMALL_IMAGE
+    return ""
+
+
+def text(content: tuple[str | int, ...]) -> str:
+    return "".join(piece for piece in content if isinstance(piece, str))
+
+
+def is_refusal(reply: str) -> bool:
+    """Whether a reply begins as a refusal; one that only mentions that something cannot be seen is none."""
+    plain = reply.strip().lstrip("\"'*# ").replace("\u2019", "'")
+    return _REFUSALS.match(plain) is not None
+
+
+def is_degenerate(reply: str) -> bool:
+    """Whether hardly anything of it is text: no letter or digit, broken encoding, or mostly signs."""
+    letters = sum(map(len, _WORDS.findall(reply)))
+    visible = sum(not c.isspace() for c in reply)
+    return letters == 0 or reply.count(_REPLACED) * 20 > visible or letters * 3 < visible
+
+
+def is_repeating(part: str, max_compression: float) -> bool:
+    """Whether some words, or one pattern of characters, come back to back, or the whole shrinks too well."""
+    raw = part.encode()
+    ratio = len(raw) / len(zlib.compress(raw, 1)) if len(raw) >= _SHORT else 1.0
+    if len(raw) >= _SHORT and ratio < _PLAIN:
+        return False  # nearly all text: spare it the slower looks
+    if len(raw) >= _LONG and ratio > max_compression:
+        return True
+    words = _WORDS.findall(part.lower())
+    for size in range(1, 9):
+        same = 0
+        for at in range(size, len(words)):
+            same = same + 1 if words[at] == words[at - size] else 0
+            if same >= size * (_REPEATS - 1):
+                return True
+    found = _RUN.search(part[:4000])
+    return found is not None and any(c.isalnum() for c in found.group(1))
+
+
+def language(sample: Sample, whole: str) -> str:
+    """`meta["language"]`, or the script that most letters have; "" where there are none."""
+    if given := sample.meta.get("language"):
+        return given
+    counts = {code: len(script.findall(whole)) for code, script in _SCRIPTS.items()}
+    counts["en"] = len(_LATIN.findall(whole)) // 4  # a letter says less than a Chinese sign
+    best = max(counts, key=counts.__getitem__)
+    if best == "zh" and counts["ja"]:  # Japanese is written with Chinese signs, too
+        best = "ja"
+    return best if counts[best] else ""
+
+
+def shorter_side(image: bytes) -> int:
+    """In pixels, from the header."""
+    try:
+        return min(Image.open(io.BytesIO(image), formats=FORMATS).size)
+    except Exception:  # what cannot be opened has no side: the loader's matter, and counted there
+        return 0
+
+
+def filter_dataset(
+    input: Path, output: Path, rules: Rules, *, engine: Engine = HERE, on_progress: Progress | None = None
+) -> dict[str, Any]:
+    """Write what stays of `input` to `output`, and `output.json`, which is returned. UserError: nothing stays."""
+    samples = open_samples(input)
+    recipe = {"version": VERSION, "input": samples.fingerprint, "rules": asdict(rules)}
+    recipe["rules"] = {key: list(v) if isinstance(v, tuple) else v for key, v in recipe["rules"].items()}
+    return make_dataset(
+        output,
+        name=samples.name,
+        recipe=recipe,
+        info={"origin": samples.manifest["info"]},
+        work=partial(_filter_slice, rules),
+        pieces=slices(samples),
+        report=partial(_report, input, recipe["rules"]),
+        engine=engine,
+        on_progress=on_progress,
+    )
+
+
+def _filter_slice(rules: Rules, piece: Slice, folder: Path, name: str) -> dict[str, Any]:
+    removed: dict[str, list[str]] = {}
+    read = 0
+
+    def kept():
+        nonlocal read
+        for sample in piece.read():
+            read += 1
+            reason = why_left_out(sample, rules)
+            if reason:
+                removed.setdefault(reason, []).append(sample.id)
+            else:
+                yield sample
+
+    write_shard(folder, name, kept())
+    return {"read": read, "removed": removed}
+
+
+def _report(
+    input: Path, rules: dict[str, Any], manifest: dict[str, Any], facts: list[dict[str, Any]]
+) -> dict[str, Any]:
+    removed: dict[str, list[str]] = {}
+    for piece in facts:
+        for reason, ids in piece["removed"].items():
+            removed.setdefault(reason, []).extend(ids)
+    return {
+        "input": str(input),
+        "rules": rules,
+        "read": sum(piece["read"] for piece in facts),
+        "samples": manifest["samples"],
+        "fingerprint": manifest["fingerprint"],
+        "removed": {reason: len(ids) for reason, ids in sorted(removed.items())},
+        "removed_ids": dict(sorted(removed.items())),
+    }

@@ -1,0 +1,87 @@
+"""Hashes by which copies are found: of files, of what an image looks like, and of a question's words."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import unicodedata
+
+import numpy as np
+from PIL import Image
+
+from infimed_jax.data.images import FORMATS, ImageError, decode_image
+
+_SIDE = 64
+"""Pixels to which an image is brought before its frequencies are taken."""
+_BITS = 16
+"""Side of the square of lowest frequencies whose signs are the hash: 256 bits, where the usual 64 do not tell chest
+radiographs apart."""
+THRESHOLD = 60
+"""Bits in which a copy may differ. See `data_prep.decontaminate` for how it was chosen."""
+_CROPS = (0.0, 0.02)
+"""Shares cut from each side before hashing: a copy that was cropped is near to one of them."""
+_N = 8
+"""Words of a question's n-grams."""
+
+
+def _cosines() -> np.ndarray:
+    """f32[16, 64]: the lowest frequencies of the discrete cosine transform (II), without the constant one."""
+    frequency, place = np.arange(1, _BITS + 1)[:, None], np.arange(_SIDE) + 0.5
+    return np.cos(np.pi * frequency * place / _SIDE).astype(np.float32)
+
+
+_COSINES = _cosines()
+
+
+def exact_hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def perceptual_hashes(data: bytes) -> np.ndarray | None:
+    """u64[2, 4]: 256 bits of the image as it is, and cropped by 2 % on each side; None where it cannot be decoded.
+
+    Signs of the cosine transform of the luminance: size, encoding, colour, brightness and contrast hardly change them.
+    """
+    grey = _grey(data)
+    if grey is None:
+        return None
+    return np.stack([_hash(grey, crop) for crop in _CROPS])
+
+
+def _grey(data: bytes) -> Image.Image | None:
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.format == "JPEG":  # decoded at a fraction of its size, from its own frequencies
+            image.draft("L", (4 * _SIDE, 4 * _SIDE))
+            return image.convert("L")
+        return Image.fromarray(decode_image(data, 4 * _SIDE)).convert("L")
+    except (ImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def _hash(grey: Image.Image, crop: float) -> np.ndarray:
+    width, height = grey.size
+    box = (crop * width, crop * height, (1 - crop) * width, (1 - crop) * height)
+    small = np.asarray(grey.resize((_SIDE, _SIDE), Image.Resampling.BOX, box=box), np.float32)
+    spectrum = _COSINES @ small @ _COSINES.T
+    return np.packbits(spectrum.ravel() > 0).view(np.uint64)
+
+
+def distances(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """i64[n, m]: bits that differ, of u64[n, 4] and u64[m, 4]."""
+    return np.bitwise_count(hashes[:, None] ^ others[None]).sum(-1, dtype=np.int64)
+
+
+def normalised(question: str) -> list[str]:
+    """Words in lower case without accents and punctuation; a Chinese sign is a word."""
+    plain = "".join(c for c in unicodedata.normalize("NFKD", question.lower()) if not unicodedata.combining(c))
+    return re.findall(
+        r"[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]+", plain
+    )
+
+
+def ngrams(question: str) -> set[str]:
+    """All runs of 8 words; of a shorter question the whole, so that it matches only itself."""
+    words = normalised(question)
+    return {" ".join(words[i : i + _N]) for i in range(max(1, len(words) - _N + 1))} if words else set()

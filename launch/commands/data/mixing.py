@@ -1,0 +1,111 @@
+"""`data filter`, `data decontaminate` and `data mix`: from prepared datasets to what a stage trains on."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from launch.commands.arguments import add_command
+from launch.commands.data.engines import add_engine, engine_of
+
+
+def add(steps: argparse._SubParsersAction) -> None:
+    p = add_command(steps, "filter", filter_, "Leave out poor sources, refusals, degenerate text, small images.")
+    _add_folders(p)
+    p.add_argument("--assessment", type=Path, help="the JSON decision of `data assess` [no source is left out]")
+    p.add_argument("--min-image-side", type=int, default=28, metavar="PIXELS", help="[%(default)s]")
+    p.add_argument("--language", action="append", default=[], help="to keep, such as en or zh; repeatable [all]")
+    p.add_argument("--keep-refusals", action="store_true")
+    p = add_command(steps, "decontaminate", decontaminate_, "Leave out images and questions of test sets.")
+    _add_folders(p)
+    p.add_argument("--test", type=Path, action="append", default=[], help="a prepared test set, repeatable")
+    p = add_command(steps, "mix", mix_, "Prepared datasets to one, by a stage's mixture.")
+    p.add_argument("--mixture", type=Path, required=True, help="a YAML file, such as configs/mixtures/pretrain.yaml")
+    p.add_argument("--data", type=Path, required=True, help="the folder that holds the datasets the file names")
+    p.add_argument("--output", type=Path, required=True)
+    p.add_argument("--seed", type=int, default=0, help="decides the draw and the order [%(default)s]")
+    p.add_argument("--skip-missing", action="store_true", help="do without datasets that are not there, and say so")
+    add_engine(p)
+
+
+def _add_folders(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", type=Path, required=True, help="a prepared dataset")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the new one; OUTPUT.json is the report")
+    add_engine(parser)
+
+
+def filter_(args: argparse.Namespace) -> None:
+    from data_prep.filters import Rules, excluded_sources, filter_dataset
+    from launch.progress import StepProgress
+
+    rules = Rules(
+        refusals=not args.keep_refusals,
+        min_image_side=args.min_image_side,
+        languages=tuple(args.language),
+        excluded=excluded_sources(args.assessment) if args.assessment else (),
+    )
+    with StepProgress("filter") as progress:
+        report = filter_dataset(args.input, args.output, rules, engine=engine_of(args), on_progress=_bar(progress))
+    _print_removed(report)
+    print(f"Outputs: {args.output}, {args.output}.json")
+
+
+def decontaminate_(args: argparse.Namespace) -> None:
+    from data_prep.decontaminate import decontaminate
+    from launch.progress import StepProgress
+
+    with StepProgress("decontaminate") as progress:
+        report = decontaminate(args.input, args.test, args.output, engine=engine_of(args), on_progress=_bar(progress))
+    _print_removed(report)
+    affected = report["affected_counts"]
+    print(f"{affected['any']:,} of {report['test_samples']:,} test questions are affected: {affected['image']:,} by "
+          f"image, {affected['question']:,} by question, {affected['both']:,} by both")  # fmt: skip
+    print(f"Outputs: {args.output}, {args.output}.json")
+
+
+def mix_(args: argparse.Namespace) -> None:
+    from data_prep.mixture import load_mixture, mix
+    from launch.progress import StepProgress
+
+    mixture, missing = load_mixture(args.mixture, args.data, args.skip_missing)
+    with StepProgress("mix") as progress:
+        report = mix(
+            mixture.parts,
+            args.output,
+            args.seed,
+            balance=mixture.balance,
+            engine=engine_of(args),
+            on_progress=_bar(progress),
+        )
+    _print_parts(report)
+    for folder in missing:
+        print(f"missing, so left out: {folder}")
+    print(f"Outputs: {args.output}, {args.output}.json")
+
+
+def _bar(progress):
+    return lambda done, total: progress.update(done, total, {})
+
+
+def _print_removed(report: dict[str, Any]) -> None:
+    print(f"{report['samples']:,} of {report['read']:,} samples stay")
+    for reason, count in report["removed"].items():
+        print(f"  left out, {reason}: {count:,}")
+
+
+def _print_parts(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("dataset", "group", "licence")
+    for header in ("samples", "taken", "share of the mixture"):
+        table.add_column(header, justify="right")
+    for row in report["parts"]:
+        sources = sorted({origin.partition("/")[0] for origin in row["origins"]})
+        licences = ", ".join(sorted({report["licences"][name] for name in sources}))
+        share = row["taken"] / report["samples"]
+        table.add_row(row["folder"], row["group"], licences, f"{row['samples']:,}", f"{row['taken']:,}", f"{share:.1%}")
+    table.add_section()
+    table.add_row("in all", "", "", "", f"{report['samples']:,}", "")
+    Console().print(table)

@@ -1,0 +1,136 @@
+"""Decontamination: planted copies are found however they were changed, strangers are not, and affected tests listed."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.decontaminate import decontaminate
+from data_prep.hashes import THRESHOLD, distances, ngrams, normalised, perceptual_hashes
+from infimed_jax.data.prompts import question_sample
+from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.storage import open_samples, write_samples
+from infimed_jax.errors import UserError
+
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "vqa_rad" / "images"
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"VQA-RAD is not at {REAL}")
+
+
+def picture(seed: int, size: int = 200) -> Image.Image:
+    """Smooth and of its own: random blobs."""
+    small = np.random.default_rng(seed).integers(0, 256, (9, 9, 3), np.uint8)
+    return Image.fromarray(small).resize((size, size + 20), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **({"quality": 92} if kind == "JPEG" else {}) | options)
+    return buffer.getvalue()
+
+
+def cropped(image: Image.Image, share: float) -> Image.Image:
+    x, y = share * image.width, share * image.height
+    return image.crop((round(x), round(y), round(image.width - x), round(image.height - y)))
+
+
+COPIES = {
+    "as it is": encoded,
+    "another format": lambda image: encoded(image, "PNG"),
+    "resized": lambda image: encoded(image.resize((image.width * 2 // 3, image.height * 2 // 3))),
+    "stretched": lambda image: encoded(image.resize((224, 224))),
+    "quality 50": lambda image: encoded(image, quality=50),
+    "grey": lambda image: encoded(image.convert("L")),
+    "cropped": lambda image: encoded(cropped(image, 0.02)),
+    "all at once": lambda image: encoded(cropped(image, 0.02).convert("L").resize((256, 256)), quality=50),
+}
+
+
+def asked(id: str, image: bytes | None, question: str) -> Sample:
+    return question_sample(
+        id=id, source="toy", split=id.split("/")[1], kind="open", images=(image,) if image else (),
+        question=question, answer="gas",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def test_set(tmp_path) -> Path:
+    rows = [asked(f"toy/test/{i}", encoded(picture(i)), "What is seen?") for i in range(6)]
+    rows.append(asked("toy/test/6", encoded(picture(6)), "Which of the two lobes of the left lung is the darker one?"))
+    rows.append(asked("toy/test/7", None, "What is a stent?"))
+    write_samples(tmp_path / "test", rows, name="toy")
+    return tmp_path / "test"
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_a_planted_copy_is_found(copy, test_set, tmp_path):
+    rows = [asked(f"toy/train/{i}", encoded(picture(100 + i)), "What is seen?") for i in range(20)]
+    rows[11] = asked("toy/train/11", COPIES[copy](picture(3)), "Why?")
+    rows[12] = asked("toy/train/12", COPIES[copy](picture(4)), "WHAT is seen ?")
+    write_samples(tmp_path / "train", rows, name="toy", shard_size=8)
+    report = decontaminate(tmp_path / "train", [test_set], tmp_path / "clean")
+    assert report["removed_ids"] == {"image": ["toy/train/11"], "image and question": ["toy/train/12"]}
+    assert report["affected"] == {"image": ["toy/test/3", "toy/test/4"], "question": ["toy/test/4"],
+                                  "both": ["toy/test/4"], "any": ["toy/test/3", "toy/test/4"]}  # fmt: skip
+    assert [s.id for s in open_samples(tmp_path / "clean")] == [s.id for s in rows if s.id[-2:] not in ("11", "12")]
+    assert report["read"] == 20 == report["samples"] + 2
+    assert json.loads((tmp_path / "clean.json").read_text()) == report
+    assert decontaminate(tmp_path / "train", [test_set], tmp_path / "clean") == report
+
+
+def test_questions_are_found_in_other_words_around_them(test_set, tmp_path):
+    said = "Look: which of the two LOBES of the left lung, is the darker?"
+    rows = [
+        asked("toy/train/0", encoded(picture(50)), "What is seen?"),  # short: everybody's
+        Sample("toy/train/1", "toy", "train", "chat", (), (Turn("user", (said,)), Turn("assistant", ("a",)))),
+        Sample("toy/train/2", "toy", "train", "document", (), (Turn("document", (f"A text. {said} No.",)),)),
+        asked("toy/train/3", None, "what is a STENT"),
+        asked("toy/train/4", None, "What is a stent graft?"),
+    ]
+    write_samples(tmp_path / "train", rows, name="toy")
+    report = decontaminate(tmp_path / "train", [test_set], tmp_path / "clean")
+    assert report["removed_ids"] == {"question": [f"toy/train/{i}" for i in (1, 2, 3)]}
+    assert report["affected"]["question"] == ["toy/test/6", "toy/test/7"]
+
+
+def test_words():
+    assert normalised("Où est l'Épanchement?  (CT)") == ["ou", "est", "l", "epanchement", "ct"]
+    assert normalised("肺部CT正常吗?") == ["肺", "部", "ct", "正", "常", "吗"]
+    assert ngrams("a b c") == {"a b c"} and ngrams("?!") == set()
+    assert ngrams("1 2 3 4 5 6 7 8 9") == {"1 2 3 4 5 6 7 8", "2 3 4 5 6 7 8 9"}
+
+
+def test_user_errors(test_set, tmp_path):
+    with pytest.raises(UserError, match="at least one test set"):
+        decontaminate(test_set, [], tmp_path / "clean")
+    with pytest.raises(UserError, match="nothing is left"):
+        decontaminate(test_set, [test_set], tmp_path / "clean")
+    assert not (tmp_path / "clean").exists()
+
+
+def test_an_image_that_cannot_be_decoded_is_compared_by_its_bytes(tmp_path):
+    write_samples(tmp_path / "test", [asked("toy/test/0", b"broken", "Why?")], name="toy")
+    rows = [asked("toy/train/0", b"broken", "How?"), asked("toy/train/1", b"other", "How?")]
+    write_samples(tmp_path / "train", rows, name="toy")
+    report = decontaminate(tmp_path / "train", [tmp_path / "test"], tmp_path / "clean")
+    assert report["removed_ids"] == {"image": ["toy/train/0"]}
+    assert report["test_images_compared_by_bytes_only"] == 1
+
+
+@needs_real
+def test_no_two_real_radiographs_are_taken_for_copies():
+    looks = np.stack([perceptual_hashes(file.read_bytes()) for file in sorted(REAL.iterdir())])
+    nearest = np.min([distances(looks[:, i], looks[:, j]) for i in range(2) for j in range(2)], axis=0)
+    assert nearest[np.triu_indices(len(looks), 1)].min() > THRESHOLD
+
+
+@needs_real
+@pytest.mark.parametrize("copy", COPIES)
+def test_changed_copies_of_real_radiographs_are_found(copy):
+    for file in sorted(REAL.iterdir())[::30]:
+        changed = perceptual_hashes(COPIES[copy](Image.open(file).convert("RGB")))
+        assert distances(perceptual_hashes(file.read_bytes()), changed).min() <= THRESHOLD

@@ -1,0 +1,143 @@
+"""Filtering: each fault is found and named, ordinary medical text stays, and nothing vanishes uncounted."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.filters import Rules, excluded_sources, filter_dataset, is_refusal, is_repeating, language, why_left_out
+from data_prep.sources import slake, vqa_rad
+from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.storage import open_samples, write_samples
+from infimed_jax.errors import UserError
+
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
+REFUSALS = [
+    "Sorry, I can't help with that.",
+    "I'm sorry, but I cannot provide a diagnosis.",
+    "I\u2019m very sorry, but I can\u2019t assist with this request.",
+    "I apologize, but I am unable to view the image.",
+    "I cannot provide medical advice.",
+    "I am unable to analyze this image.",
+    "Unfortunately, I cannot see the picture.",
+    "As an AI language model, I do not have eyes.",
+    "Sorry, as an AI I should not say.",
+    "很抱歉,我无法回答这个问题。",
+    "对不起，我不能提供诊断。",
+    "作为一个人工智能，我没有视觉。",
+    "我无法查看图片。",
+    "Lo siento, pero no puedo ayudar con eso.",
+    "Je suis désolé, mais je ne peux pas répondre.",
+    "Es tut mir leid, aber dabei kann ich nicht helfen.",
+    "Desculpe, mas não posso ajudar.",
+    "Mi dispiace, ma non posso rispondere.",
+    "Извините, я не могу ответить.",
+    "申し訳ありませんが、その質問にはお答えできません。",
+    "죄송하지만 답변드릴 수 없습니다.",
+]
+ANSWERS = [
+    "The fracture cannot be seen in this view.",
+    "I can see a fracture of the left clavicle.",
+    "No.",
+    "Unfortunately, the tumour has grown since the last study.",
+    "It is not possible to exclude a small effusion; I cannot see the costophrenic angle.",
+    "Sorry to hear that; a rash of this kind is usually harmless.",
+    "The patient apologized and said that she could not move her arm.",
+    "肺部无法看到明显病变。",
+    "患者不能行走。",
+    "Leider zeigt das Bild eine Fraktur.",
+]
+
+
+def image(side: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((side, 40, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def chat(reply: str, number: int = 0, source: str = "toy", images: tuple[bytes, ...] = (), **meta: str) -> Sample:
+    turns = (Turn("user", (*range(len(images)), "what is it")), Turn("assistant", (reply,)))
+    return Sample(f"{source}/train/{number}", source, "train", "chat", images, turns, meta=meta)
+
+
+@pytest.mark.parametrize("reply", REFUSALS)
+def test_refusals_are_found(reply):
+    assert is_refusal(reply) and why_left_out(chat(reply), Rules()) == "refusal"
+    assert why_left_out(chat(reply), Rules(refusals=False)) == ""
+
+
+@pytest.mark.parametrize("reply", ANSWERS)
+def test_answers_are_none(reply):
+    assert why_left_out(chat(reply), Rules()) == ""
+
+
+@pytest.mark.parametrize(
+    ("sample", "reason"),
+    [
+        (chat(" \n"), "empty text"),
+        (chat("?!... ---"), "degenerate text"),
+        (chat("a\ufffd\ufffd b\ufffd c"), "degenerate text"),
+        (chat("lung lung lung lung lung"), "repeating text"),
+        (chat("the left lung is clear. " * 5), "repeating text"),
+        (chat("-- no finding; " + "abcabcabc" * 12), "repeating text"),
+        (chat("ok", images=(image(40), image(27))), "image too small"),
+        (chat("ok", source="poor"), "source excluded by the assessment"),
+        (chat("肺部清晰，未见异常"), "language"),
+        (chat("fine", language="fr"), "language"),
+    ],
+)
+def test_each_fault_has_its_name(sample, reason):
+    assert why_left_out(sample, Rules(excluded=("poor",), languages=("en",))) == reason
+
+
+def test_ordinary_lists_and_tables_do_not_repeat():
+    assert not is_repeating("No effusion. No pneumothorax. No consolidation. No fracture. No mass.", 12.0)
+    assert not is_repeating("1 2 3 4 5 6 7 8 9 10 11 12", 12.0)
+    assert not is_repeating("-" * 200 + " findings", 12.0)
+
+
+def test_languages_by_script():
+    for text, code in {"lung": "en", "肺部 CT": "zh", "肺は正常です": "ja", "легкие": "ru", "123": ""}.items():
+        assert language(chat(text), text) == code
+
+
+def test_what_goes_is_counted_and_listed_and_the_rest_stays_in_order(tmp_path):
+    rows = [chat(REFUSALS[i % 21] if i % 3 else f"clear lung number {i}", i) for i in range(20)]
+    write_samples(tmp_path / "in", rows, name="toy", shard_size=4)
+    report = filter_dataset(tmp_path / "in", tmp_path / "out", Rules())
+    assert list(open_samples(tmp_path / "out")) == rows[::3]
+    assert report["removed"] == {"refusal": 13} and report["read"] == 20 == report["samples"] + 13
+    assert report["removed_ids"]["refusal"] == [s.id for i, s in enumerate(rows) if i % 3]
+    written = (tmp_path / "out.json").read_text()
+    assert json.loads(written) == report and "orry" not in written
+    assert filter_dataset(tmp_path / "in", tmp_path / "out", Rules()) == report
+    with pytest.raises(UserError, match="nothing is left"):
+        filter_dataset(tmp_path / "in", tmp_path / "none", Rules(excluded=("toy",)))
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_assessments_decision(tmp_path):
+    file = tmp_path / "assessment.json"
+    file.write_text(json.dumps({"sources": {"b": {"keep": False, "reason": "x"}, "a": {"keep": True, "reason": ""}}}))
+    assert excluded_sources(file) == ("b",)
+    for broken in ("[]", "{}", '{"sources": {"a": {"keep": 1}}}'):
+        file.write_text(broken)
+        with pytest.raises(UserError, match=r"assessment\.json"):
+            excluded_sources(file)
+
+
+@pytest.mark.skipif(not (REAL / "vqa_rad").is_dir(), reason=f"VQA-RAD is not at {REAL}")
+def test_no_real_vqa_rad_sample_is_lost():
+    assert [why_left_out(s, Rules()) for s in vqa_rad.read(REAL / "vqa_rad", "documents")] == [""] * 1793
+
+
+@pytest.mark.skipif(not (REAL / "slake_text").is_dir(), reason=f"SLAKE is not at {REAL}")
+def test_no_real_slake_answer_is_taken_for_a_fault():
+    rows = slake.read_rows(REAL / "slake_text" / "train.json")
+    answers = [chat(row["answer"], language=row["q_lang"]) for row in rows if row["answer"].strip()]
+    assert {why_left_out(sample, Rules()) for sample in answers} == {""}
