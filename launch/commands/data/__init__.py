@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from launch.commands.arguments import add_group
-from launch.commands.data import sources
+from launch.commands.data import quality, sources
 
-STEPS = (sources,)
+STEPS = (sources, quality)
 
 
 def add(commands: argparse._SubParsersAction) -> None:
