@@ -49,13 +49,23 @@ class CallFailed(Exception):
 
 
 class _Attempt(Exception):
-    """One attempt failed; `mend` is what the user must do where every other call would fail alike."""
+    """One attempt failed."""
 
     def __init__(
-        self, kind: str, *, again: bool = True, charged: bool = True, wait: float = 0.0, mend: str = ""
+        self,
+        kind: str,
+        *,
+        again: bool = True,
+        charged: bool = True,
+        own: bool = False,
+        wait: float = 0.0,
+        mend: str = "",
     ) -> None:
+        """`again`: it may pass. `charged`: it may cost. `own`: only this request is at fault. `wait`: seconds that the
+        endpoint asks for. `mend`: what the user must do, where every other call would fail alike.
+        """
         super().__init__(kind)
-        self.kind, self.again, self.charged, self.wait, self.mend = kind, again, charged, wait, mend
+        self.kind, self.again, self.charged, self.own, self.wait, self.mend = kind, again, charged, own, wait, mend
 
 
 @dataclass(frozen=True)
@@ -129,6 +139,7 @@ class ChatClient:
             entry = self.cache.get(key)
             if entry is not None:
                 self.counts["from the cache"] += 1
+                self._failures = 0  # what failed in the last run, and alone is left, need not end this one
                 return Reply(**entry)
             async with self._places:
                 reply = await self._call(body, messages)
@@ -150,7 +161,7 @@ class ChatClient:
                 if failure.mend:
                     raise UserError(f"endpoint {self.endpoint.name} answers {failure.kind}: {failure.mend}") from None
                 if not failure.again or attempt + 1 == self.endpoint.attempts:
-                    self._failed(failure.kind)
+                    self._failed(failure.kind, of_endpoint=not failure.own)
                     raise CallFailed(failure.kind) from None
                 self.counts[f"again: {failure.kind}"] += 1
                 await self._back_off(attempt, failure)
@@ -169,9 +180,10 @@ class ChatClient:
             self._not_before = max(self._not_before, time.monotonic() + pause)
         await asyncio.sleep(pause)
 
-    def _failed(self, kind: str) -> None:
+    def _failed(self, kind: str, of_endpoint: bool) -> None:
+        """Count a call that has failed; UserError after too many in a row that are the endpoint's fault."""
         self.counts[f"failed: {kind}"] += 1
-        self._failures += 1
+        self._failures += of_endpoint
         if self._failures >= self.endpoint.failures_in_a_row:
             raise UserError(
                 f"endpoint {self.endpoint.name} failed {self._failures} calls in a row, the last: {kind}; replies so "
@@ -205,7 +217,7 @@ class ChatClient:
         except httpx2.DecodingError:
             raise _Attempt("reply in a broken encoding") from None
         except (httpx2.HTTPError, httpx2.InvalidURL):
-            raise _Attempt("request failed", again=False) from None
+            raise _Attempt("request failed", again=False, own=True) from None
         return read_reply(data)
 
     def _check_status(self, response: httpx2.Response) -> None:
@@ -223,7 +235,7 @@ class ChatClient:
             raise _Attempt(f"status {status}", charged=False, wait=wait)
         if status >= 500 or status in (408, 409, 425):
             raise _Attempt(f"status {status}", charged=False)
-        raise _Attempt(f"status {status}", again=False, charged=False)
+        raise _Attempt(f"status {status}", again=False, charged=False, own=True)
 
 
 @functools.cache
@@ -245,7 +257,7 @@ async def _read(response: httpx2.Response) -> bytes:
     async for piece in response.aiter_bytes():
         size += len(piece)
         if size > MAX_REPLY_BYTES:
-            raise _Attempt("reply too large", again=False)
+            raise _Attempt("reply too large", again=False, own=True)
         pieces.append(piece)
     return b"".join(pieces)
 

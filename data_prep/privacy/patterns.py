@@ -17,7 +17,7 @@ _NAMED_MONTH = (
     r"|Nov(?:ember)?|Dec(?:ember)?|JAN|FEB|MAR|APR|MAY|JUN|JUL|AUG|SEP|OCT|NOV|DEC)\.?"
 )
 _NAMED_DAY = rf"{_DAY}(?:st|nd|rd|th)?"
-_UNIT = r"\s?(?:mm|cm|ml|mg|kg|%|[a-z])"
+_UNIT = r"\s?(?:%|(?:mm|cm|ml|mg|kg|HU)\b)"
 _ZH_DIGITS = "[〇零一二三四五六七八九十]"
 
 _LABELLED = r"\s{0,3}(?:is\s|was\s)?[:：#=.为是]?\s{0,3}"
@@ -51,14 +51,14 @@ _SOURCES: dict[str, tuple[str, ...]] = {
         r"(?i:(?:\b(?:tele)?phone|\btel|\bmobile|\bcell|\bfax|\bpager|电话号码|电话|手机号码|手机号|手机|联系方式|传真)"
         rf"(?:\s(?:number|no\.?))?{_LABELLED}(?P<x>[+(]?\d[\d ()-]{{4,18}}\d)(?!\d))",
         r"(?<![\d.+-])(?P<x>(?:\+?1[-. ]?)?(?:\(\d{3}\) ?|\d{3}[-.])\d{3}[-.]\d{4})(?![\d.-]?\d)",  # North America
-        r"(?<![\w+])(?P<x>\+\d{1,3}(?:[ -]?\(?\d{2,4}\)?){3,5})(?![\d.])",  # international
+        r"(?<![\w+])(?P<x>\+\d{1,3}(?:[ -]?\(?\d{2,4}\)?){3,5})(?!\.?\d)",  # international
         r"(?<!\d)(?P<x>1[3-9]\d[ -]?\d{4}[ -]?\d{4})(?!\d)",  # Chinese mobile
         r"(?<![\d-])(?P<x>0\d{2,3}-\d{7,8})(?!\d)",  # Chinese land line
     ),
     "date": (
-        rf"(?<![\d./-])(?P<x>{_YEAR}(?P<sep>[-/.]){_MONTH}(?P=sep){_DAY})(?!\d)",
-        rf"(?<![\d./-])(?P<x>{_DAY}(?P<sep>[-/.]){_DAY}(?P=sep){_YEAR})(?!\d)",
-        rf"(?<![\d./-])(?P<x>{_DAY}(?P<sep>[-/]){_DAY}(?P=sep)\d\d)(?![\d/.-]|{_UNIT})",
+        rf"(?<!\d)(?<!\d[./-])(?P<x>{_YEAR}(?P<sep>[-/.]){_MONTH}(?P=sep){_DAY})(?!\d)",
+        rf"(?<!\d)(?<!\d[./-])(?P<x>{_DAY}(?P<sep>[-/.]){_DAY}(?P=sep){_YEAR})(?!\d)",
+        rf"(?<!\d)(?<!\d[./-])(?P<x>{_DAY}(?P<sep>[-/]){_DAY}(?P=sep)\d\d)(?![\d/-]|\.\d|{_UNIT})",
         rf"(?<![\w.-])(?P<x>{_YEAR}{_MONTH_DAY})(?![\w.-]?\d)",  # as DICOM writes it
         rf"(?<![A-Za-z])(?P<x>{_NAMED_MONTH}\s{_NAMED_DAY},?\s{_YEAR})(?!\d)",
         rf"(?<![\d.])(?P<x>{_NAMED_DAY}(?:\sof)?[\s-]{_NAMED_MONTH}(?:,?[\s-]{_YEAR})?)(?![A-Za-z\d])",
@@ -81,10 +81,10 @@ _SOURCES: dict[str, tuple[str, ...]] = {
     ),
     "age": (
         rf"(?i:(?<![\d.]){_OVER_89}(?=[\s-]{{0,2}}(?:(?:years?|yrs?)[\s-]{{1,2}}old|y/o|y\.o|yo\b)))",
-        r"(?i:\bage(?:d|\sof|\sis)?\s{0,3}[:=]?\s{0,3}" + _OVER_89 + r"(?![\d.%]|\s?(?:mm|cm|months?|days?|weeks?)))",
+        r"(?i:\bage(?:d|\sof|\sis)?\s{0,3}[:=]?\s{0,3}" + _OVER_89 + r"(?!\.?\d|\s?(?:%|mm|cm|months?|days?|weeks?)))",
         r"(?i:\b(?P<x>nonagenarian|centenarian)s?\b)",
         rf"(?<![\d.]){_OVER_89}(?=\s?(?:周|多)?岁)",
-        rf"年龄\s{{0,3}}[:：为是]?\s{{0,3}}{_OVER_89}(?![\d.])",
+        rf"年龄\s{{0,3}}[:：为是]?\s{{0,3}}{_OVER_89}(?!\.?\d)",
         f"(?P<x>九十[一二三四五六七八九]?|一?百{_ZH_DIGITS}{{0,3}})(?=多?岁)",
     ),
 }

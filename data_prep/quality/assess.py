@@ -159,9 +159,9 @@ async def _rate(client: ChatClient, source: str, sample: Sample | None, plan: Pl
         return Outcome(source, sample.id, None, f"image: {error.reason}", cut)
     messages = [speech("system", instructions(sample.kind != "document")), speech("user", body)]
     reason = ""
-    for _ in range(TRIES):
+    for number in range(TRIES):  # a seed each: the same bad reply again makes the same request
         try:
-            reply = await client.chat(source, messages, max_tokens=plan.max_tokens, temperature=0.0)
+            reply = await client.chat(source, messages, max_tokens=plan.max_tokens, temperature=0.0, seed=number)
         except CallFailed as failure:
             return Outcome(source, sample.id, None, f"endpoint: {failure.kind}", cut)
         try:
