@@ -169,10 +169,14 @@ def test_a_real_model_is_asked_as_in_grpo(tmp_path, tiny):
     folder = candidates(tmp_path, tiny, 3)
     weights = sampler_weights(tiny.params, tiny.cfg.model, "float32")
     said = []
+
+    def listen(reply, finished, sample, grpo):
+        said.append((sample.id, reply, finished))
+        return reward(reply, finished, sample, grpo)
+
     plan = Plan(draws=4, low=1, high=2, between=1.0, extreme=1.0, seed=5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(difficulty, "score", lambda reply, finished, sample, grpo: said.append((sample.id, reply, finished))
-                      or reward(reply, finished, sample, grpo))  # fmt: skip
+        patch.setattr(difficulty, "score", listen)
         report = run(folder, tmp_path / "out", tiny, plan, weights=weights, checkpoint=fingerprint(tiny.params))
     samples = [tiny.question(i) for i in range(3)]
     prompts = [p for p in render_prompts(samples, tiny.tokenizer, tiny.cfg) for _ in range(4)]

@@ -163,10 +163,10 @@ def test_retry_after_is_obeyed_up_to_a_bound(tmp_path):
     async def sleep(seconds):
         waits.append(seconds)
 
-    with lo.serve([lo.status(429, Retry_After="7"), lo.status(503, Retry_After="9999"), lo.say("fine")]) as server:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(client_module.asyncio, "sleep", sleep)
-            reply, _ = ask(endpoint(server, pause=1.0, longest_pause=30.0), tmp_path)
+    behaviours = [lo.status(429, Retry_After="7"), lo.status(503, Retry_After="9999"), lo.say("fine")]
+    with lo.serve(behaviours) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client_module.asyncio, "sleep", sleep)
+        reply, _ = ask(endpoint(server, pause=1.0, longest_pause=30.0), tmp_path)
     assert reply.text == "fine"
     backed_off = [w for w in waits if w in (7.0, 30.0)]
     assert backed_off == [7.0, 30.0]
@@ -274,7 +274,7 @@ def test_the_budget_in_money_is_never_passed(tmp_path):
     each, worst = (11 * 1000 + 7 * 2000) / 1e6, (35 * 1000 + 50 * 2000) / 1e6
     with lo.serve([lo.say("fine")]) as server:
         settings = endpoint(server, concurrency=1, budget=Budget(cost=worst + 3.5 * each, **prices))
-        with pytest.raises(BudgetReached, match="may cost 0.1350"):
+        with pytest.raises(BudgetReached, match=r"may cost 0\.1350"):
             spend(settings, tmp_path, 10)
         assert len(server.requests) == 4
     spent = json.loads((tmp_path / "account.json").read_text())

@@ -106,8 +106,8 @@ def test_what_is_sent_is_the_sample_its_pixels_and_the_rubric_of_its_kind(tmp_pa
     exif[270] = SECRET  # the image's description
     big = picture(3, side=64, format="JPEG", exif=exif, comment=SECRET.encode())
     assert SECRET.encode() in big
-    sample = Sample("vqa_rad/train/0", "vqa_rad", "train", "chat", (big, picture(1)),
-                    (Turn("user", ("What is ", 1, " and ", 0, "?")), Turn("assistant", ("Lungs.",), "Let me see.")))  # fmt: skip
+    turns = (Turn("user", ("What is ", 1, " and ", 0, "?")), Turn("assistant", ("Lungs.",), "Let me see."))
+    sample = Sample("vqa_rad/train/0", "vqa_rad", "train", "chat", (big, picture(1)), turns)
     write_samples(tmp_path / "d", [sample, caption(1)], name="d")
     with lo.serve([lo.say(rating(3))]) as server:
         assess([tmp_path / "d"], tmp_path / "out", endpoint(server, image_side=32), Plan())

@@ -86,7 +86,7 @@ def test_the_gold_answer_is_never_told(tmp_path):
     folder = dataset(tmp_path, [question(0, answer="hepatomegaly")])
     with (
         lo.serve([reply("liver")]) as server,
-        pytest.raises(UserError, match="no reply .* reached its answer .wrong answer: 4"),
+        pytest.raises(UserError, match=r"no reply .* reached its answer .wrong answer: 4"),
     ):
         reflect(folder, tmp_path / "out", endpoint(server))
     assert len({body["seed"] for body in server.requests}) == 4
