@@ -23,6 +23,13 @@ def call(*arguments) -> tuple[int, list[str], list[str]]:
     return code, out.getvalue().splitlines(), err.getvalue().splitlines()
 
 
+@pytest.fixture(autouse=True)
+def process(monkeypatch):
+    """What the entry sets for a process of its own is not set for that of the tests."""
+    monkeypatch.setattr(run, "configure_jax", lambda: None)
+    monkeypatch.setattr(run, "keep_freed_memory", lambda: None)
+
+
 @pytest.fixture
 def questions(tmp_path):
     write_samples(tmp_path / "in", [question(i, question=f"Was it on 5/3/2019, {i}?") for i in range(3)], name="d")
