@@ -5,27 +5,30 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data_prep.engine import HERE, Engine
+from data_prep.image_bytes import Kept, keep_image
 from data_prep.sources import SOURCES
 from data_prep.sources.source import Source, read_json
-from infimed_jax.data.images import ImageError, decode_image
+from data_prep.steps import NoSamples, make_dataset
 from infimed_jax.data.sample import Sample, Skipped
-from infimed_jax.data.storage import MANIFEST, open_samples, write_samples
+from infimed_jax.data.storage import SHARD_SIZE, write_shard
 from infimed_jax.errors import UserError
 from infimed_jax.files import write_json
 
-VERSION = 1
+VERSION = 2
 """Of what adapters make of the same files; raise it when that changes, so that datasets are prepared again."""
-_CHECK_SIZE = 32
-"""Side to which an image is decoded to see whether it can be; the pixels are thrown away."""
+_REMEMBERED = 100_000
+"""Images whose verdict is kept, in case they come again."""
 
 Progress = Callable[[str, int], None]
-"""Called with the split and the number of records read so far, after each."""
+"""Called with the split and the number of records read so far, after each; of a source in shards, with those done."""
 
 
 def ingest(
@@ -36,6 +39,7 @@ def ingest(
     *,
     on_progress: Progress | None = None,
     limit: int | None = None,
+    engine: Engine = HERE,
 ) -> dict[str, Any]:
     """Prepare `output/SPLIT` (a dataset) and `output/SPLIT.json` (its report) for each split; no splits are all.
 
@@ -53,7 +57,7 @@ def ingest(
         raise UserError(f"{input} is not a folder: {source} wants {adapter.layout}, from {adapter.obtain}")
     inputs = _fingerprint(input)
     return {
-        split: _ingest_split(adapter, input, output, split, inputs, on_progress, limit)
+        split: _ingest_split(adapter, input, output, split, inputs, on_progress, limit, engine)
         for split in splits or adapter.splits
     }
 
@@ -84,22 +88,43 @@ def _ingest_split(
     inputs: str,
     on_progress: Progress | None,
     limit: int | None,
+    engine: Engine,
 ) -> dict[str, Any]:
     recipe = {"version": VERSION, "source": adapter.name, "split": split, "inputs": inputs, "limit": limit}
-    folder, report_file = output / split, output / f"{split}.json"
-    finished = _finished_report(folder, report_file, recipe)
-    if finished is not None:
-        return finished
-    skipped: list[Skipped] = []
-    samples = _kept(adapter, input, split, skipped, on_progress, limit)
+    # Without shards of its own a source is one stream, in this process; a limit counts along the stream, too.
+    shards = [] if adapter.shards is None else adapter.shards(input, split)
+    pieces = [tuple(shards)] if limit or not shards else [(shard,) for shard in shards]
+    if len(pieces) == 1:
+        engine = HERE
+    work = partial(_ingest_piece, adapter.name, input, split, limit, on_progress if len(pieces) == 1 else None)
     try:
-        manifest = replace_dataset(folder, samples, adapter.name, recipe | {"licence": adapter.licence})
+        return make_dataset(
+            output / split,
+            name=adapter.name,
+            recipe=recipe,
+            info={"licence": adapter.licence},
+            work=work,
+            pieces=pieces,
+            report=partial(_report, adapter, split, limit),
+            engine=engine,
+            on_progress=None if on_progress is None or len(pieces) == 1 else lambda done, _: on_progress(split, done),
+        )
     except NoSamples as error:
+        skipped = [record for facts in error.facts for record in facts["skipped"]]
         counted = ", ".join(f"{reason}: {n:,}" for reason, n in _by_reason(skipped).items())
         raise UserError(
             f"{adapter.name}/{split}: no record of {input} can be used ({counted or 'it has none'})"
         ) from error
-    report = {
+
+
+def _report(
+    adapter: Source, split: str, limit: int | None, manifest: dict[str, Any], facts: list[dict[str, Any]]
+) -> dict[str, Any]:
+    skipped = [record for piece in facts for record in piece["skipped"]]
+    kept_metadata: Counter[str] = Counter()
+    for piece in facts:
+        kept_metadata.update(piece["images_with_metadata"])
+    return {
         "source": adapter.name,
         "split": split,
         "title": adapter.title,
@@ -112,91 +137,85 @@ def _ingest_split(
         "kinds": manifest["kinds"],
         "fingerprint": manifest["fingerprint"],
         "skipped": _by_reason(skipped),
-        "skipped_records": [vars(record) for record in skipped],
+        "images_with_metadata": dict(sorted(kept_metadata.items())),
+        "skipped_records": skipped,
     }
-    write_json(report_file, report)
-    return report
 
 
-def _finished_report(folder: Path, report_file: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
-    """The report of a split that is done already; None where the dataset or its report is missing, old or broken."""
-    if not prepared_by(folder, recipe):
-        return None
-    try:
-        report = read_json(report_file, dict)
-    except UserError:
-        return None
-    return report if report.get("fingerprint") == open_samples(folder).fingerprint else None
+def _by_reason(skipped: Iterable[dict[str, str]]) -> dict[str, int]:
+    return dict(sorted(Counter(record["reason"] for record in skipped).items()))
 
 
-def _by_reason(skipped: Iterable[Skipped]) -> dict[str, int]:
-    return dict(sorted(Counter(record.reason for record in skipped).items()))
+def _ingest_piece(
+    source: str,
+    input: Path,
+    split: str,
+    limit: int | None,
+    on_progress: Progress | None,
+    shards: tuple[str, ...],
+    folder: Path,
+    name: str,
+) -> dict[str, Any]:
+    """Write the piece's shards, each with the place where it ended, so that a stopped run goes on behind the last."""
+    adapter = SOURCES[source]
+    places = [read_json(file, dict) for file in sorted(folder.glob(f"at-{name}-*.json"))]
+    streams = [adapter.read(input, split, shard) for shard in shards] or [adapter.read(input, split)]
+    read = places[-1]["read"] if places else 0
+    records = enumerate(itertools.islice(itertools.chain.from_iterable(streams), read, None), start=read + 1)
+    kept = sum(place["kept"] for place in places)
+    seen: dict[bytes, Kept] = {}
+    while not places or places[-1]["kept"] == SHARD_SIZE:
+        place: dict[str, Any] = {"read": read, "skipped": [], "images_with_metadata": {}}
+        room = SHARD_SIZE if limit is None else min(SHARD_SIZE, limit - kept)
+        samples = itertools.islice(_kept(records, place, seen, split, on_progress), room)
+        shard = f"{name}-{len(places):06d}"
+        place["kept"] = write_shard(folder, shard, samples)
+        read, kept = place["read"], kept + place["kept"]
+        write_json(folder / f"at-{shard}.json", place)
+        places.append(place)
+    metadata: Counter[str] = Counter()
+    for place in places:
+        metadata.update(place["images_with_metadata"])
+    return {"skipped": [record for place in places for record in place["skipped"]], "images_with_metadata": metadata}
 
 
 def _kept(
-    adapter: Source,
-    input: Path,
+    records: Iterator[tuple[int, Sample | Skipped]],
+    place: dict[str, Any],
+    seen: dict[bytes, Kept],
     split: str,
-    skipped: list[Skipped],
     on_progress: Progress | None,
-    limit: int | None,
 ) -> Iterator[Sample]:
-    """The usable samples; the others go to `skipped`. Each distinct image is decoded once."""
-    verdicts: dict[bytes, str] = {}
-    kept = 0
-    for number, record in enumerate(adapter.read(input, split), start=1):
+    """The usable samples, their images without metadata; `place` counts along."""
+    metadata = place["images_with_metadata"]
+    for number, record in records:
         if isinstance(record, Sample):
-            reason = next(filter(None, (_image_fault(image, verdicts) for image in record.images)), "")
-            record = Skipped(record.id, reason, record.meta.get("image_id", "")) if reason else record
+            images = [_keep(image, seen) for image in record.images]
+            fault = next((image.fault for image in images if image.fault), "")
+            if fault:
+                record = Skipped(record.id, fault, record.meta.get("image_id", ""))
+            else:
+                record = replace(record, images=tuple(image.data for image in images))
+                for image in images:
+                    if image.metadata:
+                        metadata[image.metadata] = metadata.get(image.metadata, 0) + 1
+        place["read"] = number
         if on_progress is not None:
             on_progress(split, number)
         if isinstance(record, Skipped):
-            skipped.append(record)
-            continue
-        yield record
-        kept += 1
-        if kept == limit:
-            return
+            place["skipped"].append(vars(record))
+        else:
+            yield record
 
 
-def _image_fault(image: bytes, verdicts: dict[bytes, str]) -> str:
-    """Why the image cannot be decoded, or the empty string."""
+def _keep(image: bytes, seen: dict[bytes, Kept]) -> Kept:
+    """A JPEG is judged faster than it is looked up; other formats are decoded, each distinct image once."""
+    if image.startswith(b"\xff\xd8"):
+        return keep_image(image)
     key = hashlib.blake2b(image, digest_size=16).digest()
-    if key not in verdicts:
-        try:
-            decode_image(image, _CHECK_SIZE)
-            verdicts[key] = ""
-        except ImageError as error:
-            verdicts[key] = error.reason
-    return verdicts[key]
-
-
-class NoSamples(UserError):
-    """There was nothing to write."""
-
-
-def prepared_by(folder: Path, recipe: dict[str, Any]) -> bool:
-    """Whether `folder` is a whole dataset that was made by exactly this recipe."""
-    try:
-        info = open_samples(folder).manifest["info"]
-    except UserError:  # absent, or damaged: either way it is to be made
-        return False
-    return {key: info.get(key) for key in recipe} == recipe
-
-
-def replace_dataset(folder: Path, samples: Iterator[Sample], name: str, info: dict[str, Any]) -> dict[str, Any]:
-    """Write a dataset where there may be an older one, which stays until the new one is whole. Returns the manifest.
-
-    UserError: the folder holds something that is no prepared dataset. NoSamples: there is nothing to write.
-    """
-    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} holds other files than a prepared dataset: choose another folder")
-    first = next(samples, None)
-    if first is None:
-        raise NoSamples(f"no samples for {folder}")
-    fresh = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed between writing and renaming
-    manifest = write_samples(fresh, itertools.chain((first,), samples), name=name, info=info)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(fresh, folder)
-    return manifest
+    if key not in seen:
+        if len(seen) >= _REMEMBERED:
+            seen.clear()
+        kept = keep_image(image)
+        seen[key] = replace(kept, data=b"") if kept.data is image else kept  # what was stripped is held, and is rare
+    return replace(seen[key], data=seen[key].data or image)

@@ -139,8 +139,9 @@ class Data:
     """Tokens of a row, visual tokens included."""
     images_per_row: int = 24
     """Images of a row at most; with `context`, the packer's second budget."""
-    packing: Literal["first_fit_decreasing", "none"] = "first_fit_decreasing"
-    """`none`: one sample a row, rows grouped into length buckets."""
+    packing: Literal["first_fit_decreasing", "minimum_bin_slack", "none"] = "first_fit_decreasing"
+    """The paper's First-Fit-Decreasing; `minimum_bin_slack`, which fills rows of similar samples better; `none`: one
+    sample a row, rows grouped into length buckets."""
     buckets: int = 4
     """Distinct row shapes (tokens, images) at most, so distinct compilations; packed data needs one."""
     mask_segments: bool = True

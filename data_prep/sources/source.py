@@ -33,8 +33,11 @@ class Source:
     """The files that `read` expects in the input folder."""
     obtain: str
     """How a user comes by those files."""
-    read: Callable[[Path, str], Iterator[Sample | Skipped]]
-    """(input folder, split) to samples in a fixed order. UserError: the folder or a file of annotations is unusable."""
+    read: Callable[..., Iterator[Sample | Skipped]]
+    """(input folder, split) to samples in a fixed order; (input folder, split, shard) where there are `shards`.
+    UserError: the folder or a file of annotations is unusable."""
+    shards: Callable[[Path, str], list[str]] | None = None
+    """(input folder, split) to the names of pieces that can be read apart, so in parallel: the tars of a WebDataset."""
 
 
 def read_json(file: Path, kind: type = list) -> Any:

@@ -13,6 +13,7 @@ import json
 import os
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from infimed_jax import config
+from infimed_jax.data.bins import first_fit_decreasing, least_bins, minimum_bin_slack
 from infimed_jax.data.chat import RENDERING, Tokenizer, render
 from infimed_jax.data.storage import CorruptRecord, Samples
 from infimed_jax.errors import UserError
@@ -29,6 +31,8 @@ TOO_MANY_IMAGES = "too many images"
 UNREADABLE = "unreadable record"
 NO_LOSS = "nothing to learn"
 
+VERSION = 2
+"""Of the rows that the same settings give and of the index's files."""
 _REASONS = ("", UNREADABLE, NO_LOSS, TOO_LONG, TOO_MANY_IMAGES)
 _SHAPE_STEPS = 8
 """Unpacked rows have a multiple of context/8 tokens: 512 of 4096, which kernels and loss chunks divide."""
@@ -52,6 +56,8 @@ class PackingIndex:
     """Of the dataset, the tokenizer and every setting that shapes the rows."""
     dropped: tuple[tuple[str, str], ...]
     """(sample id, reason) of each sample that is in no row."""
+    fill_bound: float
+    """What no packing of these samples into rows of the whole context can pass."""
 
     @property
     def rows(self) -> int:
@@ -72,48 +78,6 @@ class PackingIndex:
         return dict(Counter(reason for _, reason in self.dropped))
 
 
-def first_fit_decreasing(
-    lengths: np.ndarray, images: np.ndarray, context: int, images_per_row: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pack items, longest first, each into the first bin with room for its tokens and its images.
-
-    Returns (offsets i64[R+1], items i64[N]): bin r holds items[offsets[r]:offsets[r+1]]. Equal lengths go by
-    descending images, then by number. Equal items are placed together: first fit gives them the bins in order, each
-    as many as it holds, so a pass over the bins serves all of them (a million samples in seconds).
-    """
-    lengths, images = np.asarray(lengths, np.int64), np.asarray(images, np.int64)
-    n = len(lengths)
-    if n and (lengths.min() < 1 or lengths.max() > context or images.min() < 0 or images.max() > images_per_row):
-        raise ValueError(f"each item needs 1 to {context} tokens and at most {images_per_row} images")
-    order = np.lexsort((np.arange(n), -images, -lengths))
-    kinds = np.stack([lengths[order], images[order]])
-    starts = np.flatnonzero(np.any(kinds[:, 1:] != kinds[:, :-1], axis=0)) + 1
-    edges = [0, *starts.tolist(), n] if n else [0]
-    free_tokens, free_images = np.full(n, context, np.int32), np.full(n, images_per_row, np.int32)
-    bin_of = np.empty(n, np.int64)
-    opened = 0
-    for start, end in itertools.pairwise(edges):
-        length, count = kinds[:, start].tolist()
-        bins = np.flatnonzero(free_tokens[:opened] >= length)
-        room = free_tokens[bins] // length
-        per_new = context // length
-        if count:
-            room = np.minimum(room, free_images[bins] // count)
-            per_new = min(per_new, images_per_row // count)
-        before = np.cumsum(room) - room
-        taken = np.clip(end - start - before, 0, room)
-        rest = end - start - int(taken.sum())
-        new = -(-rest // per_new)
-        bins = np.concatenate([bins, np.arange(opened, opened + new)])
-        taken = np.concatenate([taken, np.clip(rest - per_new * np.arange(new), 0, per_new)])
-        opened += new
-        bin_of[order[start:end]] = np.repeat(bins, taken)
-        free_tokens[bins] -= (length * taken).astype(np.int32)
-        free_images[bins] -= (count * taken).astype(np.int32)
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(bin_of, minlength=opened))]).astype(np.int64)
-    return offsets, np.argsort(bin_of, kind="stable")
-
-
 def row_shapes(lengths: np.ndarray, context: int, count: int) -> list[int]:
     """Ascending row lengths, at most `count`, that hold unpacked `lengths` with the least padding."""
     sizes = sorted({-(-context * k // _SHAPE_STEPS) for k in range(1, _SHAPE_STEPS + 1)})
@@ -131,11 +95,16 @@ def row_shapes(lengths: np.ndarray, context: int, count: int) -> list[int]:
 
 
 def build_index(
-    samples: Samples, tokenizer: Tokenizer, data: config.Data, model: config.Model, folder: str | Path
+    samples: Samples,
+    tokenizer: Tokenizer,
+    data: config.Data,
+    model: config.Model,
+    folder: str | Path,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> PackingIndex:
     """The packing of a dataset under the given settings; loaded from `folder` where it was built before.
 
-    UserError: nothing is left to train on, or more records are unreadable than `data.max_bad_records` allows.
+    `on_progress(done, samples)` follows the rendering. UserError: nothing is left to train on, or more records are unreadable than `data.max_bad_records` allows.
     """
     folder = Path(folder)
     settings = {
@@ -146,12 +115,13 @@ def build_index(
         "context": data.context,
         "images_per_row": data.images_per_row,
         "packing": data.packing,
+        "version": VERSION,
         "buckets": data.buckets if data.packing == "none" else 1,
     }
     fingerprint = _fingerprint(settings)
     if (folder / f"{fingerprint[:16]}.json").is_file():
         return load_index(folder, fingerprint)
-    index = _build(samples, _rendered(samples, tokenizer, folder), data, model, fingerprint)
+    index = _build(samples, _rendered(samples, tokenizer, folder, on_progress), data, model, fingerprint)
     _save(index, settings, folder)
     return index
 
@@ -179,7 +149,8 @@ def _build(
     if data.packing == "none":
         offsets, items = np.arange(len(kept) + 1, dtype=np.int64), np.arange(len(kept))
     else:
-        offsets, items = first_fit_decreasing(lengths[kept], images[kept], data.context, data.images_per_row)
+        pack = first_fit_decreasing if data.packing == "first_fit_decreasing" else minimum_bin_slack
+        offsets, items = pack(lengths[kept], images[kept], data.context, data.images_per_row)
     placed = kept[items]
     row_tokens = np.add.reduceat(lengths[placed], offsets[:-1])
     row_images = np.add.reduceat(images[placed], offsets[:-1])
@@ -194,6 +165,8 @@ def _build(
         buckets=tuple((size, _round_images(m, data.images_per_row)) for size, m in zip(shapes, most, strict=True)),
         fingerprint=fingerprint,
         dropped=dropped,
+        fill_bound=int(lengths[kept].sum())
+        / (data.context * least_bins(lengths[kept], images[kept], data.context, data.images_per_row)),
     )
 
 
@@ -214,7 +187,9 @@ def record_name(samples: Samples, number: int) -> str:
     return f"{samples.name} record {number}"
 
 
-def _rendered(samples: Samples, tokenizer: Tokenizer, folder: Path) -> dict[str, np.ndarray]:
+def _rendered(
+    samples: Samples, tokenizer: Tokenizer, folder: Path, on_progress: Callable[[int, int], None] | None
+) -> dict[str, np.ndarray]:
     """Per sample: text tokens, image spans, distinct images, status; kept in `folder`, one rendering of everything."""
     key = {"dataset": samples.fingerprint, "tokenizer": tokenizer.fingerprint, "rendering": RENDERING}
     file = folder / f"lengths-{_fingerprint(key)[:16]}.npz"
@@ -222,6 +197,8 @@ def _rendered(samples: Samples, tokenizer: Tokenizer, folder: Path) -> dict[str,
         return _read_arrays(file)
     table = np.zeros((len(samples), 4), np.int32)
     for number in range(len(samples)):
+        if on_progress is not None:
+            on_progress(number, len(samples))
         try:
             sample = samples[number]
         except CorruptRecord:
@@ -250,6 +227,7 @@ def load_index(folder: str | Path, fingerprint: str) -> PackingIndex:
             buckets=tuple((tokens, images) for tokens, images in text["buckets"]),
             fingerprint=fingerprint,
             dropped=tuple((name, reason) for name, reason in text["dropped"]),
+            fill_bound=text["fill_bound"],
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"packing index {file} is damaged: remove it, and it is built again") from error
@@ -267,6 +245,7 @@ def _save(index: PackingIndex, settings: dict[str, Any], folder: Path) -> None:
         "samples": len(index.samples),
         "tokens": int(index.lengths.sum(dtype=np.int64)),
         "fill": round(index.fill, 4),
+        "fill_bound": index.fill_bound,
         "dropped_by_reason": index.dropped_by_reason(),
         "dropped": index.dropped,
     }

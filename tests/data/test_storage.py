@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorflow_datasets.proto import tf_example_pb2
 
+from infimed_jax.data import storage
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import CorruptRecord, open_samples, write_samples
 from infimed_jax.errors import UserError
@@ -66,6 +68,53 @@ def test_every_field_comes_back_exactly(tmp_path_factory, written, shard_size):
         min(shard_size, len(written) - i) for i in range(0, len(written), shard_size)
     ]
     assert manifest["images"] == sum(len(s.images) for s in written)
+
+
+@settings(max_examples=50, deadline=None)
+@given(samples, st.integers(0, 300))
+def test_records_are_protobufs_own_bytes(sample, long):
+    """The encoding is written by hand: protobuf, which decodes it again and encodes it in its own way, is the judge."""
+    record = storage._to_record(dataclasses.replace(sample, images=(*sample.images, b"x" * long * long)))
+    assert tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True) == record
+
+
+def test_shards_written_apart_and_in_any_order_are_the_same_dataset(tmp_path):
+    rows = [make_sample(i) for i in range(7)]
+    whole = write_samples(tmp_path / "whole", rows, name="toy", shard_size=3)
+    part = tmp_path / "part"
+    part.mkdir()
+    for number in (2, 0, 3, 1):
+        storage.write_shard(part, f"{number}", rows[number * 3 : number * 3 + 3])
+    assert [storage.shard_done(part, f"{number}") for number in range(5)] == [True] * 4 + [False]
+    joined = storage.join_shards(part, ["0", "1", "2", "3"], name="toy")  # the last one is empty
+    assert joined == whole
+    assert list(open_samples(part)) == rows
+    assert sorted(f.name for f in part.iterdir()) == sorted(f.name for f in (tmp_path / "whole").iterdir())
+
+
+def test_an_id_in_two_shards_is_named(tmp_path):
+    for number in range(2):
+        storage.write_shard(tmp_path, f"{number}", [make_sample(number), make_sample(7)])
+    with pytest.raises(UserError, match="'toy/train/7' occurs twice"):
+        storage.join_shards(tmp_path, ["0", "1"], name="toy")
+
+
+def test_joining_survives_a_kill_among_the_renames(tmp_path, monkeypatch):
+    for number in range(3):
+        storage.write_shard(tmp_path, f"{number}", [make_sample(number)])
+    rename, calls = storage.os.rename, []
+
+    def killed(*names):
+        calls.append(names)
+        if len(calls) == 2:
+            raise SystemExit
+        rename(*names)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(storage.os, "rename", killed)
+        storage.join_shards(tmp_path, ["0", "1", "2"], name="toy")
+    storage.join_shards(tmp_path, ["0", "1", "2"], name="toy")
+    assert list(open_samples(tmp_path)) == [make_sample(i) for i in range(3)]
 
 
 def test_tfds_reads_it(tmp_path):

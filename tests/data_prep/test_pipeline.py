@@ -7,16 +7,19 @@ import json
 import os
 import struct
 import zlib
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import pipeline
+from data_prep import pipeline, steps
 from data_prep.pipeline import ingest
 from data_prep.sources import SOURCES
 from data_prep.sources.phantom import write_phantom
+from infimed_jax.data.sample import Sample, Skipped, Turn
 from infimed_jax.data.storage import MANIFEST, open_samples
 from infimed_jax.errors import UserError
 
@@ -146,7 +149,7 @@ def test_limit_keeps_the_first_samples(hostile, tmp_path):
 def test_done_work_is_kept_until_its_inputs_change(hostile, tmp_path, monkeypatch):
     first = ingest("vqa_rad", hostile, tmp_path / "out", ["train"])
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "replace_dataset", lambda *_: pytest.fail("written again"))
+        patch.setattr(pipeline, "write_shard", lambda *_: pytest.fail("written again"))
         assert ingest("vqa_rad", hostile, tmp_path / "out", ["train"]) == first
     rows = json.loads((hostile / "trainset.json").read_text())[1:]
     (hostile / "trainset.json").write_text(json.dumps(rows))
@@ -204,19 +207,73 @@ def test_a_stopped_ingest_leaves_nothing_that_looks_whole(hostile, tmp_path, mon
     assert sorted(os.listdir(out)) == ["train", "train.json"]
 
 
-def test_a_kill_between_writing_and_renaming_is_survived(hostile, tmp_path, monkeypatch):
+@pytest.mark.parametrize("at", ["join_shards", "report", "rename"])
+def test_a_kill_between_writing_and_renaming_is_survived(hostile, tmp_path, monkeypatch, at):
+    whole = ingest("vqa_rad", hostile, tmp_path / "whole", ["train"])
     out = tmp_path / "out"
 
-    def killed(*_):
+    def killed(*_, **__):
         raise SystemExit
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(pipeline.shutil, "rmtree", lambda *_, **__: None)
-        patch.setattr(pipeline.os, "rename", killed)
+        if at == "join_shards":
+            patch.setattr(steps, "join_shards", killed)
+        elif at == "report":
+            patch.setattr(steps, "write_json", killed)
+        else:
+            patch.setattr(steps.os, "rename", killed)
         ingest("vqa_rad", hostile, out, ["train"])
     assert not (out / "train").exists()
-    assert ingest("vqa_rad", hostile, out, ["train"])["train"]["samples"] == len(USABLE)
-    assert (out / "train" / MANIFEST).is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_shard", lambda *_: pytest.fail("written again"))
+        assert ingest("vqa_rad", hostile, out, ["train"]) == whole
+    files = sorted(file.name for file in (tmp_path / "whole" / "train").iterdir())
+    assert sorted(file.name for file in (out / "train").iterdir()) == files
+    assert sorted(os.listdir(out)) == ["train", "train.json"]
+
+
+def test_a_stopped_stream_goes_on_behind_its_last_whole_shard(hostile, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "SHARD_SIZE", 2)
+    whole = ingest("vqa_rad", hostile, tmp_path / "whole", ["train"])
+    judged = []
+    keep = pipeline._keep
+    monkeypatch.setattr(pipeline, "_keep", lambda data, seen: judged.append(data) or keep(data, seen))
+
+    def stop(_: str, number: int) -> None:
+        if number == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest("vqa_rad", hostile, tmp_path / "out", ["train"], on_progress=stop)
+    judged.clear()
+    assert ingest("vqa_rad", hostile, tmp_path / "out", ["train"]) == whole
+    assert not {*USABLE.values()}.isdisjoint(judged)
+    assert not set(list(USABLE.values())[:4]) & set(judged)  # two shards of two stood already
+    assert list(open_samples(tmp_path / "out" / "train")) == list(open_samples(tmp_path / "whole" / "train"))
+
+
+def lettered(folder: Path, split: str, shard: str | None = None) -> Iterator[Sample | Skipped]:
+    """A source whose shards are files, a sample a line."""
+    for number, line in enumerate((folder / shard).read_text().splitlines()):
+        id = f"lettered/{split}/{shard}/{number}"
+        yield (
+            Sample(id, "lettered", split, "document", (), (Turn("document", (line,)),))
+            if line
+            else Skipped(id, "blank")
+        )
+
+
+def test_a_source_in_shards_is_read_apart_and_joined_in_order(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for name, text in {"a": "x\n\ny", "b": "\n", "c": "z"}.items():
+        (tmp_path / "in" / name).write_text(text)
+    source = replace(SOURCES["vqa_rad"], name="lettered", splits=("train",), read=lettered,
+                     shards=lambda folder, _: sorted(f.name for f in folder.iterdir()))  # fmt: skip
+    monkeypatch.setitem(SOURCES, "lettered", source)
+    report = ingest("lettered", tmp_path / "in", tmp_path / "out")["train"]
+    assert (report["samples"], report["skipped"]) == (3, {"blank": 2})
+    assert [s.turns[0].content[0] for s in open_samples(tmp_path / "out" / "train")] == ["x", "y", "z"]
+    assert ingest("lettered", tmp_path / "in", tmp_path / "two", limit=2)["train"]["samples"] == 2
 
 
 def test_procedural_sources_go_through_the_same_door(tmp_path):

@@ -1,0 +1,168 @@
+"""The one shape of every step that makes a dataset: pieces → shards → a folder that appears whole, with its report.
+
+A step is a pure function of its recipe: where the same recipe made the dataset that is there, nothing is done; a run
+that was stopped leaves its finished pieces in `.NAME.new`, and goes on from them if the recipe is still the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from data_prep.engine import Engine, Progress, Work, run_pieces
+from infimed_jax.data.sample import Sample
+from infimed_jax.data.storage import (
+    MANIFEST,
+    SHARD_SIZE,
+    CorruptRecord,
+    Samples,
+    join_shards,
+    open_samples,
+    write_shard,
+)
+from infimed_jax.errors import UserError
+from infimed_jax.files import write_json
+
+T = TypeVar("T")
+_RECIPE = "recipe.json"
+_TFDS_FILES = ("dataset_info.json", "features.json")
+
+
+class NoSamples(UserError):
+    """There was nothing to write; `facts` are those of the pieces."""
+
+    def __init__(self, message: str, facts: Sequence[dict[str, Any]] = ()) -> None:
+        super().__init__(message)
+        self.facts = facts
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Samples `start` to `stop` of a prepared dataset: as a rule, one shard of it."""
+
+    folder: Path
+    start: int
+    stop: int
+
+    def read(self) -> Iterator[Sample]:
+        """UserError where a record is damaged."""
+        return read_samples(open_samples(self.folder), range(self.start, self.stop))
+
+
+def slices(samples: Samples) -> list[Slice]:
+    """A dataset's shards."""
+    ends = list(itertools.accumulate(shard["samples"] for shard in samples.manifest["shards"]))
+    return [Slice(samples.folder, start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
+
+
+def read_samples(samples: Samples, numbers: Sequence[int]) -> Iterator[Sample]:
+    """Samples by number. UserError where a record is damaged."""
+    for number in numbers:
+        try:
+            yield samples[number]
+        except CorruptRecord as error:
+            raise UserError(f"{error}: prepare that dataset again") from error
+
+
+def write_stream(folder: Path, name: str, samples: Iterable[Sample]) -> int:
+    """Write a piece that is one stream as shards of the usual size; return its samples."""
+    rest, written = iter(samples), 0
+    for number in itertools.count():
+        shard = write_shard(folder, f"{name}-{number:06d}", itertools.islice(rest, SHARD_SIZE))
+        written += shard
+        if shard < SHARD_SIZE:
+            return written
+
+
+def make_dataset(
+    output: Path,
+    *,
+    name: str,
+    recipe: dict[str, Any],
+    info: dict[str, Any],
+    work: Work[T],
+    pieces: Sequence[T],
+    report: Callable[[dict[str, Any], list[dict[str, Any]]], dict[str, Any]],
+    engine: Engine,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Make the dataset `output` of the pieces' shards, and `output.json`, which is returned: `report(manifest, facts)`.
+
+    `work` writes shards whose names begin with the piece's. UserError: the folder holds something else. NoSamples: no
+    piece gave a sample.
+    """
+    file = output.with_name(f"{output.name}.json")
+    finished = finished_report(output, file, recipe)
+    if finished is not None:
+        return finished
+    if output.exists() and any(output.iterdir()) and not (output / MANIFEST).is_file():
+        raise UserError(f"{output} holds other files than a prepared dataset: choose another folder")
+    fresh = _work_folder(output, recipe)
+    whole = _finished(fresh, file)
+    if whole is None:
+        facts = run_pieces(work, pieces, fresh, engine, on_progress)
+        if not (fresh / MANIFEST).is_file():
+            shards = sorted(f.stem for f in fresh.glob("*.json") if f.stem[0].isdigit())
+            if not any(json.loads((fresh / f"{shard}.json").read_text())["samples"] for shard in shards):
+                shutil.rmtree(fresh)
+                raise NoSamples(f"{output}: nothing is left to write", facts)
+            join_shards(fresh, shards, name=name, info=recipe | info)
+        whole = report(open_samples(fresh).manifest, facts)
+        write_json(file, whole)
+    manifest = open_samples(fresh).manifest
+    kept = {MANIFEST, *_TFDS_FILES, *(shard["file"] for shard in manifest["shards"])}
+    for leftover in fresh.iterdir():  # facts, and what a killed worker had begun
+        if leftover.name not in kept:
+            leftover.unlink()
+    shutil.rmtree(output, ignore_errors=True)
+    os.rename(fresh, output)
+    return whole
+
+
+def _work_folder(output: Path, recipe: dict[str, Any]) -> Path:
+    """`.NAME.new`, emptied where another recipe left it."""
+    fresh = output.with_name(f".{output.name}.new")
+    text = json.dumps(recipe, sort_keys=True)
+    try:
+        same = (fresh / _RECIPE).read_text(encoding="utf-8") == text
+    except OSError:
+        same = False
+    if not same and not prepared_by(fresh, recipe):
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        (fresh / _RECIPE).write_text(text, encoding="utf-8")
+    return fresh
+
+
+def _finished(fresh: Path, file: Path) -> dict[str, Any] | None:
+    """The report, where a run was killed after writing it and before the folder was renamed."""
+    return _report_of(fresh, file) if (fresh / MANIFEST).is_file() else None
+
+
+def finished_report(folder: Path, file: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
+    """The report of a dataset that is done already; None where it or its report is missing, old or broken."""
+    return _report_of(folder, file) if prepared_by(folder, recipe) else None
+
+
+def _report_of(folder: Path, file: Path) -> dict[str, Any] | None:
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    same = isinstance(report, dict) and report.get("fingerprint") == open_samples(folder).fingerprint
+    return report if same else None
+
+
+def prepared_by(folder: Path, recipe: dict[str, Any]) -> bool:
+    """Whether `folder` is a whole dataset that was made by exactly this recipe."""
+    try:
+        info = open_samples(folder).manifest["info"]
+    except UserError:  # absent, or damaged: either way it is to be made
+        return False
+    return {key: info.get(key) for key in recipe} == recipe

@@ -1,0 +1,75 @@
+"""The paper's packed JSON: what goes out comes back, each sample once, and broken lines are named."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import pytest
+
+from data_prep.packed_json import export_json, import_json, read_rows
+from data_prep.tokenizer import make_tokenizer
+from infimed_jax import config
+from infimed_jax.data.chat import load_tokenizer
+from infimed_jax.data.packing import build_index
+from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.storage import open_samples, write_samples
+from infimed_jax.errors import UserError
+
+MODEL = config.Model(
+    vision=config.Vision(image_size=16, patch_size=4, hidden_size=8, num_heads=2),
+    projector=config.Projector(visual_tokens=4),
+)
+
+
+def sample(number: int) -> Sample:
+    return Sample(
+        f"toy/train/{number}", "toy", "train", "choice", (bytes([number, 0, 255]), b"\xff\xd8"),
+        (Turn("user", (0, "\nwelche Seite? 左\u2028", 1)), Turn("assistant", ("A" * (number % 5 + 1),), "weil")),
+        "side", ("left", ""), "A", {"organ": "lung"},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def exported(tmp_path):
+    write_samples(tmp_path / "set", [sample(i) for i in range(23)], name="toy")
+    samples = open_samples(tmp_path / "set")
+    tokenizer = load_tokenizer(make_tokenizer(["welche Seite weil left"] * 3, tmp_path / "tok", vocab_size=330))
+    index = build_index(samples, tokenizer, config.Data(context=128, images_per_row=6), MODEL, tmp_path / "p")
+    assert export_json(samples, index, tmp_path / "rows.jsonl") == index.rows
+    return samples, index, tmp_path
+
+
+def test_round_trip_is_exact(exported):
+    samples, index, folder = exported
+    rows = list(read_rows(folder / "rows.jsonl"))
+    assert [[s.id for s in row] for row in rows] == [[samples[int(n)].id for n in index.row(r)[0]]
+                                                    for r in range(index.rows)]  # fmt: skip
+    report = import_json(folder / "rows.jsonl", folder / "back", "toy")
+    assert report["samples"] == 23
+    assert sorted(open_samples(folder / "back"), key=lambda s: s.id) == sorted(samples, key=lambda s: s.id)
+    assert import_json(folder / "rows.jsonl", folder / "back", "toy") == report
+
+
+def test_the_layout_is_the_papers(exported):
+    samples, index, folder = exported
+    for row, line in enumerate((folder / "rows.jsonl").read_text(encoding="utf-8").split("\n")[:-1]):
+        value = json.loads(line)
+        assert set(value) == {"data", "lengths"}
+        assert value["lengths"] == index.row(row)[1].tolist()
+        first = samples[int(index.row(row)[0][0])]
+        assert base64.b64decode(value["data"][0]["images"][0]) == first.images[0]
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"data": []}', '{"data": [{}], "lengths": [1]}', '{"data": [], "lengths": [1]}', "\xff"]
+)
+def test_broken_lines_are_named_and_leave_nothing(exported, line):
+    _, _, folder = exported
+    with (folder / "rows.jsonl").open("a", encoding="latin-1") as file:
+        file.write(line + "\n")
+    with pytest.raises(UserError, match=r"rows\.jsonl, line \d+ is no packed row"):
+        import_json(folder / "rows.jsonl", folder / "back", "toy")
+    assert not (folder / "back").exists()
+    with pytest.raises(UserError, match="does not exist"):
+        import_json(folder / "nowhere", folder / "back", "toy")
