@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from data_prep.pipeline import NoSamples, prepared_by, replace_dataset
-from data_prep.sources.source import read_json
+from data_prep.engine import HERE
+from data_prep.steps import NoSamples, finished_report, make_dataset, refuse_other_files, write_stream
 from infimed_jax import config
 from infimed_jax.data.chat import Tokenizer
 from infimed_jax.data.sample import Sample
@@ -100,9 +100,10 @@ def measure(
         "settings": config.to_dict(rollout_sampling(cfg)) | {"image_size": cfg.model.vision.image_size},
     }
     recipe = measured | {"plan": vars(plan)}
-    report_file = output.with_name(f"{output.name}.json")
-    if prepared_by(output, recipe) and report_file.is_file():
-        return read_json(report_file, dict)
+    finished = finished_report(output, output.with_name(f"{output.name}.json"), recipe)
+    if finished is not None:
+        return finished
+    refuse_other_files(output)
     right = _measure_all(candidates, found, output, plan, cfg, weights, tokenizer, measured, on_progress)
     kept = choose(right, plan)
     report = {
@@ -117,19 +118,28 @@ def measure(
         "kept_of": np.bincount(right[kept], minlength=plan.draws + 1).tolist(),
         "right": {candidates[int(n)].id: int(r) for n, r in zip(found.numbers, right, strict=True)},
     }
-    samples = _marked(candidates, found, right, kept, plan)
-    if jax.process_index() == 0:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            manifest = replace_dataset(
-                output, samples, "difficulty", recipe | {"derived_from": dataset.manifest["info"]}
-            )
-        except NoSamples as error:
-            raise UserError(f"none of {len(right)} questions is kept: raise --between or --extreme") from error
-        report |= {"samples": manifest["samples"], "fingerprint": manifest["fingerprint"]}
-        draw_histogram(report, output.with_name(f"{output.name}.png"))
-        write_json(report_file, report)
-    return report
+    if jax.process_index() != 0:
+        return report
+    draw_histogram(report, output.with_name(f"{output.name}.png"))
+
+    def write(_: None, shards: Path, name: str) -> dict[str, Any]:
+        return {"samples": write_stream(shards, name, _marked(candidates, found, right, kept, plan))}
+
+    try:
+        return make_dataset(
+            output,
+            name="difficulty",
+            recipe=recipe,
+            info={"derived_from": dataset.manifest["info"]},
+            work=write,
+            pieces=[None],
+            report=lambda manifest, _: (
+                report | {"samples": manifest["samples"], "fingerprint": manifest["fingerprint"]}
+            ),
+            engine=HERE,
+        )
+    except NoSamples as error:
+        raise UserError(f"none of {len(right)} questions is kept: raise --between or --extreme") from error
 
 
 def fingerprint(params: Params) -> str:

@@ -6,6 +6,6 @@ images are not found. It is a net under data that was de-identified before, not 
 
 from __future__ import annotations
 
-from data_prep.privacy.scrub import Finding, find, mask, scrub
+from data_prep.privacy.text import Finding, find, mask, scrub
 
 __all__ = ["Finding", "find", "mask", "scrub"]

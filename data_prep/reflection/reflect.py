@@ -29,7 +29,7 @@ from data_prep.endpoint import (
     run_jobs,
     speech,
 )
-from data_prep.pipeline import NoSamples, prepared_by, replace_dataset
+from data_prep.engine import HERE
 from data_prep.reflection.chains import (
     REFLECTIVE,
     Chain,
@@ -41,17 +41,18 @@ from data_prep.reflection.chains import (
     reexamined,
     verified,
 )
-from data_prep.sources.source import read_json
+from data_prep.steps import NoSamples, finished_report, make_dataset, refuse_other_files, write_stream
 from infimed_jax.data.images import ImageError
 from infimed_jax.data.prompts import LETTERS, QUESTION_KINDS, prompt_for
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import CorruptRecord, Samples, open_samples
 from infimed_jax.errors import UserError
-from infimed_jax.files import write_json
 from infimed_jax.rl.rewards import well_formed
 
 VERSION = 1
 """Of prompts, patterns and joints; raise it when they change."""
+_BY_ENDPOINT = "endpoint: "
+"""How a reason begins that says nothing about the model's reply."""
 SYSTEM = {
     "en": "You are an experienced physician who reads medical images. First reason step by step about what the image "
     "shows, inside <think> and </think>. Then give the answer alone in \\boxed{}, and nothing after it.",
@@ -121,11 +122,19 @@ def reflect(
     plan = plan or Plan()
     dataset = open_samples(folder)
     check_sources(endpoint, (origin.partition("/")[0] for origin in dataset.manifest["origins"]))
-    recipe = {"version": VERSION, "from": dataset.fingerprint, "model": endpoint.model, "plan": vars(plan)}
-    recipe["address"] = endpoint.chat_url
-    report_file = output.with_name(f"{output.name}.json")
-    if prepared_by(output, recipe) and report_file.is_file():
-        return read_json(report_file, dict)
+    recipe = {
+        "step": "reflect",
+        "version": VERSION,
+        "from": dataset.fingerprint,
+        "address": endpoint.chat_url,
+        "model": endpoint.model,
+        "image_side": endpoint.image_side,
+        "plan": vars(plan),
+    }
+    finished = finished_report(output, output.with_name(f"{output.name}.json"), recipe)
+    if finished is not None and not any(reason.startswith(_BY_ENDPOINT) for reason in finished["rejected"]):
+        return finished  # else what the endpoint failed at is asked again
+    refuse_other_files(output)
     asked, left_out, words = _questions(dataset)
     sparse = {source: plan.sparse_words > 0 and median(found) <= plan.sparse_words for source, found in words.items()}
     outcomes: dict[int, Outcome] = {}
@@ -153,14 +162,27 @@ def reflect(
         **_count(asked, outcomes),
         "account": account,
     }
+
+    def write(_: None, shards: Path, name: str) -> dict[str, Any]:
+        return {"samples": write_stream(shards, name, _samples(dataset, outcomes, endpoint))}
+
+    made = repr([(number, outcome.made) for number, outcome in sorted(outcomes.items())])
     try:
-        samples = _samples(dataset, outcomes, endpoint)
-        manifest = replace_dataset(output, samples, "reflection", recipe | {"derived_from": dataset.manifest["info"]})
+        return make_dataset(
+            output,
+            name="reflection",
+            recipe=recipe | {"chains": hashlib.sha256(made.encode()).hexdigest()},
+            info={"derived_from": dataset.manifest["info"]},
+            work=write,
+            pieces=[None],
+            report=lambda manifest, _: (
+                report | {"samples": manifest["samples"], "fingerprint": manifest["fingerprint"]}
+            ),
+            engine=HERE,
+        )
     except NoSamples as error:
         counted = ", ".join(f"{reason}: {n}" for reason, n in (report["rejected"] | report["failed"]).items())
         raise UserError(f"no reply to {folder} reached its answer ({counted}): try another model or --draws") from error
-    write_json(report_file, report | {"samples": manifest["samples"], "fingerprint": manifest["fingerprint"]})
-    return read_json(report_file, dict)
 
 
 def _questions(dataset: Samples) -> tuple[dict[int, str], dict[str, int], dict[str, list[int]]]:
@@ -220,7 +242,7 @@ async def _ask(client: ChatClient, sample: Sample, plan: Plan, sparse: bool) -> 
                 sample.source, messages, max_tokens=plan.max_tokens, temperature=plan.temperature, seed=number
             )
         except CallFailed as failure:
-            return f"endpoint: {failure.kind}"
+            return f"{_BY_ENDPOINT}{failure.kind}"
 
     replies = await asyncio.gather(*(draw(number) for number in range(plan.draws)))
     right, wrong, reasons = [], [], []
@@ -236,7 +258,7 @@ async def _ask(client: ChatClient, sample: Sample, plan: Plan, sparse: bool) -> 
         if chain is not None:
             wrong.append(chain)
     if not right:
-        failed = reasons[0] if reasons and all(reason.startswith("endpoint: ") for reason in reasons) else ""
+        failed = reasons[0] if reasons and all(reason.startswith(_BY_ENDPOINT) for reason in reasons) else ""
         return Outcome((), 0, tuple(reasons), failed)
     rng = random.Random(int.from_bytes(hashlib.sha256(f"{plan.seed} {sample.id}".encode()).digest()[:8], "big"))
     rng.shuffle(right)

@@ -128,7 +128,12 @@ def scrub(args: argparse.Namespace) -> None:
     from data_prep.privacy import scrub
 
     with _progress("scrub") as progress:
-        result = scrub(args.input, args.output, args.mode, on_progress=progress)
+        result = scrub(
+            args.input,
+            args.output,
+            args.mode,
+            on_progress=lambda done, total: progress(done, total, f"{done}/{total} shards"),
+        )
     print(f"{args.mode}: {_counts(result['found'])} in {result['samples_with_findings']:,} samples")
     print(f"left out: {_counts(result['left_out'])}; in metadata, left alone: {_counts(result['metadata'])}")
     print(result["note"])

@@ -191,6 +191,29 @@ def test_a_second_run_sends_nothing_and_a_stopped_one_goes_on(tmp_path):
         assert len(server.requests) == 24 + 8 and other["samples"] == 8
 
 
+def test_what_the_endpoint_failed_at_is_asked_again_by_the_same_command(tmp_path):
+    folder = dataset(tmp_path, [question(i) for i in range(4)])
+    up = []
+    with lo.serve(lambda body, _: lo.html if number_of(body) == 2 and not up else reply("left lung")) as server:
+        first = reflect(folder, tmp_path / "out", endpoint(server), Plan(draws=2, sparse_words=0))
+        assert first["samples"] == 3 and first["failed"] == {"endpoint: HTML instead of JSON": 1}
+        up.append(True)
+        sent = len(server.requests)
+        second = reflect(folder, tmp_path / "out", endpoint(server), Plan(draws=2, sparse_words=0))
+        assert second["samples"] == 4 and second["failed"] == {} and len(server.requests) == sent + 2
+    assert len(open_samples(tmp_path / "out")) == 4
+
+
+def test_an_output_with_other_files_is_refused_before_anything_is_sent(tmp_path):
+    folder = dataset(tmp_path, [question(0)])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("years of work")
+    with lo.serve([reply("left lung")]) as server:
+        with pytest.raises(UserError, match="holds other files"):
+            reflect(folder, tmp_path / "out", endpoint(server))
+        assert not server.requests
+
+
 def test_answers_that_no_box_can_hold_and_other_oddities_are_left_out_by_reason(tmp_path):
     odd = [
         question(0, answer="a } b"),

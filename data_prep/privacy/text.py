@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.pipeline import NoSamples, prepared_by, replace_dataset
+from data_prep.engine import HERE, Engine, Progress
 from data_prep.privacy.patterns import KINDS, PATTERNS
-from data_prep.sources.source import read_json
+from data_prep.steps import NoSamples, Slice, make_dataset, slices
 from infimed_jax.data.sample import Sample, Turn
-from infimed_jax.data.storage import CorruptRecord, open_samples
+from infimed_jax.data.storage import CorruptRecord, open_samples, write_shard
 from infimed_jax.errors import UserError
-from infimed_jax.files import write_json
 
 VERSION = 1
 """Of the patterns; raise it when they change, so that datasets are scrubbed again."""
@@ -23,8 +23,6 @@ NO_PROMISE = (
     "this is no promise of anonymity."
 )
 Mode = Literal["flag", "mask"]
-Progress = Callable[[int, int, str], None]
-"""(samples done, samples, a note)."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,14 @@ def mask(text: str) -> tuple[str, Counter[str]]:
     return text, counts
 
 
-def scrub(folder: Path, output: Path, mode: Mode = "mask", *, on_progress: Progress | None = None) -> dict[str, Any]:
+def scrub(
+    folder: Path,
+    output: Path,
+    mode: Mode = "mask",
+    *,
+    engine: Engine = HERE,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
     """Write the dataset `output` with identifiers flagged or masked, and the report `output.json`, which is returned.
 
     Both modes count the findings of a sample in `meta["identifiers"]`; only `mask` changes its text. A question whose
@@ -78,60 +83,76 @@ def scrub(folder: Path, output: Path, mode: Mode = "mask", *, on_progress: Progr
     if mode not in ("flag", "mask"):
         raise UserError(f"mode must be flag or mask, not {mode!r}")
     dataset = open_samples(folder)
-    recipe = {"version": VERSION, "from": dataset.fingerprint, "mode": mode}
-    report_file = output.with_name(f"{output.name}.json")
-    if prepared_by(output, recipe) and report_file.is_file():
-        return read_json(report_file, dict)
-    totals, metadata, left_out = Counter(), Counter(), Counter()
-    affected: dict[str, dict[str, int]] = {}
-    ids: list[str] = []
+    try:
+        return make_dataset(
+            output,
+            name="scrubbed",
+            recipe={"step": "scrub", "version": VERSION, "from": dataset.fingerprint, "mode": mode},
+            info={"derived_from": dataset.manifest["info"]},
+            work=partial(_scrub_shard, mode),
+            pieces=slices(dataset),
+            report=partial(_report, str(folder), mode),
+            engine=engine,
+            on_progress=on_progress,
+        )
+    except NoSamples as error:
+        report = _report(str(folder), mode, {"samples": 0, "fingerprint": ""}, list(error.facts))
+        raise UserError(f"no sample of {folder} is left: {report['left_out']}") from error
+
+
+def _scrub_shard(mode: Mode, piece: Slice, folder: Path, name: str) -> dict[str, Any]:
+    """Write the clean shard; its facts are the findings by sample, and what was left out, without any text."""
+    dataset = open_samples(piece.folder)
+    metadata: Counter[str] = Counter()
+    findings: dict[str, dict[str, int]] = {}
+    left_out: list[str] = []
+    unreadable: list[int] = []
 
     def scrubbed() -> Iterator[Sample]:
-        for number in range(len(dataset)):
-            if on_progress is not None:
-                on_progress(
-                    number, len(dataset), f"{number:,}/{len(dataset):,} samples, {len(affected):,} with findings"
-                )
+        for number in range(piece.start, piece.stop):
             try:
                 sample = dataset[number]
             except CorruptRecord:
-                left_out["unreadable record"] += 1
+                unreadable.append(number)
                 continue
-            metadata.update(
-                f"{key}: {kind}" for key, value in sample.meta.items() for kind in mask(value)[1].elements()
-            )
+            for key, value in sample.meta.items():
+                metadata.update({f"{key}: {kind}": n for kind, n in mask(value)[1].items()})
             clean, counts = scrub_sample(sample)
             if counts:
-                affected[sample.id] = dict(sorted(counts.items()))
-                totals.update(counts)
+                findings[sample.id] = dict(sorted(counts.items()))
             if mode == "mask" and (clean.answer, clean.options) != (sample.answer, sample.options):
-                left_out["answer or option is an identifier"] += 1
-                ids.append(sample.id)
+                left_out.append(sample.id)
                 continue
             kept = clean if mode == "mask" else sample
             marks = {"identifiers": ", ".join(f"{kind}: {n}" for kind, n in sorted(counts.items()))} if counts else {}
             yield replace(kept, meta=kept.meta | marks)
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        manifest = replace_dataset(output, scrubbed(), "scrubbed", recipe | {"derived_from": dataset.manifest["info"]})
-    except NoSamples as error:
-        raise UserError(f"no sample of {folder} is left: {dict(left_out)}") from error
-    report = {
+    write_shard(folder, name, scrubbed())
+    return {"findings": findings, "left_out": left_out, "unreadable": unreadable, "metadata": dict(metadata)}
+
+
+def _report(folder: str, mode: Mode, manifest: dict[str, Any], facts: list[dict[str, Any]]) -> dict[str, Any]:
+    findings = {id: counts for piece in facts for id, counts in piece["findings"].items()}
+    left_out = [id for piece in facts for id in piece["left_out"]]
+    unreadable = [number for piece in facts for number in piece["unreadable"]]
+    metadata: Counter[str] = Counter()
+    for piece in facts:
+        metadata.update(piece["metadata"])
+    counted = {"answer or option is an identifier": len(left_out), "unreadable record": len(unreadable)}
+    return {
         "note": NO_PROMISE,
-        "from": str(folder),
+        "from": folder,
         "mode": mode,
         "samples": manifest["samples"],
         "fingerprint": manifest["fingerprint"],
-        "found": {kind: totals[kind] for kind in KINDS},
-        "samples_with_findings": len(affected),
-        "left_out": dict(sorted(left_out.items())),
-        "left_out_ids": ids,
+        "found": {kind: sum(counts.get(kind, 0) for counts in findings.values()) for kind in KINDS},
+        "samples_with_findings": len(findings),
+        "left_out": {reason: n for reason, n in counted.items() if n},
+        "left_out_ids": left_out,
+        "unreadable_records": unreadable,
         "metadata": dict(sorted(metadata.items())),
-        "findings": affected,
+        "findings": findings,
     }
-    write_json(report_file, report)
-    return report
 
 
 def scrub_sample(sample: Sample) -> tuple[Sample, Counter[str]]:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from data_prep import privacy
 from data_prep.privacy import find, mask, scrub
+from data_prep.privacy import text as module
 from data_prep.privacy.patterns import KINDS
-from data_prep.privacy.scrub import NO_PROMISE
+from data_prep.privacy.text import NO_PROMISE
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
@@ -185,7 +186,7 @@ def test_a_question_about_an_identifier_cannot_be_masked_and_is_left_out_by_name
     assert report["left_out"] == {"answer or option is an identifier": 2}
     assert report["left_out_ids"] == ["vqa_rad/train/1", "vqa_rad/train/2"]
     assert [sample.id for sample in open_samples(tmp_path / "out")] == ["vqa_rad/train/0"]
-    with pytest.raises(UserError, match=r"no sample .* is left"):
+    with pytest.raises(UserError, match=r"no sample .* is left: .*: 2"):
         scrub(dataset(tmp_path / "b", samples[1:]), tmp_path / "b/out")
 
 
@@ -197,6 +198,30 @@ def test_a_finished_scrub_is_left_as_it_is_and_another_mode_is_done_anew(tmp_pat
     assert (tmp_path / "out/manifest.json").stat().st_mtime_ns == before
     assert scrub(folder, tmp_path / "out", "flag")["mode"] == "flag"
     assert "5/3/2019" in next(iter(open_samples(tmp_path / "out"))).question
+
+
+def test_a_stopped_scrub_goes_on_by_shard(tmp_path, monkeypatch):
+    samples = [question(i, question=f"Was it on 5/3/2019, {i}?") for i in range(6)]
+    write_samples(tmp_path / "in", samples, name="d", shard_size=2)
+    whole = scrub(tmp_path / "in", tmp_path / "whole")
+    seen, original = [], module.scrub_sample
+
+    def dying(sample):
+        if len(seen) == 3:
+            raise RuntimeError("killed")
+        seen.append(sample.id)
+        return original(sample)
+
+    monkeypatch.setattr(module, "scrub_sample", dying)
+    with pytest.raises(RuntimeError):
+        scrub(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.json").exists()
+    again = []
+    monkeypatch.setattr(module, "scrub_sample", lambda sample: again.append(sample.id) or original(sample))
+    report = scrub(tmp_path / "in", tmp_path / "out")
+    assert again == [f"vqa_rad/train/{i}" for i in (2, 3, 4, 5)]  # the first shard was done
+    assert report == whole and report["found"]["date"] == 6
+    assert list(open_samples(tmp_path / "out")) == list(open_samples(tmp_path / "whole"))
 
 
 def test_unreadable_records_are_counted(tmp_path):
