@@ -85,6 +85,8 @@ def assess(
     """
     plan = plan or Plan()
     datasets = [open_samples(folder) for folder in folders]
+    if len({dataset.fingerprint for dataset in datasets}) < len(datasets):
+        raise UserError("a dataset is given twice: its samples would be rated twice")
     check_sources(endpoint, (o.partition("/")[0] for d in datasets for o in d.manifest["origins"]))
     output.mkdir(parents=True, exist_ok=True)
     (output / "decision.json").unlink(missing_ok=True)  # of an earlier run, which may have had another threshold

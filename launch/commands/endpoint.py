@@ -12,8 +12,7 @@ if TYPE_CHECKING:
 def add_endpoint(parser: argparse.ArgumentParser) -> None:
     """Settings of the endpoint; the local one is the default, and anything outside must be asked for."""
     group = parser.add_argument_group("endpoint")
-    group.add_argument("--endpoint", default="http://127.0.0.1:8000/v1", metavar="URL",
-                       help="OpenAI-compatible base address [%(default)s]")  # fmt: skip
+    group.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible base address [port 8000 of this machine]")
     group.add_argument("--model", required=True, help="the model's name there")
     group.add_argument("--private-endpoint", action="store_true",
                        help="a host in a private network is our own; else it counts as outside")  # fmt: skip
@@ -32,11 +31,11 @@ def add_endpoint(parser: argparse.ArgumentParser) -> None:
 
 def endpoint_of(args: argparse.Namespace) -> Endpoint:
     """UserError where the settings contradict themselves, or an outside endpoint lacks https or a budget."""
-    from data_prep.endpoint.settings import Budget, Endpoint
+    from data_prep.endpoint.settings import LOCAL, Budget, Endpoint
 
     return Endpoint(
         model=args.model,
-        url=args.endpoint,
+        url=args.endpoint or LOCAL,
         private=args.private_endpoint,
         key_variable=args.key_variable,
         concurrency=args.concurrency,

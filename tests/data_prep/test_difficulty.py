@@ -185,6 +185,7 @@ def test_a_real_model_is_asked_as_in_grpo(tmp_path, tiny):
         banned_tokens=(*tiny.tokenizer.banned_tokens,
                        *range(len(tiny.tokenizer), tiny.cfg.model.text.vocab_size)),
         key=jax.random.fold_in(jax.random.key(5), 0), compute=difficulty.Compute.of(tiny.cfg.train),
+        max_prompt=max(map(len, prompts)),
     )  # fmt: skip
     assert [reply for _, reply, _ in said] == [tiny.tokenizer.decode(c.text_tokens) for c in expected]
     assert [finished for *_, finished in said] == [c.finish == "stop" for c in expected]

@@ -213,6 +213,12 @@ def test_a_source_that_is_not_cleared_is_refused_before_anything_is_read_or_sent
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dataset_given_twice_is_refused(tmp_path):
+    write_samples(tmp_path / "d", [caption(0)], name="d")
+    with pytest.raises(UserError, match="given twice"):
+        assess([tmp_path / "d", tmp_path / "d"], tmp_path / "out", Endpoint("m"), Plan())
+
+
 @pytest.mark.parametrize("options", [{"samples": 0}, {"threshold": 0.5}, {"threshold": 6}, {"least_rated": 0.0}])
 def test_impossible_plans_are_refused(options):
     with pytest.raises(UserError):
