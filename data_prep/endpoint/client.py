@@ -12,7 +12,7 @@ import ssl
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -84,6 +84,9 @@ class Reply:
         return f"<think>{self.reasoning}</think>{self.text}" if self.reasoning else self.text
 
 
+_REPLY_FIELDS = {field.name for field in fields(Reply)}
+
+
 class ChatClient:
     """Asks `endpoint`, with its cache and account in `folder`. An async context; use it inside one event loop.
 
@@ -137,7 +140,7 @@ class ChatClient:
         key = Cache.key(self.endpoint.chat_url, body)
         async with self._asking.setdefault(key, asyncio.Lock()):  # equal requests at once are sent once
             entry = self.cache.get(key)
-            if entry is not None:
+            if entry is not None and entry.keys() == _REPLY_FIELDS:
                 self.counts["from the cache"] += 1
                 self._failures = 0  # what failed in the last run, and alone is left, need not end this one
                 return Reply(**entry)

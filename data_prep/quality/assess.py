@@ -22,7 +22,7 @@ from infimed_jax.files import write_json, write_text
 TRIES = 3
 """Replies asked for until one is a rating; each further one is shown what was wrong."""
 MAX_CHARACTERS = 12_000
-"""Of a sample's text that the rater sees; longer ones are cut, marked as such, and counted."""
+"""Of a sample's text that the rater sees, and of a bad reply that it is shown again. Cut samples are marked and counted."""
 _CUT = "\n[The sample goes on; it was cut here for this rating.]"
 
 Progress = Callable[[int, int, str], None]
@@ -173,7 +173,7 @@ async def _rate(client: ChatClient, source: str, sample: Sample | None, plan: Pl
         except BadReply as bad:
             reason = str(bad)
             mend = f"That could not be read: {reason}. Reply with the JSON object alone, all six dimensions in it."
-            messages = [*messages[:2], speech("assistant", reply.text), speech("user", mend)]
+            messages = [*messages[:2], speech("assistant", reply.text[:MAX_CHARACTERS]), speech("user", mend)]
     return Outcome(source, sample.id, None, f"reply: {reason}", cut)
 
 

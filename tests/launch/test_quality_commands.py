@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,9 @@ from infimed_jax.data.storage import write_samples
 from launch import run
 from tests.data_prep import loopback as lo
 from tests.data_prep.samples import caption, question
+
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def call(*arguments) -> tuple[int, list[str], list[str]]:
@@ -75,6 +81,20 @@ def test_scrub_says_that_it_promises_nothing(tmp_path, questions):
     assert (code, err) == (0, [])
     assert out[-4] == "mask: date: 3 in 3 samples"
     assert "no promise of anonymity" in out[-2] and out[-1].startswith("Outputs: ")
+
+
+@pytest.mark.parametrize("step", ["assess", "difficulty"])
+def test_help_waits_for_no_import(step):
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from launch import run\n"
+        f"try: run.main(['data', {step!r}, '--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "heavy = {'jax', 'transformers', 'tensorflow_datasets', 'httpx2', 'pydantic', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 ENDPOINT = ("--model", "m", "--endpoint")

@@ -16,9 +16,7 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize(
-    "command", [(), ("quickstart",), ("train",), ("grpo",), ("evaluate",), ("data", "ingest"), ("data", "assess")]
-)
+@pytest.mark.parametrize("command", [(), ("quickstart",), ("train",), ("grpo",), ("evaluate",), ("data", "ingest")])
 def test_help_needs_no_heavy_import(command):
     code = (
         "import sys, runpy; sys.argv = ['run.py', *sys.argv[1:], '--help']\n"

@@ -212,10 +212,11 @@ def test_a_damaged_cache_entry_is_asked_for_again(tmp_path):
     with lo.serve([lo.say("fine")]) as server:
         ask(endpoint(server), tmp_path)
         (entry,) = tmp_path.glob("*/*.json")
-        for damage in (b"", entry.read_bytes()[:-9], b'{"key": "other", "value": {}}', b"\xff\xfe"):
+        other = json.dumps(json.loads(entry.read_text()) | {"value": {"answer": "of another version"}}).encode()
+        for damage in (b"", entry.read_bytes()[:-9], b'{"key": "other", "value": {}}', b"\xff\xfe", other):
             entry.write_bytes(damage)
             assert ask(endpoint(server), tmp_path)[0].text == "fine"
-        assert len(server.requests) == 5
+        assert len(server.requests) == 6
         assert json.loads(entry.read_text())["value"]["text"] == "fine"
 
 
