@@ -22,7 +22,7 @@ from infimed_jax.files import write_json, write_text
 TRIES = 3
 """Replies asked for until one is a rating; each further one is shown what was wrong."""
 MAX_CHARACTERS = 12_000
-"""Of a sample's text that the rater sees, and of a bad reply that it is shown again. Cut samples are marked and counted."""
+"""Of a sample's text that the rater sees, and of a bad reply that it is shown again; cut samples are counted."""
 _CUT = "\n[The sample goes on; it was cut here for this rating.]"
 
 Progress = Callable[[int, int, str], None]

@@ -17,7 +17,6 @@ from launch import run
 from tests.data_prep import loopback as lo
 from tests.data_prep.samples import caption, question
 
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -90,8 +89,8 @@ def test_help_waits_for_no_import(step):
         "from launch import run\n"
         f"try: run.main(['data', {step!r}, '--help'])\n"
         "except SystemExit as stop: assert stop.code == 0\n"
-        "heavy = {'jax', 'transformers', 'tensorflow_datasets', 'httpx2', 'pydantic', 'matplotlib'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        "heavy = {'jax', 'transformers', 'tensorflow_datasets', 'httpx2', 'pydantic', 'matplotlib'}\n"
+        "assert not heavy & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
