@@ -101,8 +101,7 @@ def make_dataset(
     finished = finished_report(output, file, recipe)
     if finished is not None:
         return finished
-    if output.exists() and any(output.iterdir()) and not (output / MANIFEST).is_file():
-        raise UserError(f"{output} holds other files than a prepared dataset: choose another folder")
+    refuse_other_files(output)
     fresh = _work_folder(output, recipe)
     whole = _finished(fresh, file)
     if whole is None:
@@ -123,6 +122,12 @@ def make_dataset(
     shutil.rmtree(output, ignore_errors=True)
     os.rename(fresh, output)
     return whole
+
+
+def refuse_other_files(output: Path) -> None:
+    """UserError where a dataset may not be written: for steps that spend much before they write."""
+    if output.exists() and any(output.iterdir()) and not (output / MANIFEST).is_file():
+        raise UserError(f"{output} holds other files than a prepared dataset: choose another folder")
 
 
 def _work_folder(output: Path, recipe: dict[str, Any]) -> Path:

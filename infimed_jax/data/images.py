@@ -40,7 +40,18 @@ class ImageError(ValueError):
 
 
 def decode_image(data: bytes, size: int) -> np.ndarray:
-    """Encoded file → u8[size, size, 3]: first frame, upright by EXIF, RGB, bicubic, aspect ratio ignored.
+    """Encoded file → u8[size, size, 3]: `decode_rgb`, then bicubic, aspect ratio ignored. Raises ImageError."""
+    image = decode_rgb(data)
+    try:
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ImageError("truncated or corrupt") from error
+
+
+def decode_rgb(data: bytes) -> Image.Image:
+    """Encoded file → RGB at its own size: first frame, upright by EXIF.
 
     Transparency is laid on white. Samples wider than 8 bits (X-ray and CT exports) are stretched from their own minimum
     and maximum: clipping them at 255, as Pillow would, or dividing by 256 leaves white or black squares.
@@ -60,8 +71,7 @@ def decode_image(data: bytes, size: int) -> np.ndarray:
         raise ImageError("too many pixels")
     try:
         image.load()
-        image = _to_rgb(_upright(image))
-        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+        return _to_rgb(_upright(image))
     except MemoryError:
         raise
     except Exception as error:

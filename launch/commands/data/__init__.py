@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from launch.commands.arguments import add_group
-from launch.commands.data import mixing, packing, sources
+from launch.commands.data import mixing, packing, quality, sources
 
-STEPS = (sources, mixing, packing)
+STEPS = (sources, quality, mixing, packing)
 
 
 def add(commands: argparse._SubParsersAction) -> None:

@@ -1,0 +1,289 @@
+"""`difficulty`: how often a checkpoint answers each RL candidate, and which candidates are worth training on.
+
+A group that is all right or all wrong teaches nothing. As in the authors' later report: eight answers a question, those
+with 3 to 5 right are kept, those with none or all thinned out. What becomes of the rest is not published: a setting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from data_prep.engine import HERE
+from data_prep.steps import NoSamples, finished_report, make_dataset, refuse_other_files, write_stream
+from infimed_jax import config
+from infimed_jax.data.chat import Tokenizer
+from infimed_jax.data.sample import Sample
+from infimed_jax.data.storage import CorruptRecord, Samples, open_samples
+from infimed_jax.errors import UserError
+from infimed_jax.files import write_json
+from infimed_jax.models.compute import Compute
+from infimed_jax.rl.rewards import score
+from infimed_jax.rl.rollout import Questions, questions, render_prompts
+from infimed_jax.rl.step import rollout_sampling
+from infimed_jax.sampling.generate import generate
+from infimed_jax.train.checkpoint import numpy_checksum
+from infimed_jax.train.state import Params
+
+VERSION = 1
+CHUNK = 256
+"""Questions whose answers are drawn and kept together: what a stopped run loses at most."""
+
+Progress = Callable[[int, int, str], None]
+"""(questions done, questions, a note)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    draws: int = 8
+    """Answers a question."""
+    low: int = 3
+    """Fewest right answers of a question that is kept whatever."""
+    high: int = 5
+    """Most right answers of a question that is kept whatever."""
+    between: float = 0.5
+    """Share kept of those beyond the range with some right and some wrong: ours."""
+    extreme: float = 0.1
+    """Share kept of those with none or all right: ours."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.draws < 2 or not 0 < self.low <= self.high < self.draws:
+            raise UserError(
+                f"of {self.draws} draws, {self.low} to {self.high} cannot be kept: 0 < low <= high < draws must hold"
+            )
+        if not (0 <= self.extreme <= 1 and 0 <= self.between <= 1):
+            raise UserError("the shares kept must lie in [0, 1]")
+
+    def share(self, right: int) -> float:
+        """Of the questions with so many right answers, how many are kept."""
+        if self.low <= right <= self.high:
+            return 1.0
+        return self.extreme if right in (0, self.draws) else self.between
+
+
+def measure(
+    folder: Path,
+    output: Path,
+    plan: Plan,
+    *,
+    cfg: config.Config,
+    weights: dict[str, Any],
+    checkpoint: str,
+    tokenizer: Tokenizer,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Answer every candidate `plan.draws` times, write the dataset `output` of those kept, and return the report.
+
+    Runs under `jax.set_mesh` with weights from `sampler_weights`; answers are asked for and rewarded as in GRPO, at
+    `grpo.temperature`. `checkpoint` is `fingerprint(params)`: other weights are another measurement. Beside `output`:
+    `output.json` (the report), `output.png` (the histogram), and `output.parts/`, from which a stopped run goes on.
+    UserError: nothing can be asked, or nothing is kept.
+    """
+    dataset = open_samples(folder)
+    candidates, unreadable = _readable(dataset)
+    found = questions(candidates, tokenizer, cfg)
+    measured = {
+        "version": VERSION,
+        "from": dataset.fingerprint,
+        "checkpoint": checkpoint,
+        "tokenizer": tokenizer.fingerprint,
+        "draws": plan.draws,
+        "seed": plan.seed,
+        "settings": config.to_dict(rollout_sampling(cfg)) | {"image_size": cfg.model.vision.image_size},
+    }
+    recipe = measured | {"plan": vars(plan)}
+    finished = finished_report(output, output.with_name(f"{output.name}.json"), recipe)
+    if finished is not None:
+        return finished
+    refuse_other_files(output)
+    right = _measure_all(candidates, found, output, plan, cfg, weights, tokenizer, measured, on_progress)
+    kept = choose(right, plan)
+    report = {
+        "from": str(folder),
+        "checkpoint": checkpoint,
+        "plan": vars(plan),
+        "questions": len(right),
+        "left_out": dict(found.dropped) | ({"unreadable record": unreadable} if unreadable else {}),
+        "mean_right": float(right.mean() / plan.draws),
+        f"pass_at_{plan.draws}": float((right > 0).mean()),
+        "histogram": np.bincount(right, minlength=plan.draws + 1).tolist(),
+        "kept_of": np.bincount(right[kept], minlength=plan.draws + 1).tolist(),
+        "right": {candidates[int(n)].id: int(r) for n, r in zip(found.numbers, right, strict=True)},
+    }
+    if jax.process_index() != 0:
+        return report
+    draw_histogram(report, output.with_name(f"{output.name}.png"))
+
+    def write(_: None, shards: Path, name: str) -> dict[str, Any]:
+        return {"samples": write_stream(shards, name, _marked(candidates, found, right, kept, plan))}
+
+    try:
+        return make_dataset(
+            output,
+            name="difficulty",
+            recipe=recipe,
+            info={"derived_from": dataset.manifest["info"]},
+            work=write,
+            pieces=[None],
+            report=lambda manifest, _: (
+                report | {"samples": manifest["samples"], "fingerprint": manifest["fingerprint"]}
+            ),
+            engine=HERE,
+        )
+    except NoSamples as error:
+        raise UserError(f"none of {len(right)} questions is kept: raise --between or --extreme") from error
+
+
+def fingerprint(params: Params) -> str:
+    """16 hexadecimal digits of the weights' names and bits, wherever their folder stands."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    sums = sorted((jax.tree_util.keystr(path), int(numpy_checksum(np.asarray(leaf)))) for path, leaf in leaves)
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
+
+
+class _Candidates(Sequence[Sample]):
+    """The readable samples of a dataset."""
+
+    def __init__(self, dataset: Samples, numbers: Sequence[int]) -> None:
+        self.dataset, self.numbers = dataset, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.dataset[self.numbers[index]]
+
+
+def _readable(dataset: Samples) -> tuple[_Candidates, int]:
+    numbers = []
+    for number in range(len(dataset)):
+        try:
+            dataset[number]
+        except CorruptRecord:
+            continue
+        numbers.append(number)
+    return _Candidates(dataset, numbers), len(dataset) - len(numbers)
+
+
+def _measure_all(
+    candidates: Sequence[Sample],
+    found: Questions,
+    output: Path,
+    plan: Plan,
+    cfg: config.Config,
+    weights: dict[str, Any],
+    tokenizer: Tokenizer,
+    measured: dict[str, Any],
+    on_progress: Progress | None,
+) -> np.ndarray:
+    """i64[n]: right answers of each question; a chunk that an earlier run has measured is read back."""
+    identity = hashlib.sha256(json.dumps([measured, found.fingerprint, CHUNK], sort_keys=True).encode()).hexdigest()
+    parts = output.with_name(f"{output.name}.parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    counts: list[int] = []
+    for start in range(0, len(found.numbers), CHUNK):
+        asked = [candidates[int(number)] for number in found.numbers[start : start + CHUNK]]
+        file = parts / f"{identity[:16]}-{start:09d}.json"
+        chunk = _finished(file, asked)
+        if chunk is None:
+
+            def told(done: int, total: int, tokens: int, start: int = start) -> None:
+                if on_progress is not None:
+                    now = start + done / plan.draws
+                    on_progress(int(now), len(found.numbers), f"{int(now):,}/{len(found.numbers):,} questions")
+
+            chunk = _answer(asked, start, found.longest, plan, cfg, weights, tokenizer, told)
+            if jax.process_index() == 0:
+                write_json(file, {"right": {sample.id: n for sample, n in zip(asked, chunk, strict=True)}})
+        counts += chunk
+    return np.array(counts)
+
+
+def _finished(file: Path, asked: Sequence[Sample]) -> list[int] | None:
+    try:
+        right = json.loads(file.read_text(encoding="utf-8"))["right"]
+        return [int(right[sample.id]) for sample in asked]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _answer(
+    asked: Sequence[Sample],
+    start: int,
+    longest: int,
+    plan: Plan,
+    cfg: config.Config,
+    weights: dict[str, Any],
+    tokenizer: Tokenizer,
+    on_progress: Callable[[int, int, int], None],
+) -> list[int]:
+    """Right answers of each question. What is drawn depends on the seed and the chunk's place alone."""
+    prompts = [prompt for prompt in render_prompts(asked, tokenizer, cfg) for _ in range(plan.draws)]
+    completions = generate(
+        weights,
+        cfg.model,
+        prompts,
+        rollout_sampling(cfg),
+        stop_tokens=tokenizer.stop_tokens,
+        banned_tokens=(*tokenizer.banned_tokens, *range(len(tokenizer), cfg.model.text.vocab_size)),
+        key=jax.random.fold_in(jax.random.key(plan.seed), start),
+        compute=Compute.of(cfg.train),
+        max_prompt=longest,
+        on_progress=on_progress,
+    )
+    right = [0] * len(asked)
+    for number, completion in enumerate(completions):
+        place = number // plan.draws
+        reply = tokenizer.decode(completion.text_tokens)
+        right[place] += score(reply, completion.finish == "stop", asked[place], cfg.grpo).accuracy == 1.0
+    return right
+
+
+def choose(right: np.ndarray, plan: Plan) -> np.ndarray:
+    """i64: places of the questions that are kept, ascending; of each count its share, rounded, drawn by the seed."""
+    kept = []
+    for count in range(plan.draws + 1):
+        places = np.flatnonzero(right == count)
+        order = np.random.default_rng([plan.seed, count]).permutation(len(places))
+        kept.append(places[order[: round(plan.share(count) * len(places))]])
+    return np.sort(np.concatenate(kept))
+
+
+def _marked(
+    candidates: Sequence[Sample], found: Questions, right: np.ndarray, kept: np.ndarray, plan: Plan
+) -> Iterator[Sample]:
+    for place in kept:
+        sample = candidates[int(found.numbers[place])]
+        yield replace(sample, meta=sample.meta | {"right_of_draws": f"{right[place]}/{plan.draws}"})
+
+
+def draw_histogram(report: dict[str, Any], path: Path) -> None:
+    """Questions by their number of right answers, and how many of them are kept, as PNG."""
+    from matplotlib.figure import Figure
+
+    counts, kept = report["histogram"], report["kept_of"]
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(range(len(counts)), counts, color="#d3dde0", label="measured", width=0.8)
+    axes.bar(range(len(counts)), kept, color="#0b6e75", label="kept", width=0.8)
+    for place, (count, some) in enumerate(zip(counts, kept, strict=True)):
+        axes.annotate(f"{some:,} of {count:,}", (place, count), ha="center", va="bottom", fontsize=8, color="#1c2733")
+    axes.set_xticks(range(len(counts)))
+    axes.set_xlabel(f"right answers of {len(counts) - 1}", color="#5b6b7b")
+    axes.set_ylabel("questions", color="#5b6b7b")
+    axes.margins(y=0.12)
+    axes.set_title("Difficulty of the candidates", loc="left", fontsize=11, fontweight="bold", color="#1c2733")
+    axes.legend(frameon=False, fontsize=9)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    part = path.with_name(f".{path.name}.part")
+    figure.savefig(part, format="png", dpi=120)
+    part.replace(path)

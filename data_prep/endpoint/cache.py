@@ -1,0 +1,49 @@
+"""Replies on disk, one file each, by the digest of everything that was asked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+class Cache:
+    """Entries appear whole or not at all, whatever else reads or writes there. Holds replies, never requests."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @staticmethod
+    def key(url: str, body: dict[str, Any]) -> str:
+        """SHA-256 of address and request: another model, setting, word or pixel is another key."""
+        text = json.dumps([url, body], sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The entry; None where there is none, or one that cannot be read and will be replaced."""
+        try:
+            entry = json.loads(self._file(key).read_bytes())
+            return entry["value"] if entry["key"] == key and isinstance(entry["value"], dict) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def put(self, key: str, value: dict[str, Any]) -> None:
+        """Raises OSError, and then there is no new entry."""
+        file = self._file(key)
+        file.parent.mkdir(exist_ok=True)
+        # A name of its own for each writer, and 0600 by mkstemp: replies may speak of patients.
+        handle, part = tempfile.mkstemp(prefix=".", suffix=".part", dir=file.parent)
+        try:
+            with open(handle, "wb") as stream:
+                stream.write(json.dumps({"key": key, "value": value}).encode())
+            os.replace(part, file)
+        except BaseException:
+            Path(part).unlink(missing_ok=True)
+            raise
+
+    def _file(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.json"

@@ -1,0 +1,326 @@
+"""One chat call: from the cache, or sent within the budget, retried with back-off, and read with suspicion."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import functools
+import json
+import logging
+import random
+import ssl
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+from weakref import WeakValueDictionary
+
+import httpx2
+
+from data_prep.endpoint.account import Account
+from data_prep.endpoint.cache import Cache
+from data_prep.endpoint.messages import Message, image_count, text_bytes
+from data_prep.endpoint.settings import Endpoint
+from data_prep.sources import SOURCES
+from infimed_jax.errors import UserError
+
+MAX_REPLY_BYTES = 2**24
+"""Of one HTTP reply: far above any text that a model writes."""
+
+UNUSABLE = {
+    401: "check the API key",
+    402: "the account there has no money left",
+    403: "check the API key and what it may do",
+    404: "check the address and the model's name",
+    405: "check the address",
+}
+"""Answers that every other call would get too: they end the run."""
+
+
+class CallFailed(Exception):
+    """A call had no usable reply after all its attempts; `kind` is a fixed phrase, so that reports can count it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.kind = kind
+
+
+class _Attempt(Exception):
+    """One attempt failed."""
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        again: bool = True,
+        charged: bool = True,
+        own: bool = False,
+        wait: float = 0.0,
+        mend: str = "",
+    ) -> None:
+        """`again`: it may pass. `charged`: it may cost. `own`: only this request is at fault. `wait`: seconds that the
+        endpoint asks for. `mend`: what the user must do, where every other call would fail alike.
+        """
+        super().__init__(kind)
+        self.kind, self.again, self.charged, self.own, self.wait, self.mend = kind, again, charged, own, wait, mend
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model said."""
+
+    text: str
+    reasoning: str
+    """Thoughts that the server has parted from the text; empty where there are none, or where they stand in it."""
+    finish: str
+    """The server's `finish_reason`: `stop`, `length` (cut by the limit), `content_filter`, …; empty if it gave none."""
+
+    @property
+    def whole(self) -> str:
+        """The text with its thoughts, if any, in a think block."""
+        return f"<think>{self.reasoning}</think>{self.text}" if self.reasoning else self.text
+
+
+_REPLY_FIELDS = {field.name for field in fields(Reply)}
+
+
+class ChatClient:
+    """Asks `endpoint`, with its cache and account in `folder`. An async context; use it inside one event loop.
+
+    `counts` says what happened: `from the cache`, `sent`, `again: …` (retries) and `failed: …`, each by its kind.
+    """
+
+    def __init__(self, endpoint: Endpoint, folder: Path) -> None:
+        self.endpoint = endpoint
+        self.cache = Cache(folder)
+        self.account = Account(folder, endpoint.budget)
+        self.counts: Counter[str] = Counter()
+        self._places = asyncio.Semaphore(endpoint.concurrency)
+        self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._not_before = 0.0  # monotonic; a server that says "too many" says it to all calls
+        self._failures = 0
+        for name in ("httpx2", "httpcore2"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # they log addresses and headers
+        key = endpoint.key()
+        self._http = httpx2.AsyncClient(
+            headers={"Accept": "application/json", "Accept-Encoding": "identity"}
+            | ({"Authorization": f"Bearer {key}"} if key else {}),
+            verify=_certificates(),
+            timeout=endpoint.timeout,
+            follow_redirects=False,
+            trust_env=endpoint.external,  # a proxy from the environment must not see what stays in the house
+            limits=httpx2.Limits(max_connections=endpoint.concurrency, max_keepalive_connections=endpoint.concurrency),
+        )
+
+    async def __aenter__(self) -> ChatClient:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._http.aclose()
+
+    async def chat(
+        self, source: str, messages: Sequence[Message], *, max_tokens: int, temperature: float, seed: int = 0
+    ) -> Reply:
+        """The model's reply; `source` is whose text and images the messages hold. Another `seed` is another draw.
+
+        Raises CallFailed; BudgetReached; UserError where the source may not be sent there, or the endpoint is of no
+        use to any call.
+        """
+        check_cleared(self.endpoint, source)
+        body = {
+            "model": self.endpoint.model,
+            "messages": list(messages),
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "seed": seed,
+        }
+        key = Cache.key(self.endpoint.chat_url, body)
+        async with self._asking.setdefault(key, asyncio.Lock()):  # equal requests at once are sent once
+            entry = self.cache.get(key)
+            if entry is not None and entry.keys() == _REPLY_FIELDS:
+                self.counts["from the cache"] += 1
+                self._failures = 0  # what failed in the last run, and alone is left, need not end this one
+                return Reply(**entry)
+            async with self._places:
+                reply = await self._call(body, messages)
+            self.cache.put(key, asdict(reply))
+            return reply
+
+    async def _call(self, body: dict[str, Any], messages: Sequence[Message]) -> Reply:
+        payload = json.dumps(body).encode()
+        prompt = text_bytes(messages) + image_count(messages) * self.endpoint.budget.image_tokens
+        for attempt in range(self.endpoint.attempts):
+            await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
+            self.account.reserve(prompt, body["max_tokens"])
+            self.counts["sent"] += 1
+            try:
+                reply, used = await self._attempt(payload)
+            except _Attempt as failure:
+                if not failure.charged:
+                    self.account.settle(prompt, body["max_tokens"], (0, 0))
+                if failure.mend:
+                    raise UserError(f"endpoint {self.endpoint.name} answers {failure.kind}: {failure.mend}") from None
+                if not failure.again or attempt + 1 == self.endpoint.attempts:
+                    self._failed(failure.kind, of_endpoint=not failure.own)
+                    raise CallFailed(failure.kind) from None
+                self.counts[f"again: {failure.kind}"] += 1
+                await self._back_off(attempt, failure)
+                continue
+            if used is not None:
+                self.account.settle(prompt, body["max_tokens"], used)
+            self._failures = 0
+            return reply
+        raise AssertionError("attempts is at least 1")
+
+    async def _back_off(self, attempt: int, failure: _Attempt) -> None:
+        endpoint = self.endpoint
+        pause = endpoint.pause * 2**attempt * random.uniform(0.5, 1.0)  # jitter: calls that failed together part
+        pause = min(max(pause, failure.wait), endpoint.longest_pause)
+        if failure.wait:
+            self._not_before = max(self._not_before, time.monotonic() + pause)
+        await asyncio.sleep(pause)
+
+    def _failed(self, kind: str, of_endpoint: bool) -> None:
+        """Count a call that has failed; UserError after too many in a row that are the endpoint's fault."""
+        self.counts[f"failed: {kind}"] += 1
+        self._failures += of_endpoint
+        if self._failures >= self.endpoint.failures_in_a_row:
+            raise UserError(
+                f"endpoint {self.endpoint.name} failed {self._failures} calls in a row, the last: {kind}; replies so "
+                "far are kept: mend it and run the same command"
+            ) from None
+
+    async def _attempt(self, payload: bytes) -> tuple[Reply, tuple[int, int] | None]:
+        """The reply, and (prompt, reply) tokens where the endpoint counts them. Raises _Attempt.
+
+        Only refusals (429, 5xx and other 4xx) and calls that never left are taken to cost nothing.
+        """
+        try:
+            async with (
+                asyncio.timeout(self.endpoint.timeout),  # the client's own timeouts start anew with every byte
+                self._http.stream(
+                    "POST", self.endpoint.chat_url, content=payload, headers={"Content-Type": "application/json"}
+                ) as response,
+            ):
+                self._check_status(response)
+                data = await _read(response)
+        except (TimeoutError, httpx2.TimeoutException):
+            raise _Attempt("timed out") from None
+        except httpx2.ConnectError as error:
+            kind = "certificate refused" if "CERTIFICATE" in str(error) else "connection refused"
+            raise _Attempt(kind, charged=False) from None
+        except httpx2.RemoteProtocolError as error:
+            cut = "complete message body" in str(error)  # h11 has no class of its own for a body that ends early
+            raise _Attempt("reply cut" if cut else "no HTTP reply") from None
+        except httpx2.TransportError:
+            raise _Attempt("connection broken") from None
+        except httpx2.DecodingError:
+            raise _Attempt("reply in a broken encoding") from None
+        except (httpx2.HTTPError, httpx2.InvalidURL):
+            raise _Attempt("request failed", again=False, own=True) from None
+        return read_reply(data)
+
+    def _check_status(self, response: httpx2.Response) -> None:
+        status = response.status_code
+        if status == 200:
+            return
+        if status in UNUSABLE:
+            raise _Attempt(f"status {status}", charged=False, mend=UNUSABLE[status])
+        if 300 <= status < 400:
+            same = _target(self.endpoint.chat_url, response.headers.get("location", "")) == self.endpoint.parsed.netloc
+            kind = "redirected" if same else "redirected to another host"
+            raise _Attempt(f"{kind} (not followed)", again=False, charged=False)
+        if status == 429 or status == 503:
+            wait = retry_after(response.headers.get("retry-after", ""))
+            raise _Attempt(f"status {status}", charged=False, wait=wait)
+        if status >= 500 or status in (408, 409, 425):
+            raise _Attempt(f"status {status}", charged=False)
+        raise _Attempt(f"status {status}", again=False, charged=False, own=True)
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """Read once: it takes a tenth of a second."""
+    return httpx2.create_ssl_context()
+
+
+def check_cleared(endpoint: Endpoint, source: str) -> None:
+    """UserError where data of `source` may not be sent to `endpoint`; a source that is not known is not cleared."""
+    if endpoint.external and not (source in SOURCES and SOURCES[source].allow_external_api):
+        raise UserError(
+            f"source {source} is not cleared for endpoints outside, and {endpoint.name} is one: use a local endpoint"
+        )
+
+
+async def _read(response: httpx2.Response) -> bytes:
+    pieces, size = [], 0
+    async for piece in response.aiter_bytes():
+        size += len(piece)
+        if size > MAX_REPLY_BYTES:
+            raise _Attempt("reply too large", again=False, own=True)
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def read_reply(data: bytes) -> tuple[Reply, tuple[int, int] | None]:
+    """A chat completion's JSON; the second value as in `_attempt`. Raises _Attempt with what it is instead."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        start = data.lstrip()[:1]
+        kind = "reply cut" if start == b"{" else "HTML instead of JSON" if start == b"<" else "no JSON"
+        raise _Attempt(kind) from None
+    try:
+        choice = value["choices"][0]
+        message, finish = choice["message"], choice.get("finish_reason") or ""
+        text = _text(message.get("content"))
+        reasoning = _text(message.get("reasoning_content") or message.get("reasoning"))
+        if not isinstance(finish, str):
+            raise TypeError
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise _Attempt("not a chat completion") from None
+    if not (text.strip() or reasoning.strip() or finish == "content_filter"):
+        raise _Attempt("empty reply")
+    return Reply(text, reasoning, finish), _usage(value)
+
+
+def _text(content: Any) -> str:
+    """Message content: text, nothing, or a list of parts. TypeError for anything else."""
+    if content is None:
+        return ""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part.get("type") == "text")
+    if not isinstance(content, str):
+        raise TypeError
+    return content.encode("utf-8", "replace").decode()  # JSON may smuggle in lone surrogates
+
+
+def _usage(value: dict[str, Any]) -> tuple[int, int] | None:
+    """Tokens as the endpoint counts them; None where that is absent or absurd, and the worst case stays booked."""
+    usage = value.get("usage")
+    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else []
+    valid = bool(counts) and all(type(count) is int and 0 <= count < 10**9 for count in counts) and counts[0] > 0
+    return (counts[0], counts[1]) if valid else None
+
+
+def retry_after(value: str) -> float:
+    """Seconds of a Retry-After header, which is a number or a date; 0 where it is neither, or past."""
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, OverflowError, TypeError):
+            return 0.0
+    return seconds if 0 < seconds < float("inf") else 0.0
+
+
+def _target(url: str, location: str) -> str:
+    """Host and port that a redirect points to."""
+    try:
+        return urlsplit(urljoin(url, location)).netloc
+    except ValueError:
+        return ""

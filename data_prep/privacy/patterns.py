@@ -1,0 +1,94 @@
+"""What identifiers look like: in each pattern the group `x` is what is masked, the rest is what gives it away.
+
+Dates are full dates and months: a year alone is none, as in the Safe Harbor rule of HIPAA (45 CFR 164.514), which also
+sets the age. Every repetition is bounded, so that no text takes more than linear time.
+"""
+
+from __future__ import annotations
+
+import re
+
+_YEAR = r"(?:1[89]|20)\d\d"
+_DAY = r"(?:0?[1-9]|[12]\d|3[01])"
+_MONTH = r"(?:0?[1-9]|1[0-2])"
+_MONTH_DAY = r"(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])"
+_NAMED_MONTH = (
+    r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?|Oct(?:ober)?"
+    r"|Nov(?:ember)?|Dec(?:ember)?|JAN|FEB|MAR|APR|MAY|JUN|JUL|AUG|SEP|OCT|NOV|DEC)\.?"
+)
+_NAMED_DAY = rf"{_DAY}(?:st|nd|rd|th)?"
+_UNIT = r"\s?(?:%|(?:mm|cm|ml|mg|kg|HU)\b)"
+_ZH_DIGITS = "[〇零一二三四五六七八九十]"
+
+_LABELLED = r"\s{0,3}(?:is\s|was\s)?[:：#=.为是]?\s{0,3}"
+_CODE = r"(?P<x>(?=[A-Z0-9/-]{0,24}\d)[A-Z0-9][A-Z0-9/-]{1,28}[A-Z0-9])"
+"""At least three characters, one a digit: "case no. 5" is a figure's number."""
+
+_HAN = "\u4e00-\u9fff"
+_SURNAME = (
+    "[王李张刘陈杨赵黄周吴徐孙胡朱高林何郭马罗梁宋郑谢韩唐冯董萧程曹袁邓许傅沈曾彭吕苏卢蒋蔡贾丁魏薛叶阎余潘杜戴夏钟"
+    "汪田姜范石姚谭廖邹熊陆郝孔崔康毛邱秦江史顾侯邵孟龙万段雷钱汤尹黎易武乔贺赖龚]"
+)
+_GIVEN = f"(?!某)[{_HAN}]"
+"""王某 is masked already."""
+_NAME = r"[A-ZÀ-ÖØ-Þ](?:[A-Za-zÀ-ÖØ-öø-ÿ'’-]{1,30}|\.)"
+_PERSON = rf"(?P<x>(?:(?:van|von|de|der|den|la|le|di|bin|al)\s){{0,2}}{_NAME}(?:[ ]{_NAME}){{0,3}})"
+
+_OVER_89 = r"(?P<x>9\d|1[0-4]\d)"
+
+_SOURCES: dict[str, tuple[str, ...]] = {
+    "email": (r"(?<![\w.%+-])(?P<x>[\w.%+-]{1,64}@(?:[\w-]{1,63}\.){1,8}[A-Za-z]{2,24})(?![\w-])",),
+    "record": (
+        r"(?i:(?<![A-Z0-9])(?:MRN|SSN|NHS(?:\s(?:number|no\.?))?|medical\srecord(?:\s(?:number|no\.?|id))?"
+        r"|social\ssecurity(?:\snumber)?|accession|(?:record|patient|hospital|accession|case|study|exam|admission"
+        rf"|account|insurance|passport)(?:'s)?\s(?:number|no\.?|id|\#)){_LABELLED}{_CODE})",
+        r"(?i:(?:病历号|病案号|住院号|门诊号|就诊号|登记号|检查号|影像号|放射号|X线号|CT号|MR号|超声号|病理号|病人编号"
+        rf"|患者编号|身份证号码|身份证号|身份证|医保卡号|医保号|就诊卡号){_LABELLED}{_CODE})",
+        r"(?<![\dA-Za-z-])(?P<x>\d{3}-\d{2}-\d{4})(?![\d-])",  # social security number
+        rf"(?<!\d)(?P<x>[1-9]\d{{5}}(?:19|20)\d\d{_MONTH_DAY}\d{{3}}[\dXx])(?!\d)",  # Chinese identity number
+    ),
+    "phone": (
+        r"(?i:(?:\b(?:tele)?phone|\btel|\bmobile|\bcell|\bfax|\bpager|电话号码|电话|手机号码|手机号|手机|联系方式|传真)"
+        rf"(?:\s(?:number|no\.?))?{_LABELLED}(?P<x>[+(]?\d[\d ()-]{{4,18}}\d)(?!\d))",
+        r"(?<![\d.+-])(?P<x>(?:\+?1[-. ]?)?(?:\(\d{3}\) ?|\d{3}[-.])\d{3}[-.]\d{4})(?![\d.-]?\d)",  # North America
+        r"(?<![\w+])(?P<x>\+\d{1,3}(?:[ -]?\(?\d{2,4}\)?){3,5})(?!\.?\d)",  # international
+        r"(?<!\d)(?P<x>1[3-9]\d[ -]?\d{4}[ -]?\d{4})(?!\d)",  # Chinese mobile
+        r"(?<![\d-])(?P<x>0\d{2,3}-\d{7,8})(?!\d)",  # Chinese land line
+    ),
+    "date": (
+        rf"(?<!\d)(?<!\d[./-])(?P<x>{_YEAR}(?P<sep>[-/.]){_MONTH}(?P=sep){_DAY})(?!\d)",
+        rf"(?<!\d)(?<!\d[./-])(?P<x>{_DAY}(?P<sep>[-/.]){_DAY}(?P=sep){_YEAR})(?!\d)",
+        rf"(?<!\d)(?<!\d[./-])(?P<x>{_DAY}(?P<sep>[-/]){_DAY}(?P=sep)\d\d)(?![\d/-]|\.\d|{_UNIT})",
+        rf"(?<![\w.-])(?P<x>{_YEAR}{_MONTH_DAY})(?![\w.-]?\d)",  # as DICOM writes it
+        rf"(?<![A-Za-z])(?P<x>{_NAMED_MONTH}\s{_NAMED_DAY},?\s{_YEAR})(?!\d)",
+        rf"(?<![\d.])(?P<x>{_NAMED_DAY}(?:\sof)?[\s-]{_NAMED_MONTH}(?:,?[\s-]{_YEAR})?)(?![A-Za-z\d])",
+        rf"(?<![A-Za-z])(?P<x>{_NAMED_MONTH},?\s{_YEAR})(?!\d)",
+        rf"(?<![A-Za-z])(?P<x>{_NAMED_MONTH}\s{_NAMED_DAY})(?![\d.]{{0,9}}\d)(?!{_UNIT})",
+        r"(?<!\d)(?P<x>\d{2,4}\s?年\s?\d{1,2}\s?月(?:\s?\d{1,2}\s?[日号])?)",
+        r"(?<![\d年])(?P<x>\d{1,2}\s?月\s?\d{1,2}\s?[日号])",
+        f"(?P<x>{_ZH_DIGITS}{{2,4}}年{_ZH_DIGITS}{{1,3}}月(?:{_ZH_DIGITS}{{1,3}}[日号])?)",
+    ),
+    "name": (
+        rf"(?<![A-Za-z])(?:Dr|Mr|Mrs|Ms|Miss|Prof|Professor|Doctor)\.?\s{{1,3}}{_PERSON}",  # MR and DR are modalities
+        r"(?<![A-Za-z])(?:[Pp]atient(?:'s)?\s[Nn]ame|PATIENT\sNAME|[Nn]ame\sof\s(?:the\s)?patient|Name|NAME|Radiologist"
+        r"|[Rr]eferring\s(?:[Pp]hysician|[Dd]octor)|[Rr]eported\sby|[Ss]igned\sby)\s{0,3}[:=]\s{0,3}" + _PERSON,
+        r"(?<![A-Za-z^])(?P<x>[A-Z][A-Za-z'-]{1,30}\^[A-Z][A-Za-z'-]{0,30}(?:\^[A-Za-z'-]{0,30}){0,3})",  # as in DICOM
+        r"(?:姓名|报告医生|审核医生|报告医师|审核医师|检查医师|检查医生|主治医师|主管医生)\s{0,3}[:：]\s{0,3}"
+        rf"(?P<x>[{_HAN}·]{{2,4}}?(?=性别|年龄|男|女|[^{_HAN}·]|$)|{_SURNAME}{_GIVEN}{{1,2}})",
+        rf"(?:(?<![{_HAN}])|(?<=[由经请与和及跟]))(?P<x>{_SURNAME}(?:{_GIVEN}){{0,2}}?)"
+        "(?:主任|医生|医师|大夫|教授|护士|先生|女士|小姐)",
+        rf"(?:患者|病人)[:：]?\s?(?P<x>{_SURNAME}(?:{_GIVEN}){{1,2}})(?=[，,、\s]{{0,2}}[男女])",
+    ),
+    "age": (
+        rf"(?i:(?<![\d.]){_OVER_89}(?=[\s-]{{0,2}}(?:(?:years?|yrs?)[\s-]{{1,2}}old|y/o|y\.o|yo\b)))",
+        r"(?i:\bage(?:d|\sof|\sis)?\s{0,3}[:=]?\s{0,3}" + _OVER_89 + r"(?!\.?\d|\s?(?:%|mm|cm|months?|days?|weeks?)))",
+        r"(?i:\b(?P<x>nonagenarian|centenarian)s?\b)",
+        rf"(?<![\d.]){_OVER_89}(?=\s?(?:周|多)?岁)",
+        rf"年龄\s{{0,3}}[:：为是]?\s{{0,3}}{_OVER_89}(?!\.?\d)",
+        f"(?P<x>九十[一二三四五六七八九]?|一?百{_ZH_DIGITS}{{0,3}})(?=多?岁)",
+    ),
+}
+
+KINDS = tuple(_SOURCES)
+"""In the order in which they win where two equally long ones begin together."""
+PATTERNS = tuple((kind, re.compile(source)) for kind, sources in _SOURCES.items() for source in sources)

@@ -1,0 +1,181 @@
+"""Finding and masking in a text, and `scrub`, which does it to a prepared dataset."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from data_prep.engine import HERE, Engine, Progress
+from data_prep.privacy.patterns import KINDS, PATTERNS
+from data_prep.steps import NoSamples, Slice, make_dataset, slices
+from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.storage import CorruptRecord, open_samples, write_shard
+from infimed_jax.errors import UserError
+
+VERSION = 1
+"""Of the patterns; raise it when they change, so that datasets are scrubbed again."""
+NO_PROMISE = (
+    "Patterns find some identifiers and miss others (names without a title, places, text inside the images): "
+    "this is no promise of anonymity."
+)
+Mode = Literal["flag", "mask"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`text[start:end]` looks like an identifier of this kind."""
+
+    kind: str
+    start: int
+    end: int
+
+
+def find(text: str) -> list[Finding]:
+    """What the patterns find, in order and without overlaps: the earlier wins, then the longer."""
+    found = [
+        Finding(kind, match.start("x"), match.end("x"))
+        for kind, pattern in PATTERNS
+        for match in pattern.finditer(text)
+    ]
+    found.sort(key=lambda f: (f.start, -f.end, KINDS.index(f.kind)))
+    kept: list[Finding] = []
+    for finding in found:
+        if not kept or finding.start >= kept[-1].end:
+            kept.append(finding)
+    return kept
+
+
+def mask(text: str) -> tuple[str, Counter[str]]:
+    """The text with each identifier replaced by its kind, as `[DATE]`, and how many of each kind.
+
+    Masked again it stays as it is; all other text is left alone.
+    """
+    counts: Counter[str] = Counter()
+    while found := find(text):  # again, for what only its masked neighbour had hidden
+        pieces, start = [], 0
+        for finding in found:
+            pieces += [text[start : finding.start], f"[{finding.kind.upper()}]"]
+            start = finding.end
+            counts[finding.kind] += 1
+        text = "".join(pieces) + text[start:]
+    return text, counts
+
+
+def scrub(
+    folder: Path,
+    output: Path,
+    mode: Mode = "mask",
+    *,
+    engine: Engine = HERE,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the dataset `output` with identifiers flagged or masked, and the report `output.json`, which is returned.
+
+    Both modes count the findings of a sample in `meta["identifiers"]`; only `mask` changes its text. A question whose
+    answer or options hold an identifier cannot be masked and asked: `mask` leaves it out, by name. Values of `meta`,
+    which tie samples to images and sources, are counted by key and left alone. No text stands in the report.
+    UserError: no prepared dataset, or no sample is left.
+    """
+    if mode not in ("flag", "mask"):
+        raise UserError(f"mode must be flag or mask, not {mode!r}")
+    dataset = open_samples(folder)
+    try:
+        return make_dataset(
+            output,
+            name="scrubbed",
+            recipe={"step": "scrub", "version": VERSION, "from": dataset.fingerprint, "mode": mode},
+            info={"derived_from": dataset.manifest["info"]},
+            work=partial(_scrub_shard, mode),
+            pieces=slices(dataset),
+            report=partial(_report, str(folder), mode),
+            engine=engine,
+            on_progress=on_progress,
+        )
+    except NoSamples as error:
+        report = _report(str(folder), mode, {"samples": 0, "fingerprint": ""}, list(error.facts))
+        raise UserError(f"no sample of {folder} is left: {report['left_out']}") from error
+
+
+def _scrub_shard(mode: Mode, piece: Slice, folder: Path, name: str) -> dict[str, Any]:
+    """Write the clean shard; its facts are the findings by sample, and what was left out, without any text."""
+    dataset = open_samples(piece.folder)
+    metadata: Counter[str] = Counter()
+    findings: dict[str, dict[str, int]] = {}
+    left_out: list[str] = []
+    unreadable: list[int] = []
+
+    def scrubbed() -> Iterator[Sample]:
+        for number in range(piece.start, piece.stop):
+            try:
+                sample = dataset[number]
+            except CorruptRecord:
+                unreadable.append(number)
+                continue
+            for key, value in sample.meta.items():
+                metadata.update({f"{key}: {kind}": n for kind, n in mask(value)[1].items()})
+            clean, counts = scrub_sample(sample)
+            if counts:
+                findings[sample.id] = dict(sorted(counts.items()))
+            if mode == "mask" and (clean.answer, clean.options) != (sample.answer, sample.options):
+                left_out.append(sample.id)
+                continue
+            kept = clean if mode == "mask" else sample
+            marks = {"identifiers": ", ".join(f"{kind}: {n}" for kind, n in sorted(counts.items()))} if counts else {}
+            yield replace(kept, meta=kept.meta | marks)
+
+    write_shard(folder, name, scrubbed())
+    return {"findings": findings, "left_out": left_out, "unreadable": unreadable, "metadata": dict(metadata)}
+
+
+def _report(folder: str, mode: Mode, manifest: dict[str, Any], facts: list[dict[str, Any]]) -> dict[str, Any]:
+    findings = {id: counts for piece in facts for id, counts in piece["findings"].items()}
+    left_out = [id for piece in facts for id in piece["left_out"]]
+    unreadable = [number for piece in facts for number in piece["unreadable"]]
+    metadata: Counter[str] = Counter()
+    for piece in facts:
+        metadata.update(piece["metadata"])
+    counted = {"answer or option is an identifier": len(left_out), "unreadable record": len(unreadable)}
+    return {
+        "note": NO_PROMISE,
+        "from": folder,
+        "mode": mode,
+        "samples": manifest["samples"],
+        "fingerprint": manifest["fingerprint"],
+        "found": {kind: sum(counts.get(kind, 0) for counts in findings.values()) for kind in KINDS},
+        "samples_with_findings": len(findings),
+        "left_out": {reason: n for reason, n in counted.items() if n},
+        "left_out_ids": left_out,
+        "unreadable_records": unreadable,
+        "metadata": dict(sorted(metadata.items())),
+        "findings": findings,
+    }
+
+
+def scrub_sample(sample: Sample) -> tuple[Sample, Counter[str]]:
+    """The sample with its text masked, `meta` and images left alone, and what was found in its turns.
+
+    Question, options and answer stand in the turns as well, so they are masked and not counted again.
+    """
+    counts: Counter[str] = Counter()
+
+    def masked(text: str) -> str:
+        text, found = mask(text)
+        counts.update(found)
+        return text
+
+    turns = tuple(
+        Turn(turn.role, tuple(masked(p) if isinstance(p, str) else p for p in turn.content), masked(turn.reasoning))
+        for turn in sample.turns
+    )
+    clean = replace(
+        sample,
+        turns=turns,
+        question=mask(sample.question)[0],
+        options=tuple(mask(option)[0] for option in sample.options),
+        answer=mask(sample.answer)[0],
+    )
+    return clean, counts
