@@ -1,4 +1,4 @@
-"""The whole recipe on one small machine: data, five training stages, GRPO, evaluation, report, export.
+"""The whole recipe on one small machine: data, a warm-up, five training stages, GRPO, evaluation, report, export.
 
 Every step is the command of the same name at small size, run in one process so that stages share compiled programs.
 A finished step leaves `steps/NAME.json`; `--resume` reads it instead of running the step again.
@@ -34,6 +34,7 @@ STAGES = {
     "sft_cross_distribution": "Cross-distribution SFT",
     "sft_reflective": "Reflective CoT SFT",
 }
+LAST_SUPERVISED = "sft_reflective"
 PUBLISHED = {"warmup": "pretrain"}
 """Whose published settings a stage of the demo's own starts from."""
 REASONING = ("sft_reflective", "grpo", "control")
@@ -182,7 +183,12 @@ def planned_steps() -> dict[str, float]:
     steps = {"Data": 20.0}
     for title in STAGES.values():
         steps |= {title: 60.0, f"Evaluation: {title}": 10.0}
-    steps |= {"Evaluation without images": 8.0, "GRPO": 120.0, "Evaluation: GRPO": 12.0}
+    steps |= {
+        "Evaluation without images": 8.0,
+        "Difficulty of the RL questions": 20.0,
+        "GRPO": 120.0,
+        "Evaluation: GRPO": 12.0,
+    }
     steps |= {"GRPO control (constant reward)": 90.0, "Evaluation: GRPO control": 12.0}
     return steps | {"Hugging Face export": 15.0, "Report": 4.0}
 

@@ -22,11 +22,10 @@ from infimed_jax.hf.verify import verify
 from infimed_jax.sharding import make_mesh
 from infimed_jax.train.checkpoint import load_params
 from launch.progress import clock
-from launch.quickstart import STAGES, Chain
+from launch.quickstart import LAST_SUPERVISED, STAGES, Chain
 from launch.quickstart_data import test_samples
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "torch", "numpy")
-LAST_SUPERVISED = "sft_reflective"
 
 
 def finish(chain: Chain, results: dict[str, Any], seconds: float, memory: int) -> dict[str, Any]:
@@ -130,7 +129,7 @@ def _summary(
 
 
 def _wall(results: dict[str, Any]) -> list[float]:
-    steps = [results[name] for name in ("data", *STAGES, "grpo", "control")]
+    steps = [results[name] for name in ("data", *STAGES, "difficulty", "grpo", "control")]
     return [step["wall_seconds"] for step in (*steps, *results["evaluation"].values())]
 
 

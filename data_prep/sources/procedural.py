@@ -11,11 +11,12 @@ import os
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import joblib
 import numpy as np
 
 from data_prep.faults import IMAGE_MISSING
@@ -30,6 +31,8 @@ SPLITS = ("pretrain", "train", "reflective", "rl", "test", "alignment")
 """`pretrain` holds captions as documents, `alignment` captions that a user asks for, `reflective` questions with
 reasoning, the others plain questions. No image is shared."""
 CAPTIONED = ("pretrain", "alignment")
+_PIECE = 400
+"""Images that one process draws at a time, about a second of work."""
 RECIPE = "recipe.json"
 VERSION = 3
 """Of the drawings and wordings; raise it when they change, so that old folders are not taken for new ones."""
@@ -109,15 +112,11 @@ def write_folder(
 
 def _write_split(procedure: Procedure, folder: Path, seed: int, split: str, count: int, per_image: int) -> None:
     stream = SPLITS.index(split)
-    scenes, captions, asked = [], [], []
-    for number in range(count):
-        rng = np.random.default_rng([seed, stream, number])  # of its own, so a longer split starts with the same images
-        scene = procedure.draw(rng)
-        (folder / "images" / f"{split}_{number:06d}.png").write_bytes(procedure.png(scene))
-        scenes.append(scene)
-        captions.append(procedure.caption(scene, rng))
-        questions = procedure.ask(scene, rng) if split not in CAPTIONED else []
-        asked.append([questions[i] for i in rng.permutation(len(questions))[:per_image]])
+    pieces = [range(start, min(start + _PIECE, count)) for start in range(0, count, _PIECE)]
+    drawn = joblib.Parallel(n_jobs=-1 if len(pieces) > 1 else 1)(
+        joblib.delayed(_draw)(procedure, folder / "images", [seed, stream], split, piece, per_image) for piece in pieces
+    )
+    scenes, captions, asked = ([entry[k] for piece in drawn for entry in piece] for k in range(3))
     rng = np.random.default_rng([seed, stream, count, 1])
     records = []
     for number, questions in enumerate(balance(asked, rng)):
@@ -131,6 +130,21 @@ def _write_split(procedure: Procedure, folder: Path, seed: int, split: str, coun
         }
         records.append(json.dumps(record, ensure_ascii=False))
     (folder / f"{split}.json").write_text("[\n" + ",\n".join(records) + "\n]\n", encoding="utf-8")
+
+
+def _draw(
+    procedure: Procedure[SceneT], folder: Path, key: Sequence[int], split: str, numbers: Iterable[int], per_image: int
+) -> list[tuple[SceneT, str, list[Question]]]:
+    """Draw the images of these numbers: scene, caption and questions of each."""
+    drawn = []
+    for number in numbers:
+        rng = np.random.default_rng([*key, number])  # of its own, so a longer split starts with the same images
+        scene = procedure.draw(rng)
+        (folder / f"{split}_{number:06d}.png").write_bytes(procedure.png(scene))
+        caption = procedure.caption(scene, rng)
+        questions = procedure.ask(scene, rng) if split not in CAPTIONED else []
+        drawn.append((scene, caption, [questions[i] for i in rng.permutation(len(questions))[:per_image]]))
+    return drawn
 
 
 def balance(asked: Sequence[Sequence[Question]], rng: np.random.Generator) -> list[list[Question]]:

@@ -183,8 +183,12 @@ def _is_named(item: Item, question: Question) -> bool:
     return word in question.text
 
 
+def _no_meta(scene: Shapes) -> dict[str, str]:
+    return {}
+
+
 SHAPES: procedural.Procedure[Shapes] = procedural.Procedure(
-    name="shapes", draw=draw_shapes, png=render_png, caption=caption, ask=ask, think=think, meta=lambda scene: {}
+    name="shapes", draw=draw_shapes, png=render_png, caption=caption, ask=ask, think=think, meta=_no_meta
 )
 
 

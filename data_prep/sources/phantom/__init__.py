@@ -17,6 +17,11 @@ from data_prep.sources.phantom.render import render_png
 from data_prep.sources.phantom.scene import Scene, draw_scene
 from data_prep.sources.source import Source
 
+
+def _meta(scene: Scene) -> dict[str, str]:
+    return {"modality": scene.modality, "organ": scene.organ}
+
+
 PHANTOM: procedural.Procedure[Scene] = procedural.Procedure(
     name="phantom",
     draw=draw_scene,
@@ -24,7 +29,7 @@ PHANTOM: procedural.Procedure[Scene] = procedural.Procedure(
     caption=caption,
     ask=ask,
     think=think,
-    meta=lambda scene: {"modality": scene.modality, "organ": scene.organ},
+    meta=_meta,
 )
 
 
