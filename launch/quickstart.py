@@ -35,6 +35,8 @@ STAGES = {
     "sft_reflective": "Reflective CoT SFT",
 }
 LAST_SUPERVISED = "sft_reflective"
+SAMPLED = "_sampled"
+"""Ends the name of an evaluation of drawn replies, which is what GRPO improves; the others are greedy."""
 PUBLISHED = {"warmup": "pretrain"}
 """Whose published settings a stage of the demo's own starts from."""
 REASONING = ("sft_reflective", "grpo", "control")

@@ -22,7 +22,7 @@ from infimed_jax.hf.verify import verify
 from infimed_jax.sharding import make_mesh
 from infimed_jax.train.checkpoint import load_params
 from launch.progress import clock
-from launch.quickstart import LAST_SUPERVISED, STAGES, Chain
+from launch.quickstart import LAST_SUPERVISED, SAMPLED, STAGES, Chain
 from launch.quickstart_data import test_samples
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "torch", "numpy")
@@ -32,12 +32,15 @@ def finish(chain: Chain, results: dict[str, Any], seconds: float, memory: int) -
     """Export, then write both files. `seconds` and `memory` (bytes) are of this process."""
     export = chain.step("export", "Hugging Face export", lambda: _export(chain, results))
     records = {name: read_records(chain.folder / "evaluation" / name) for name in results["evaluation"]}
-    gain = compare(records["grpo"], records[LAST_SUPERVISED])
-    control = compare(records["control"], records[LAST_SUPERVISED])
+    start = LAST_SUPERVISED
+    gain = compare(records["grpo" + SAMPLED], records[start + SAMPLED])
+    control = compare(records["control" + SAMPLED], records[start + SAMPLED])
+    greedy = compare(records["grpo"], records[start])
     sight = compare(records["sft_cross_distribution"], records["blind"])
     summary = _summary(chain, results, export, seconds, memory) | {
         "grpo_gain": _comparison(gain),
         "control_gain": _comparison(control),
+        "grpo_gain_greedy": _comparison(greedy),
         "image_gain": _comparison(sight),
     }
     groups = _by(records, "answer_type")
@@ -112,9 +115,12 @@ def _summary(
             "steps": results["grpo"]["steps"],
             "reward_first": results["grpo"]["reward_first"],
             "reward_last": results["grpo"]["reward_last"],
-            "accuracy_before": results["evaluation"][LAST_SUPERVISED]["accuracy"],
-            "accuracy_after": results["evaluation"]["grpo"]["accuracy"],
-            "accuracy_control": results["evaluation"]["control"]["accuracy"],
+            "replies": "sampled at GRPO's temperature, one a question",
+            "accuracy_before": results["evaluation"][LAST_SUPERVISED + SAMPLED]["accuracy"],
+            "accuracy_after": results["evaluation"]["grpo" + SAMPLED]["accuracy"],
+            "accuracy_control": results["evaluation"]["control" + SAMPLED]["accuracy"],
+            "accuracy_before_greedy": results["evaluation"][LAST_SUPERVISED]["accuracy"],
+            "accuracy_after_greedy": results["evaluation"]["grpo"]["accuracy"],
             "seconds": results["grpo"]["seconds"],
         },
         "export": export,
@@ -184,6 +190,7 @@ def _stage(chain: Chain, results: dict[str, Any], records: dict[str, list[Record
 
 def _report(chain: Chain, results: dict[str, Any], records: dict[str, list[Record]], summary: dict[str, Any]) -> Report:
     grpo, gain, control, sight = summary["grpo"], summary["grpo_gain"], summary["control_gain"], summary["image_gain"]
+    greedy = summary["grpo_gain_greedy"]
     n, supervised = gain["n"], results["evaluation"]["sft_cross_distribution"]["accuracy"]
     export = summary["export"]
     return Report(
@@ -203,7 +210,7 @@ def _report(chain: Chain, results: dict[str, Any], records: dict[str, list[Recor
             (
                 f"{grpo['accuracy_after']:.1%}",
                 "accuracy after GRPO",
-                f"before: {grpo['accuracy_before']:.1%}, reasoning",
+                f"before: {grpo['accuracy_before']:.1%}, reasoning, sampled",
             ),
             (f"{100 * gain['difference']:+.1f} points", "GRPO's gain", f"p = {gain['p_value']:.1g}, paired"),
         ],
@@ -211,8 +218,9 @@ def _report(chain: Chain, results: dict[str, Any], records: dict[str, list[Recor
         control=_stage(chain, results, records, "control", "Control"),
         grpo_facts=[
             ("reward, first to last tenth", f"{grpo['reward_first']:.3f} → {grpo['reward_last']:.3f}"),
-            ("accuracy, GRPO against its start", f"{_points(gain)}, p = {gain['p_value']:.2g}"),
-            ("accuracy, constant-reward control", f"{_points(control)}, p = {control['p_value']:.2g}"),
+            ("sampled accuracy, GRPO against its start", f"{_points(gain)}, p = {gain['p_value']:.2g}"),
+            ("greedy accuracy, GRPO against its start", f"{_points(greedy)}, p = {greedy['p_value']:.2g}"),
+            ("sampled accuracy, constant-reward control", f"{_points(control)}, p = {control['p_value']:.2g}"),
         ],
         groups=[
             (f"Accuracy by {label}", label, key)
@@ -253,12 +261,13 @@ def _export_fact(export: dict[str, Any]) -> str:
 
 
 def _closing_lines(chain: Chain, results: dict[str, Any], summary: dict[str, Any]) -> list[str]:
-    sight, gain, control = summary["image_gain"], summary["grpo_gain"], summary["control_gain"]
+    grpo, gain, control, sight = summary["grpo"], summary["grpo_gain"], summary["control_gain"], summary["image_gain"]
     lines = [
         f"SFT:  {results['evaluation']['sft_cross_distribution']['accuracy']:.1%}; majority answer per template "
         f"{summary['baseline_accuracy']:.1%}; without the image {summary['blind_accuracy']:.1%} ({_points(sight)})",
-        f"GRPO: {summary['grpo']['accuracy_before']:.1%} -> {summary['grpo']['accuracy_after']:.1%}, {_points(gain)}, "
-        f"p = {gain['p_value']:.2g}; control {_points(control)}",
+        f"GRPO: sampled replies {grpo['accuracy_before']:.1%} -> {grpo['accuracy_after']:.1%}, "
+        f"{_points(gain)}, p = {gain['p_value']:.2g}; control {_points(control)}; "
+        f"greedy replies {_points(summary['grpo_gain_greedy'])}",
     ]
     for kind, final in summary.get("accuracy_by_answer_type", {}).get("grpo", {}).items():
         base = _share_of_majority(chain, kind)

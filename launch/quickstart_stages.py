@@ -21,7 +21,7 @@ from infimed_jax.sharding import make_mesh
 from infimed_jax.train.checkpoint import load_params
 from infimed_jax.train.loop import train
 from launch.progress import step_note
-from launch.quickstart import LAST_SUPERVISED, REASONING, STAGES, Chain
+from launch.quickstart import LAST_SUPERVISED, REASONING, SAMPLED, STAGES, Chain
 from launch.quickstart_data import make_data, test_samples
 
 EDGE = 0.1
@@ -48,10 +48,16 @@ def run(chain: Chain) -> dict[str, Any]:
         )
         results["difficulty"] = chain.step("difficulty", "Difficulty of the RL questions", lambda: _difficulty(chain))
         results["grpo"] = chain.step("grpo", "GRPO", lambda: _grpo(chain, "grpo", previous))
-        evaluations["grpo"] = _evaluation(chain, "grpo", "Evaluation: GRPO", samples)
+        for name, label in ((LAST_SUPERVISED, STAGES[LAST_SUPERVISED]), ("grpo", "GRPO")):
+            if name not in evaluations:
+                evaluations[name] = _evaluation(chain, name, f"Evaluation: {label}", samples)
+            title = f"Sampled replies: {label}"
+            evaluations[name + SAMPLED] = _evaluation(chain, name, title, samples, sampled=True)
         title = "GRPO control (constant reward)"
         results["control"] = chain.step("control", title, lambda: _grpo(chain, "control", previous))
         evaluations["control"] = _evaluation(chain, "control", "Evaluation: GRPO control", samples)
+        title = "Sampled replies: GRPO control"
+        evaluations["control" + SAMPLED] = _evaluation(chain, "control", title, samples, sampled=True)
     return results | {"evaluation": evaluations}
 
 
@@ -130,12 +136,17 @@ def _grpo(chain: Chain, name: str, previous: str) -> tuple[dict[str, Any], str]:
     return values, f"{values['steps']} steps, reward {values['reward_first']:.3f} -> {values['reward_last']:.3f}"
 
 
-def _evaluation(chain: Chain, stage: str, title: str, samples: list[Any], *, image: bool = True) -> dict[str, Any]:
-    name = stage if image else "blind"
+def _evaluation(
+    chain: Chain, stage: str, title: str, samples: list[Any], *, image: bool = True, sampled: bool = False
+) -> dict[str, Any]:
+    """Greedy replies, or one drawn reply a question at GRPO's own temperature; `image=False` is the blind control."""
+    name = (stage if image else "blind") + (SAMPLED if sampled else "")
 
     def work() -> tuple[dict[str, Any], str]:
         params, _ = load_params(chain.run_folder(stage))
         config = chain.stage_config("grpo" if stage in ("grpo", "control") else stage)
+        if sampled:
+            config = replace(config, sampling=replace(config.sampling, temperature=config.grpo.temperature))
         evaluation = _evaluate(chain, config, params, samples, name, reasoning=stage in REASONING, image=image)
         summary = evaluation.summary()
         low, high = summary["interval"]

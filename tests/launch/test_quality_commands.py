@@ -32,7 +32,6 @@ def call(*arguments) -> tuple[int, list[str], list[str]]:
 def process(monkeypatch):
     """What the entry sets for a process of its own is not set for that of the tests."""
     monkeypatch.setattr(run, "configure_jax", lambda: None)
-    monkeypatch.setattr(run, "keep_freed_memory", lambda: None)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ def even_length(reply, finished, sample, settings):
 
 
 def on_mesh(shape, tiny, params, folder):
-    run.make_mesh = lambda mesh: make_mesh(mesh, jax.devices()[: shape[0] * shape[1] * shape[2]])
+    run.run_mesh = lambda cfg: make_mesh(cfg.mesh, jax.devices()[: shape[0] * shape[1] * shape[2]])
     cfg = replace(
         tiny.cfg,
         mesh=Mesh(*shape),
