@@ -182,16 +182,15 @@ def prepare_folder(options: Options) -> None:
 
 def planned_steps() -> dict[str, float]:
     """Title of each step -> its usual seconds on two cores, the shares of the time-left estimate."""
-    steps = {"Data": 20.0}
-    for title in STAGES.values():
-        steps |= {title: 60.0, f"Evaluation: {title}": 10.0}
-    steps |= {
-        "Evaluation without images": 8.0,
-        "Difficulty of the RL questions": 20.0,
-        "GRPO": 120.0,
-        "Evaluation: GRPO": 12.0,
-    }
-    steps |= {"GRPO control (constant reward)": 90.0, "Evaluation: GRPO control": 12.0}
+    seconds = (90.0, 25.0, 30.0, 150.0, 40.0, 70.0)
+    steps = {"Data": 25.0}
+    for title, share in zip(STAGES.values(), seconds, strict=True):
+        steps |= {title: share, f"Evaluation: {title}": 5.0}
+    steps |= {"Evaluation without images": 4.0, "Difficulty of the RL questions": 30.0, "GRPO": 140.0}
+    steps |= {f"Sampled replies: {STAGES[LAST_SUPERVISED]}": 4.0}
+    steps |= {"Evaluation: GRPO": 4.0, "Sampled replies: GRPO": 4.0}
+    steps |= {"GRPO control (constant reward)": 50.0, "Evaluation: GRPO control": 4.0}
+    steps |= {"Sampled replies: GRPO control": 4.0}
     return steps | {"Hugging Face export": 15.0, "Report": 4.0}
 
 

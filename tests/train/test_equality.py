@@ -62,8 +62,8 @@ def _rows(text: int) -> list:
 @pytest.mark.parametrize("masked", [True, False])
 def test_both_packings_under_every_attention_kernel(model, monkeypatch, masked: bool):
     """Splash is interpreted here; heads of 128 because it tiles by them."""
-    kernels = dict(attention._BACKENDS, splash=functools.partial(splash_attention, interpret=True))
-    monkeypatch.setattr(attention, "_BACKENDS", kernels)
+    kernels = dict(attention.BACKENDS, splash=functools.partial(splash_attention, interpret=True))
+    monkeypatch.setattr(attention, "BACKENDS", kernels)
     model = dataclasses.replace(model, text=dataclasses.replace(model.text, num_layers=1, head_dim=128))
     batch = stack_rows(_rows(100))
     batch = batch if masked else unmask(batch)
