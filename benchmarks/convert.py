@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, help="of a model, such as configs/models/*.yaml")
     parser.add_argument("--tokenizer", type=Path, required=True, help="a Qwen3 tokenizer folder")
     parser.add_argument("--work", type=Path, required=True, help="a new folder, on a disk with room")
-    parser.add_argument("--verify", action="store_true", help="run the proof too: hours of one core at 4B")
+    parser.add_argument("--verify", action="store_true", help="run the proof too")
     parser.add_argument("--keep", action="store_true", help="keep the weights")
     args = parser.parse_args()
     model = config.load([args.config]).model

@@ -47,17 +47,13 @@ def run(chain: Chain) -> dict[str, Any]:
             chain, "sft_cross_distribution", "Evaluation without images", samples, image=False
         )
         results["difficulty"] = chain.step("difficulty", "Difficulty of the RL questions", lambda: _difficulty(chain))
-        results["grpo"] = chain.step("grpo", "GRPO", lambda: _grpo(chain, "grpo", previous))
-        for name, label in ((LAST_SUPERVISED, STAGES[LAST_SUPERVISED]), ("grpo", "GRPO")):
-            if name not in evaluations:
-                evaluations[name] = _evaluation(chain, name, f"Evaluation: {label}", samples)
+        title = f"Sampled replies: {STAGES[LAST_SUPERVISED]}"
+        evaluations[LAST_SUPERVISED + SAMPLED] = _evaluation(chain, LAST_SUPERVISED, title, samples, sampled=True)
+        for name, label, note in (("grpo", "GRPO", ""), ("control", "GRPO control", " (constant reward)")):
+            results[name] = chain.step(name, label + note, lambda n=name: _grpo(chain, n, previous))
+            evaluations[name] = _evaluation(chain, name, f"Evaluation: {label}", samples)
             title = f"Sampled replies: {label}"
             evaluations[name + SAMPLED] = _evaluation(chain, name, title, samples, sampled=True)
-        title = "GRPO control (constant reward)"
-        results["control"] = chain.step("control", title, lambda: _grpo(chain, "control", previous))
-        evaluations["control"] = _evaluation(chain, "control", "Evaluation: GRPO control", samples)
-        title = "Sampled replies: GRPO control"
-        evaluations["control" + SAMPLED] = _evaluation(chain, "control", title, samples, sampled=True)
     return results | {"evaluation": evaluations}
 
 
