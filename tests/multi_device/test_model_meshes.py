@@ -1,15 +1,10 @@
 """Eight virtual devices compute what one computes, on every mesh axis, with every array where it was declared."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.multi_device import worker
+
 SHARDS = {
     "(8, 1, 1) xla True": {"q_proj": [2, 32, 16, 4], "embed": [96, 32]},
     "(1, 8, 1) xla True": {"q_proj": [2, 4, 16, 4], "embed": [96, 4]},
@@ -22,16 +17,7 @@ SHARDS = {
 
 @pytest.fixture(scope="module")
 def results():
-    """A process of its own: the number of devices is fixed when JAX starts."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "8",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # halves the compile time, most of this test
-    }
-    command = [sys.executable, "-m", "tests.multi_device.model_worker"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return worker.run("tests.multi_device.model_worker")
 
 
 @pytest.mark.parametrize("case", SHARDS)
