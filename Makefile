@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python launch/run.py quickstart $(ARGS)
 
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest tests --ignore tests/aot
+	$(BIN)/python -m pytest tests --ignore tests/aot --numprocesses 2 --dist loadfile
 
 # Compiles every stage for the TPU pod that its model names. It needs no TPU, but libtpu (0.7 GB) and 3 GB of memory.
 test-aot: $(VENV)/.installed

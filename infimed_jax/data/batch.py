@@ -25,13 +25,15 @@ class Batch:
     segment_ids: jax.Array | np.ndarray
     """i32[B,T]; 1, 2, … in order of the row, 0 is padding."""
     positions: jax.Array | np.ndarray
-    """i32[B,T]; restarting at 0 in each segment."""
+    """i32[B,T]; restarting at 0 in each segment, or where the segment that it continues ends."""
     loss_weights: jax.Array | np.ndarray
     """f32[B,T]; weight of predicting `tokens[b, t+1]` at t; 0 at a segment's end and where t+1 is an image position."""
     visual_index: jax.Array | np.ndarray
     """i32[B,T]; -1 for text, else the index into the row's M*P visual tokens."""
     pixels: jax.Array | np.ndarray
     """u8[B,M,S,S,3]; unused image slots are 0."""
+    prefix_ids: jax.Array | np.ndarray | None = None
+    """i32[B,T]; the segment that a token's own continues and sees, 0 for none. None where no segment does."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Segment:
     """bool[n]; image places, in runs of P, in the order of `pixels`."""
     pixels: tuple[np.ndarray, ...] = ()
     """u8[S,S,3] each. Segments of a row that hold the same array object share its image slot."""
+    continues: int = 0
+    """Number in the row, from 1, of an earlier segment whose tokens this one sees and goes on from; 0 for none."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -61,6 +65,7 @@ def build_row(segments: Sequence[Segment], *, context: int, images: int, visual_
     positions = np.zeros(context, np.int32)
     loss_weights = np.zeros(context, np.float32)
     visual_index = np.full(context, NO_IMAGE, np.int32)
+    prefix_ids = np.zeros(context, np.int32)
     pixels = np.zeros((images, image_size, image_size, 3), np.uint8)
     slots: dict[int, int] = {}
     start = 0
@@ -81,18 +86,25 @@ def build_row(segments: Sequence[Segment], *, context: int, images: int, visual_
                 pixels[slots[id(image)]] = image
         tokens[start:end] = segment.tokens
         segment_ids[start:end] = number
-        positions[start:end] = np.arange(n)
+        positions[start:end] = np.arange(n) + (len(segments[segment.continues - 1]) if segment.continues else 0)
+        prefix_ids[start:end] = segment.continues
         loss_weights[start : end - 1] = np.where(segment.visual[1:], 0.0, segment.targets[1:])
         if segment.pixels:
             first = np.array([slots[id(image)] * visual_tokens for image in segment.pixels], np.int32)
             visual_index[start:end][segment.visual] = (first[:, None] + np.arange(visual_tokens)).ravel()
         start = end
-    return Batch(tokens, segment_ids, positions, loss_weights, visual_index, pixels)
+    branches = any(segment.continues for segment in segments)
+    return Batch(tokens, segment_ids, positions, loss_weights, visual_index, pixels, prefix_ids if branches else None)
 
 
 def stack_rows(rows: Sequence[Batch]) -> Batch:
     """Rows of one shape as a NumPy batch with the leading B axis."""
-    return Batch(*(np.stack([getattr(row, f.name) for row in rows]) for f in fields(Batch)))
+    columns = {f.name: [getattr(row, f.name) for row in rows] for f in fields(Batch)}
+    prefixes = columns.pop("prefix_ids")
+    if all(ids is None for ids in prefixes):
+        return Batch(**{name: np.stack(column) for name, column in columns.items()})
+    columns["prefix_ids"] = [np.zeros_like(rows[0].segment_ids) if ids is None else ids for ids in prefixes]
+    return Batch(**{name: np.stack(column) for name, column in columns.items()})
 
 
 def empty_row(*, context: int, images: int, image_size: int) -> Batch:

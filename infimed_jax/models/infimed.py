@@ -110,10 +110,11 @@ def embed(
 
 
 def hidden_states(params: Params, batch: Batch, model: config.Model, compute: Compute) -> Float[Array, "B T D"]:
-    """Hidden states of packed rows after the final norm; a segment sees itself alone."""
+    """Hidden states of packed rows after the final norm; a segment sees itself alone, and what it continues."""
     visual = encode_images(params, batch.pixels, model, compute)
     x = embed(params, batch.tokens, batch.visual_index, visual, model, compute)
-    mask = Mask(causal=True, query_segments=batch.segment_ids, key_segments=batch.segment_ids)
+    ids = batch.segment_ids
+    mask = Mask(causal=True, query_segments=ids, key_segments=ids, query_prefixes=batch.prefix_ids)
     return Qwen3(model.text, compute).apply({"params": params["text"]}, x, batch.positions, mask)
 
 

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("query_segments", "key_segments", "query_positions", "key_positions"),
+    data_fields=("query_segments", "key_segments", "query_positions", "key_positions", "query_prefixes"),
     meta_fields=("causal",),
 )
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Mask:
     key_segments: Int[Array, "B S"] | None = None
     query_positions: Int[Array, "B T"] | None = None
     key_positions: Int[Array, "B S"] | None = None
+    query_prefixes: Int[Array, "B T"] | None = None
+    """A query sees the keys of this segment too, causally: the one that its own continues; 0 for none."""
 
     def __post_init__(self) -> None:
         if (self.query_segments is None) != (self.key_segments is None):
@@ -40,10 +42,13 @@ class Mask:
             raise ValueError("Mask: give query_positions and key_positions, or neither")
         if self.query_positions is not None and not self.causal:
             raise ValueError("Mask: positions restrict nothing unless causal")
+        if self.query_prefixes is not None and self.query_segments is None:
+            raise ValueError("Mask: prefixes are segments: give query_segments and key_segments")
 
 
 BACKENDS = {"xla": xla_attention, "rows": rows_attention, "splash": splash_attention}
 _BY_PLATFORM = {"tpu": "splash", "cpu": "rows"}
+KNOWS_PREFIXES = ("xla", "rows")
 
 
 def attention(
@@ -63,6 +68,11 @@ def attention(
     if name not in BACKENDS:
         raise ValueError(f"unknown attention implementation {name!r}; known: {', '.join(BACKENDS)}")
     return BACKENDS[name](q, k, v, mask)
+
+
+def shares_prefixes(implementation: str | None) -> bool:
+    """Whether that backend (None: the platform's own) takes a mask with `query_prefixes`."""
+    return (implementation or platform_choice(jax.default_backend())) in KNOWS_PREFIXES
 
 
 @functools.cache

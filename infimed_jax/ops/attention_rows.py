@@ -82,7 +82,10 @@ def _visible(mask: Mask, queries: int, keys: int) -> Bool[Array, "T S"]:
     elif mask.causal:
         visible = jnp.arange(queries)[:, None] >= jnp.arange(keys)
     if mask.query_segments is not None:
-        visible &= (mask.query_segments[:, None] == mask.key_segments) & (mask.query_segments[:, None] != 0)
+        same = mask.query_segments[:, None] == mask.key_segments
+        if mask.query_prefixes is not None:
+            same |= mask.query_prefixes[:, None] == mask.key_segments
+        visible &= same & (mask.query_segments[:, None] != 0) & (mask.key_segments != 0)
     return visible
 
 

@@ -38,6 +38,8 @@ def splash_attention(
     groups = heads // k.shape[2]
     if mask.query_positions is not None:
         raise ValueError("splash attention is causal by index: rows with explicit positions need attention='xla'")
+    if mask.query_prefixes is not None:
+        raise ValueError("splash attention lets a query see one segment: a prefix that segments share needs 'xla'")
     if k.shape[1] != tokens:
         raise ValueError(f"splash attention wants as many keys as queries, not {k.shape[1]} for {tokens}: use 'xla'")
     if mask.query_segments is not mask.key_segments:

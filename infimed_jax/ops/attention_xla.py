@@ -52,6 +52,8 @@ def dense_mask(mask: Mask, queries: int, keys: int) -> Bool[Array, "B 1 1 T S"] 
             visible = (jnp.arange(queries)[:, None] >= jnp.arange(keys))[None]
     if mask.query_segments is not None:
         same = mask.query_segments[:, :, None] == mask.key_segments[:, None, :]
-        same &= mask.query_segments[:, :, None] != 0
+        if mask.query_prefixes is not None:
+            same |= mask.query_prefixes[:, :, None] == mask.key_segments[:, None, :]
+        same &= (mask.query_segments[:, :, None] != 0) & (mask.key_segments[:, None, :] != 0)
         visible = same if visible is None else visible & same
     return None if visible is None else visible[:, None, None]

@@ -244,12 +244,13 @@ def _announce(plan: Plan, found: Questions, start: int) -> None:
     log.info("%s: %d steps%s", plan.cfg.train.stage, settings.steps, f", continued after step {start}" if start else "")
     log.info("questions: %d, longest prompt %d tokens; left out: %s", len(found.numbers), found.longest, found.dropped)
     log.info(
-        "update: %d completions in at most %d rows of %d tokens and %d images, %d rows at once",
+        "update: %d completions in at most %d rows of %d tokens and %d images, %d rows at once; %s",
         settings.update_prompts * settings.group_size,
         layout.rows,
         layout.context,
         layout.images,
         layout.piece,
+        "a prompt is computed once a row" if layout.shared else "each completion brings its prompt",
     )
 
 

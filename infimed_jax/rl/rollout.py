@@ -16,6 +16,8 @@ from infimed_jax.data.images import ImageError, decode_image
 from infimed_jax.data.prompts import QUESTION_KINDS, prompt_for
 from infimed_jax.data.sample import Sample
 from infimed_jax.errors import UserError
+from infimed_jax.models.compute import Compute
+from infimed_jax.ops.attention import shares_prefixes
 from infimed_jax.rl.loss import GrpoBatch
 from infimed_jax.sampling.generate import Completion
 
@@ -123,6 +125,8 @@ class Layout:
     """Rows computed at once over all devices: `train.global_batch / train.micro_batches`."""
     pieces: int
     """Pieces of an update, run one after the other; the first ones hold the real rows."""
+    shared: bool
+    """Whether completions of one prompt in a row share its tokens."""
 
     @property
     def rows(self) -> int:
@@ -132,6 +136,7 @@ class Layout:
 def plan_layout(found: Questions, cfg: config.Config) -> Layout:
     """Rows that hold any `update_prompts * group_size` completions. Raises ConfigError where one does not fit a row."""
     context, grpo = cfg.data.context, cfg.grpo
+    shared = grpo.share_prompts and shares_prefixes(Compute.of(cfg.train).implementation)
     longest = found.longest + grpo.max_response
     if longest > context:
         raise config.ConfigError(
@@ -140,28 +145,43 @@ def plan_layout(found: Questions, cfg: config.Config) -> Layout:
         )
     # Next-fit closes a row only when the next completion finds no room, so a row holds at least `fit` of them:
     # as many of the longest as its tokens allow, and no more than its image slots allow.
-    fit = context // longest
+    fit = 1
+    while _most_tokens(fit + 1, found.longest, grpo, shared) <= context:
+        fit += 1
     images = 0
     if found.images:
-        prompts = min(1 + -(-(fit - 1) // grpo.group_size), cfg.data.images_per_row // found.images)
+        prompts = min(_most_prompts(fit, grpo), cfg.data.images_per_row // found.images)
         fit = min(fit, (prompts - 1) * grpo.group_size + 1)
         images = prompts * found.images
     rows = -(-grpo.update_prompts * grpo.group_size // fit)
     piece = cfg.train.global_batch // cfg.train.micro_batches
-    return Layout(context, images, piece, -(-rows // piece))
+    return Layout(context, images, piece, -(-rows // piece), shared)
 
 
-def next_fit(segments: Sequence[Segment], layout: Layout) -> list[list[int]]:
-    """Numbers of the segments of each row, in order: completions of a prompt stay side by side, and share its image."""
+def _most_prompts(completions: int, grpo: config.Grpo) -> int:
+    """Of so many completions side by side: the first may be the last of its group."""
+    return 1 + -(-(completions - 1) // grpo.group_size)
+
+
+def _most_tokens(completions: int, longest_prompt: int, grpo: config.Grpo, shared: bool) -> int:
+    """Places that so many of the longest completions take in one row."""
+    if not shared:
+        return completions * (longest_prompt + grpo.max_response)
+    return _most_prompts(completions, grpo) * (longest_prompt - 1) + completions * (1 + grpo.max_response)
+
+
+def next_fit(prompts: Sequence[Segment], replies: Sequence[np.ndarray], layout: Layout) -> list[list[int]]:
+    """Numbers of the completions of each row, in order: those of a prompt (one object) stay side by side."""
     bins: list[list[int]] = []
-    used, slots = 0, set()
-    for number, segment in enumerate(segments):
-        wanted = {id(image) for image in segment.pixels}
-        if not bins or used + len(segment) > layout.context or len(slots | wanted) > layout.images:
+    used, slots, held = 0, set(), None
+    for number, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
+        wanted = {id(image) for image in prompt.pixels}
+        new = 1 + len(reply) if layout.shared and prompt is held else len(prompt) + len(reply)
+        if not bins or used + new > layout.context or len(slots | wanted) > layout.images:
             bins.append([])
-            used, slots = 0, set()
+            used, slots, new = 0, set(), len(prompt) + len(reply)
         bins[-1].append(number)
-        used, slots = used + len(segment), slots | wanted
+        used, slots, held = used + new, slots | wanted, prompt
     return bins
 
 
@@ -176,6 +196,25 @@ def join(prompt: Segment, reply: np.ndarray) -> Segment:
     )
 
 
+def branch(prompts: Sequence[Segment], replies: Sequence[np.ndarray]) -> list[tuple[Segment, bool]]:
+    """A row's segments, each prompt once, and whether a segment is a completion: the numbers are those of the replies.
+
+    The prompt's last token, which predicts each reply's first, stands at the head of every reply instead.
+    """
+    found: list[tuple[Segment, bool]] = []
+    held, trunk = None, 0
+    for prompt, reply in zip(prompts, replies, strict=True):
+        if prompt is not held:
+            body = Segment(prompt.tokens[:-1], prompt.targets[:-1] * 0, prompt.visual[:-1], prompt.pixels)
+            found.append((body, False))
+            held, trunk = prompt, len(found)
+        n = len(reply)
+        tokens = np.concatenate([prompt.tokens[-1:], reply]).astype(np.int32)
+        targets = np.ones(n + 1, np.float32)
+        found.append((Segment(tokens, targets, np.zeros(n + 1, bool), continues=trunk), True))
+    return found
+
+
 def training_rows(
     prompts: Sequence[Segment],
     completions: Sequence[Completion],
@@ -188,8 +227,8 @@ def training_rows(
     `old_logprobs` are the sampler's, `reference_logprobs` zeros. Row r stands at place `r % piece * pieces +
     r // piece`: micro-batch j of the train step takes every `pieces`-th row from j on, so the first ones are full.
     """
-    segments = [join(p, c.tokens) for p, c in zip(prompts, completions, strict=True)]
-    bins = next_fit(segments, layout)
+    replies = [completion.tokens for completion in completions]
+    bins = next_fit(prompts, replies, layout)
     if len(bins) > layout.rows:
         raise ValueError(f"{len(bins)} rows of completions exceed the plan's {layout.rows}")
     shape = dict(
@@ -203,12 +242,16 @@ def training_rows(
     rows: list[Batch] = [build_row([], **shape)] * layout.rows
     for r, numbers in enumerate(bins):
         place = r % layout.piece * layout.pieces + r // layout.piece
-        rows[place] = build_row([segments[i] for i in numbers], **shape)
-        start = 0
-        for i in numbers:
-            end = start + len(segments[i]) - 1  # position t speaks of token t + 1
-            first = end - len(completions[i].tokens)
-            sampled[place, first:end] = completions[i].logprobs
-            credit[place, first:end] = advantages[i]
+        asked, said = [prompts[i] for i in numbers], [replies[i] for i in numbers]
+        segments = branch(asked, said) if layout.shared else [(join(p, s), True) for p, s in zip(asked, said, strict=True)]
+        rows[place] = build_row([segment for segment, _ in segments], **shape)
+        start, of = 0, iter(numbers)
+        for segment, is_completion in segments:
+            end = start + len(segment) - 1  # position t speaks of token t + 1
+            if is_completion:
+                i = next(of)
+                first = end - len(replies[i])
+                sampled[place, first:end] = completions[i].logprobs
+                credit[place, first:end] = advantages[i]
             start = end + 1
     return GrpoBatch(stack_rows(rows), sampled, np.zeros_like(sampled), credit)

@@ -59,6 +59,22 @@ def test_packed_rows_match_numpy(name, causal):
 
 
 @pytest.mark.parametrize("name", ["xla", "rows"])
+def test_segments_see_the_prefix_that_they_share(name):
+    rng = np.random.default_rng(7)
+    q, k, v = random_qkv(rng, batch=2, queries=12, keys=12)
+    segments = np.array([[1, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 0], [1] * 6 + [0] * 6], np.int32)
+    prefixes = np.array([[0, 0, 0, 1, 1, 1, 1, 0, 0, 4, 4, 0], [0] * 12], np.int32)
+    mask = Mask(True, jnp.asarray(segments), jnp.asarray(segments), query_prefixes=jnp.asarray(prefixes))
+    out = attention(q, k, v, mask, implementation=name)
+
+    def sees(b, t, s):
+        return s <= t and segments[b, s] != 0 and segments[b, t] != 0 and segments[b, s] in (segments[b, t], prefixes[b, t])
+
+    np.testing.assert_allclose(out, numpy_attention(q, k, v, sees), atol=1e-5)
+    assert not np.any(np.asarray(out)[segments == 0])
+
+
+@pytest.mark.parametrize("name", ["xla", "rows"])
 def test_cached_keys_are_seen_by_position_and_segment(name):
     """Decoding: few queries, more keys, in any order, some slots still empty."""
     rng = np.random.default_rng(1)

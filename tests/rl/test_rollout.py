@@ -18,6 +18,8 @@ from infimed_jax.models.compute import Compute
 from infimed_jax.rl.loss import GrpoBatch, completion_logprobs, grpo_loss, make_scorer
 from infimed_jax.rl.rollout import (
     Questions,
+    branch,
+    join,
     next_fit,
     plan_layout,
     prompt_order,
@@ -90,21 +92,31 @@ def test_the_planned_rows_hold_every_rollout(data):
             images_per_row=max(images, data.draw(st.integers(1, 8))),
         ),
         train=config.Train(global_batch=4, micro_batches=2),
-        grpo=config.Grpo(prompts=prompts, update_prompts=prompts, group_size=group, max_response=reply),
-    )  # fmt: skip
+        grpo=config.Grpo(
+            prompts=prompts,
+            update_prompts=prompts,
+            group_size=group,
+            max_response=reply,
+            share_prompts=data.draw(st.booleans()),
+        ),
+    )
     layout = plan_layout(Questions(np.arange(9), longest, images, {}, ""), cfg)
-    segments = []
+    asked, said = [], []
     for _ in range(prompts):
         pixels = tuple(np.zeros(0) for _ in range(data.draw(st.integers(0, images))))
-        for _ in range(group):
-            tokens = np.zeros(data.draw(st.integers(1, longest + reply)), np.int32)
-            segments.append(Segment(tokens, tokens, tokens > 0, pixels))
-    bins = next_fit(segments, layout)
-    assert len(bins) <= layout.rows and layout.piece == 2
-    assert [i for numbers in bins for i in numbers] == list(range(len(segments)))
+        tokens = np.zeros(data.draw(st.integers(1, longest)), np.int32)
+        asked += [Segment(tokens, tokens, tokens > 0, pixels)] * group
+        said += [np.zeros(data.draw(st.integers(1, reply)), np.int32) for _ in range(group)]
+    bins = next_fit(asked, said, layout)
+    assert len(bins) <= layout.rows and layout.piece == 2 and layout.shared == cfg.grpo.share_prompts
+    assert [i for numbers in bins for i in numbers] == list(range(len(said)))
     for numbers in bins:
-        assert sum(len(segments[i]) for i in numbers) <= layout.context
-        assert len({id(p) for i in numbers for p in segments[i].pixels}) <= layout.images <= cfg.data.images_per_row
+        if layout.shared:
+            segments = [segment for segment, _ in branch([asked[i] for i in numbers], [said[i] for i in numbers])]
+        else:
+            segments = [join(asked[i], said[i]) for i in numbers]
+        assert sum(map(len, segments)) <= layout.context
+        assert len({id(p) for i in numbers for p in asked[i].pixels}) <= layout.images <= cfg.data.images_per_row
 
 
 def replies(tiny, number, seed=0):
@@ -115,14 +127,17 @@ def replies(tiny, number, seed=0):
         yield Completion(tokens, -rng.uniform(0.1, 5, n).astype(np.float32), "length")
 
 
-@pytest.fixture(scope="module")
-def rollout(tiny):
+@pytest.fixture(scope="module", params=[True, False], ids=["shared", "repeated"])
+def rollout(tiny, request):
     """(prompts, completions, advantages, layout, GrpoBatch): half the completions that the plan has room for."""
+    cfg = replace(tiny.cfg, grpo=replace(tiny.cfg.grpo, share_prompts=request.param))
     group = tiny.cfg.grpo.group_size // 2
     prompts = [p for p in render_prompts(tiny.samples[1:5], tiny.tokenizer, tiny.cfg) for _ in range(group)]
     completions = list(replies(tiny, len(prompts)))
     advantages = np.random.default_rng(1).normal(size=len(prompts)).astype(np.float32)
-    layout = plan_layout(questions(tiny.samples, tiny.tokenizer, tiny.cfg), tiny.cfg)
+    layout = plan_layout(questions(tiny.samples, tiny.tokenizer, cfg), cfg)
+    assert layout.shared == request.param
+    layout = replace(layout, pieces=layout.pieces + 1)  # room for a piece that is all padding
     rows = training_rows(prompts, completions, advantages, layout, tiny.cfg.model)
     return prompts, completions, advantages, layout, rows
 
@@ -137,6 +152,11 @@ def test_rows_hold_each_completion_with_its_own_numbers(rollout):
         for segment in range(1, segment_ids.max() + 1):
             at = np.flatnonzero(segment_ids == segment)
             weighted = at[rows.batch.loss_weights[place, at] > 0]
+            if layout.shared:
+                if not len(weighted):  # a prompt
+                    continue
+                at = np.concatenate([np.flatnonzero(segment_ids == rows.batch.prefix_ids[place, at[0]]), at])
+            np.testing.assert_array_equal(rows.batch.positions[place, at], np.arange(len(at)))
             found.append((rows.batch.tokens[place, at], rows.batch.tokens[place, weighted + 1],
                           rows.old_logprobs[place, weighted], rows.advantages[place, weighted]))  # fmt: skip
     assert len(found) == len(prompts)
@@ -161,13 +181,32 @@ def test_real_rows_stand_in_the_first_pieces(rollout):
 def test_a_group_shares_its_image_slot(rollout):
     *_, rows = rollout
     used = rows.batch.pixels.any((2, 3, 4)).sum()
-    together = sum(len(set(ids)) for ids in rows.batch.segment_ids) - len(rows.batch.segment_ids)
-    assert used < together / 1.5  # 16 completions, two questions an image
+    assert used < len(rollout[1]) / 1.5  # 16 completions, two questions an image
+
+
+def test_sharing_prompts_changes_the_places_but_not_the_gradient(tiny):
+    """The same rollout with each prompt once a row, and with each completion bringing its own."""
+    prompts = [p for p in render_prompts(tiny.samples[1:5], tiny.tokenizer, tiny.cfg) for _ in range(4)]
+    completions, advantages = list(replies(tiny, 16, seed=5)), np.random.default_rng(4).normal(size=16)
+    found, sizes = questions(tiny.samples, tiny.tokenizer, tiny.cfg), {}
+    for shared in (True, False):
+        cfg = replace(tiny.cfg, grpo=replace(tiny.cfg.grpo, share_prompts=shared, kl_coefficient=0.0))
+        rows = training_rows(prompts, completions, advantages, plan_layout(found, cfg), cfg.model)
+        grad = jax.jit(jax.value_and_grad(grpo_loss(cfg.model, COMPUTE, cfg.grpo), has_aux=True))
+        (_, aux), grads = grad(tiny.params, jax.tree.map(jax.numpy.asarray, rows))
+        sizes[shared] = (rows.batch.segment_ids != 0).sum(), aux, grads
+    assert sizes[True][0] < sizes[False][0] / 2
+    assert sizes[True][1].keys() == sizes[False][1].keys()
+    for name, value in sizes[True][1].items():
+        np.testing.assert_allclose(value, sizes[False][1][name], rtol=1e-5, err_msg=name)
+    largest = max(float(abs(x).max()) for x in jax.tree.leaves(sizes[False][2]))
+    for ours, expected in zip(*(jax.tree.leaves(sizes[shared][2]) for shared in (True, False)), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5 * largest)  # float32 sums in another order
 
 
 def test_too_many_completions_for_the_plan_are_refused(rollout, tiny):
     prompts, completions, advantages, layout, _ = rollout
-    small = replace(layout, piece=1, pieces=2)
+    small = replace(layout, piece=1, pieces=1)
     with pytest.raises(ValueError, match="exceed the plan"):
         training_rows(prompts, completions, advantages, small, tiny.cfg.model)
 
