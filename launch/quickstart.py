@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from infimed_jax import config as configuration
-from infimed_jax.errors import UserError
+from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.files import write_json
 from launch.progress import ChainProgress
 
@@ -122,11 +122,14 @@ def quickstart(options: Options) -> dict[str, Any]:
     from launch import quickstart_report, quickstart_stages
 
     started = time.monotonic()
-    with ChainProgress(planned_steps()) as progress:
-        chain = Chain(options, plan, progress)
-        progress.say(f"{plan['title']}, seed {options.seed}, in {options.output}")
-        results = quickstart_stages.run(chain)
-        summary = quickstart_report.finish(chain, results, time.monotonic() - started, peak_memory())
+    try:
+        with ChainProgress(planned_steps()) as progress:
+            chain = Chain(options, plan, progress)
+            progress.say(f"{plan['title']}, seed {options.seed}, in {options.output}")
+            results = quickstart_stages.run(chain)
+            summary = quickstart_report.finish(chain, results, time.monotonic() - started, peak_memory())
+    except (Interrupted, KeyboardInterrupt) as stop:
+        raise Interrupted(f"Stopped. Give --resume to continue the run in {options.output}.") from stop
     print(f"Report:  {options.output / 'report.html'}")
     print(f"Export:  {summary['export']['path']}")
     print(f"Outputs: {options.output}/summary.json")

@@ -330,8 +330,8 @@ class Grpo:
     max_response: int = 2048
     """Tokens."""
     share_prompts: bool = True
-    """In updates, compute a prompt once for all its completions in a row. Splash attention cannot: there each completion
-    brings its own, which is logged."""
+    """In updates, compute a prompt once for all its completions in a row. Splash attention cannot: there each
+    completion brings its own, which is logged."""
     kl_coefficient: float = 0.01
     """Of the k3 estimator against the frozen reference, inside the loss; 0 keeps no reference."""
     clip_low: float = 0.2

@@ -243,7 +243,9 @@ def training_rows(
     for r, numbers in enumerate(bins):
         place = r % layout.piece * layout.pieces + r // layout.piece
         asked, said = [prompts[i] for i in numbers], [replies[i] for i in numbers]
-        segments = branch(asked, said) if layout.shared else [(join(p, s), True) for p, s in zip(asked, said, strict=True)]
+        segments = (
+            branch(asked, said) if layout.shared else [(join(*both), True) for both in zip(asked, said, strict=True)]
+        )
         rows[place] = build_row([segment for segment, _ in segments], **shape)
         start, of = 0, iter(numbers)
         for segment, is_completion in segments:

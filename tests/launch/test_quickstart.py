@@ -1,10 +1,33 @@
-"""The quickstart's chain: what it announces is what it runs."""
+"""The quickstart: what it announces is what it runs, and a small one from end to end, interrupted and resumed."""
 
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
+
+import pytest
+import yaml
 
 from infimed_jax.config import Mesh
 from launch import quickstart_stages
-from launch.quickstart import planned_steps
+from launch.quickstart import CONFIGS, STAGES, planned_steps
+
+ROOT = Path(__file__).resolve().parents[2]
+START = """
+import sys
+from launch import quickstart, run
+quickstart.CONFIGS = quickstart.Path(sys.argv[1])
+sys.exit(run.main(sys.argv[2:]))
+"""
+"""`launch/run.py` with another folder of configurations."""
+SMALL = ["train.steps=4", "grpo.steps=2", "grpo.prompts=8", "grpo.update_prompts=8", "model.text.num_layers=1"]
 
 
 def test_every_step_that_runs_has_its_share_of_the_time_left(monkeypatch):
@@ -20,3 +43,74 @@ def test_every_step_that_runs_has_its_share_of_the_time_left(monkeypatch):
     monkeypatch.setattr(quickstart_stages, "param_count", lambda model: {"total": 0})
     quickstart_stages.run(chain)
     assert [*titles, "Hugging Face export", "Report"] == list(planned_steps())
+
+
+def quickstart(folder: Path, *options: str) -> subprocess.Popen:
+    """A chain of a few steps a stage on a few images."""
+    configs = folder / "configs"
+    if not configs.exists():
+        shutil.copytree(CONFIGS, configs)
+        file = configs / "runs/quickstart/phantom.yaml"
+        plan = yaml.safe_load(file.read_text())
+        plan["questions_at_most"] = 24
+        plan["images"] = {source: dict.fromkeys(splits, 40) for source, splits in plan["images"].items()}
+        plan["difficulty"] |= {"between": 1.0, "extreme": 1.0}  # an untrained model is never right: keep all
+        file.write_text(yaml.safe_dump(plan))
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(folder / "cache")}
+    command = [sys.executable, "-c", START, str(configs), "quickstart", "--output", str(folder / "run"), *options]
+    return subprocess.Popen(
+        [*command, *SMALL], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """(folder, exit code, stderr) of a chain that Ctrl-C stopped in its third stage."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    process = quickstart(folder)
+    while process.poll() is None and not (folder / "run/stages/sft_general/metrics.jsonl").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=200)
+    return folder, process.returncode, error
+
+
+def test_ctrl_c_keeps_what_is_done_and_resume_ends_the_chain(interrupted):
+    folder, code, error = interrupted
+    assert code == 75 and "Give --resume" in error, error
+    kept = {file.stem: file.read_bytes() for file in (folder / "run/steps").iterdir()}
+    assert {"data", "warmup", "evaluation_warmup", "pretrain", "evaluation_pretrain"} <= set(kept)
+    assert "evaluation_sft_general" not in kept and not (folder / "run/summary.json").exists()
+
+    process = quickstart(folder, "--resume")
+    output, error = process.communicate(timeout=290)
+    assert process.returncode == 0, error
+    assert output.count("[kept]") == len(kept)
+    for name, content in kept.items():
+        assert (folder / f"run/steps/{name}.json").read_bytes() == content
+    summary = json.loads((folder / "run/summary.json").read_text())
+    assert [stage["name"] for stage in summary["stages"]] == list(STAGES)
+    assert all(stage["steps"] == 4 and stage["n"] == 24 for stage in summary["stages"])
+    assert summary["grpo"].keys() >= {"reward_first", "reward_last", "accuracy_before", "accuracy_after"}
+    assert summary["seed"] == 0 and summary["peak_memory_bytes"] > 2**28
+    report = (folder / "run/report.html").read_text()
+    assert "<svg" in report or "data:image/png" in report
+    assert not re.search(r"""(src|href)=["']?https?:""", report)  # self-contained
+    if importlib.util.find_spec("torch"):
+        assert summary["export"]["max_abs_logit_diff"] < 1e-4
+    assert (Path(summary["export"]["path"]) / "config.json").is_file()
+
+
+def test_a_folder_that_holds_a_run_is_neither_overwritten_nor_mixed(interrupted):
+    folder, *_ = interrupted
+    before = sorted(file.name for file in (folder / "run").rglob("*"))
+    for options, message in (
+        ([], "give --resume to continue it or --overwrite"),
+        (["--resume", "--seed", "1"], "seed was 0, is 1"),
+        (["--source", "vqa_rad"], "give --input DIR"),
+        (["--tokenizer", str(folder / "none")], "none is no folder"),
+    ):
+        process = quickstart(folder, *options)
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 2 and message in error and error.count("\n") == 1, error
+    assert sorted(file.name for file in (folder / "run").rglob("*")) == before
