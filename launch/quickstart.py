@@ -189,7 +189,7 @@ def planned_steps() -> dict[str, float]:
     steps = {"Data": 25.0}
     for title, share in zip(STAGES.values(), seconds, strict=True):
         steps |= {title: share, f"Evaluation: {title}": 5.0}
-    steps |= {"Evaluation without images": 4.0, "Difficulty of the RL questions": 30.0}
+    steps |= {"Evaluation without images": 4.0}
     steps |= {f"Sampled replies: {STAGES[LAST_SUPERVISED]}": 4.0, "GRPO": 140.0}
     steps |= {"Evaluation: GRPO": 4.0, "Sampled replies: GRPO": 4.0}
     steps |= {"GRPO control (constant reward)": 50.0, "Evaluation: GRPO control": 4.0}

@@ -135,7 +135,7 @@ def _summary(
 
 
 def _wall(results: dict[str, Any]) -> list[float]:
-    steps = [results[name] for name in ("data", *STAGES, "difficulty", "grpo", "control")]
+    steps = [results[name] for name in ("data", *STAGES, "grpo", "control")]
     return [step["wall_seconds"] for step in (*steps, *results["evaluation"].values())]
 
 

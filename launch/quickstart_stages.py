@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 
-from data_prep import difficulty
 from infimed_jax.config import Config
 from infimed_jax.data.chat import load_tokenizer
 from infimed_jax.data.storage import open_samples
@@ -46,7 +45,6 @@ def run(chain: Chain) -> dict[str, Any]:
         evaluations["blind"] = _evaluation(
             chain, "sft_cross_distribution", "Evaluation without images", samples, image=False
         )
-        results["difficulty"] = chain.step("difficulty", "Difficulty of the RL questions", lambda: _difficulty(chain))
         title = f"Sampled replies: {STAGES[LAST_SUPERVISED]}"
         evaluations[LAST_SUPERVISED + SAMPLED] = _evaluation(chain, LAST_SUPERVISED, title, samples, sampled=True)
         for name, label, note in (("grpo", "GRPO", ""), ("control", "GRPO control", " (constant reward)")):
@@ -80,27 +78,6 @@ def _train(chain: Chain, stage: str, previous: str) -> tuple[dict[str, Any], str
     return values, f"{result.steps} steps, loss {result.loss_first:.3f} -> {result.loss_last:.3f}"
 
 
-def _difficulty(chain: Chain) -> tuple[dict[str, Any], str]:
-    """Keep the questions that the last supervised stage answers now and then: the others have nothing to teach."""
-    config = chain.stage_config("grpo")
-    params, _ = load_params(chain.run_folder(LAST_SUPERVISED))
-    report = difficulty.measure(
-        chain.folder / "data/mixtures/grpo",
-        chain.folder / "data/rl",
-        difficulty.Plan(**chain.plan["difficulty"], seed=chain.options.seed),
-        cfg=config,
-        weights=sampler_weights(params, config.model, Compute.of(config.train).dtype),
-        checkpoint=difficulty.fingerprint(params),
-        tokenizer=load_tokenizer(config.data.tokenizer),
-        on_progress=lambda done, total, note: chain.progress.update(done / total, note),
-    )
-    values = {key: report[key] for key in ("questions", "samples", "histogram", "kept_of", "mean_right")}
-    line = (
-        f"{report['samples']:,} of {report['questions']:,} questions kept, {report['mean_right']:.1%} of answers right"
-    )
-    return values, line
-
-
 def _grpo(chain: Chain, name: str, previous: str) -> tuple[dict[str, Any], str]:
     """GRPO from the last supervised stage; `control` is the same run with a reward that teaches nothing."""
     config = chain.stage_config("grpo")
@@ -116,7 +93,7 @@ def _grpo(chain: Chain, name: str, previous: str) -> tuple[dict[str, Any], str]:
     result = grpo(
         config,
         params=params,
-        samples=open_samples(chain.folder / "data/rl"),
+        samples=open_samples(config.data.dataset),
         tokenizer=load_tokenizer(config.data.tokenizer),
         on_step=on_step,
     )

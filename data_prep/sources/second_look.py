@@ -12,9 +12,6 @@ import numpy as np
 
 from data_prep.sources.procedural import Question
 
-_GUESS = ("At first glance: {}.", "My first guess is {}.")
-_LOOK = ("Wait, let me look again:", "Wait, checking the image:")
-
 
 def reflect(
     question: Question, answer: str, alternatives: Sequence[str], evidence: str, rng: np.random.Generator
@@ -28,6 +25,5 @@ def reflect(
     guess = alternatives[rng.integers(len(alternatives))] if corrected else answer
     ending = f"So {answer}, not {guess}." if corrected else f"So {answer} it is."
     letter = f" Option {question.letter}." if question.options else ""
-    guessed, look = _GUESS[rng.integers(len(_GUESS))].format(guess), _LOOK[rng.integers(len(_LOOK))]
-    reasoning = f"{guessed} {look} {evidence}. {ending}{letter}"
+    reasoning = f"At first glance: {guess}. Wait, let me look again: {evidence}. {ending}{letter}"
     return replace(question, reasoning=reasoning, reflection="corrected" if corrected else "confirmed")

@@ -1,4 +1,4 @@
-"""Captions of phantoms: two sentences, the view and the findings, that state every attribute."""
+"""Captions of phantoms: the view, how many lesions there are and where, and how they look."""
 
 from __future__ import annotations
 
@@ -9,21 +9,19 @@ from data_prep.sources.phantom.scene import Scene
 _ARTICLE = {"CT": "a", "MRI": "an", "X-ray": "an", "microscopy": "a"}
 
 _VIEW = ("This is {a} {modality} image of the {organ}.", "The {organ}, seen in {a} {modality} image.")
-_NONE = ("No lesion is seen.", "No lesion is seen.")
-_ONE = (
-    "There is one {size} {intensity} {shape} lesion in the {places}.",
-    "One lesion is seen in the {places}: it is {size}, {intensity} and {shape}.",
+_PLACES = (
+    ("There is no lesion.", "No lesion is seen."),
+    ("There is one lesion in the {places}.", "One lesion is seen in the {places}."),
+    ("There are {count} lesions, in the {places}.", "{count} lesions are seen in the {places}."),
 )
-_SEVERAL = (
-    "There are {count} {size} {intensity} {shape} lesions, in the {places}.",
-    "{count} lesions are seen in the {places}: they are {size}, {intensity} and {shape}.",
-)
+"""By the number of lesions."""
+_LOOK = ("", "It is {intensity}, {size} and {shape}.", "They are {intensity}, {size} and {shape}.")
 WORDINGS = len(_VIEW)
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    wording = rng.integers(WORDINGS)
-    return f"{view(scene, wording)} {findings(scene, rng.integers(WORDINGS))}"
+    sentences = view(scene, rng.integers(WORDINGS)), findings(scene, rng.integers(WORDINGS)), look(scene)
+    return " ".join(filter(None, sentences))
 
 
 def view(scene: Scene, wording: int = 0) -> str:
@@ -32,12 +30,11 @@ def view(scene: Scene, wording: int = 0) -> str:
 
 
 def findings(scene: Scene, wording: int = 0) -> str:
-    """The sentence that says how many lesions there are, where, and how they look."""
-    quadrants = [lesion.quadrant for lesion in scene.lesions]
-    return (_NONE, _ONE, _SEVERAL)[scene.count][wording].format(
-        count=scene.count,
-        size=scene.size,
-        intensity=scene.intensity,
-        shape=scene.shape,
-        places=" and ".join(quadrants),
-    )
+    """The sentence that says how many lesions there are, and where."""
+    places = " and ".join(lesion.quadrant for lesion in scene.lesions)
+    return _PLACES[scene.count][wording].format(count=scene.count, places=places)
+
+
+def look(scene: Scene) -> str:
+    """The sentence that says how the lesions look; empty where there is none."""
+    return _LOOK[scene.count].format(intensity=scene.intensity, size=scene.size, shape=scene.shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data_prep.sources.phantom.captions import findings, view
+from data_prep.sources.phantom.captions import findings, look, view
 from data_prep.sources.phantom.scene import COUNT_CHANCES, INTENSITIES, SIDES, SIZES, Scene
 from data_prep.sources.procedural import Question
 from data_prep.sources.second_look import reflect
@@ -33,5 +33,10 @@ def _short_answer(scene: Scene, question: Question) -> tuple[str, list[str]]:
 
 def evidence(scene: Scene, template: str) -> str:
     """The true statement that settles the question, in the captions' own words: what was learnt there is used here."""
-    sentence = view(scene) if template in ("organ", "organ_check", "modality") else findings(scene)
+    if template in ("organ", "organ_check", "modality"):
+        sentence = view(scene)
+    elif template in ("intensity", "intensity_check", "size", "shape", "describe"):
+        sentence = look(scene)
+    else:
+        sentence = findings(scene)
     return (sentence[0].lower() + sentence[1:]).removesuffix(".")
