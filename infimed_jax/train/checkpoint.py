@@ -131,6 +131,26 @@ class StoredLeaf:
         return np.asarray(leaf[self.name], dtype)
 
 
+@dataclass(frozen=True)
+class MergedLeaf:
+    """A kernel on the disk with its adapters: float32, added when `np.asarray` asks for it."""
+
+    stored: Mapping[str, Any]
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored["kernel"].shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float32)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        leaves = {name: np.asarray(leaf) for name, leaf in self.stored.items()}
+        return np.asarray(lora.merge_lora(leaves, self.scale)["kernel"], dtype)
+
+
 def save_params(folder: str | Path, leaves: Iterable[tuple[str, np.ndarray]], metadata: Metadata) -> None:
     """Write parameters alone, as (`text.norm.scale`, array), a leaf at a time: only one is in memory.
 
@@ -161,19 +181,34 @@ def _clear_partial(folder: Path) -> None:
 
 
 def open_params(folder: str | Path) -> tuple[dict[str, Any], Metadata]:
-    """As `load_params`, but every leaf is a StoredLeaf: for models that are larger than the memory.
+    """As `load_params`, but a leaf is read when `np.asarray` asks: for models that are larger than the memory."""
+    params, metadata = open_stored(folder)
+    return _merged_when_read(params, metadata), metadata
 
-    A LoRA run is loaded whole instead: its kernels must be merged.
-    """
+
+def open_stored(folder: str | Path) -> tuple[dict[str, Any], Metadata]:
+    """(parameters as StoredLeaf, metadata); a LoRA run's adapters are leaves beside the kernels that they adapt."""
     path = find_checkpoint(folder)
     stored = _read_metadata(path)
-    if any(map(_is_adapter, _parameter_names(stored))):
-        return load_params(path)
     leaves = {
         name: StoredLeaf(tuple(stored.metadata[name].shape), np.dtype(stored.metadata[name].dtype), path, name)
         for name in _parameter_names(stored)
     }
     return _nest({_short(name): leaf for name, leaf in leaves.items()}), stored.custom_metadata[_USER]
+
+
+def _merged_when_read(params: Mapping[str, Any], metadata: Metadata) -> dict[str, Any]:
+    if lora.A in params:
+        return {"kernel": MergedLeaf(params, _lora_scale(metadata))}
+    return {
+        name: _merged_when_read(branch, metadata) if isinstance(branch, Mapping) else branch
+        for name, branch in params.items()
+    }
+
+
+def _lora_scale(metadata: Metadata) -> float:
+    settings = metadata["config"]["train"]["lora"]
+    return settings["alpha"] / settings["rank"]
 
 
 def load_params(folder: str | Path, abstract: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], Metadata]:
@@ -202,8 +237,7 @@ def load_params(folder: str | Path, abstract: Mapping[str, Any] | None = None) -
     metadata = stored.custom_metadata[_USER]
     params = _nest(flat)
     if adapters:
-        settings = metadata["config"]["train"]["lora"]
-        params = lora.merge_lora(params, settings["alpha"] / settings["rank"])
+        params = lora.merge_lora(params, _lora_scale(metadata))
     return params, metadata
 
 
