@@ -138,9 +138,10 @@ def _whole_or_nothing(output: Path) -> Iterator[Path]:
 
 def _check_resolution(model: Model, visual_tokens: int | None) -> None:
     patches = model.vision.num_patches
-    if (visual_tokens or model.projector.visual_tokens) != patches:
+    asked = model.projector.visual_tokens if visual_tokens is None else visual_tokens
+    if asked != patches:
         raise UserError(
-            f"a model that pools to {visual_tokens or model.projector.visual_tokens} visual tokens is not plain LLaVA, "
+            f"a model that pools to {asked} visual tokens is not plain LLaVA, "
             f"which has no pooling: train with visual_tokens={patches} (all patches), or give --visual-tokens "
             f"{patches} to export it so, though its outputs are then not those of the trained model"
         )

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from infimed_jax.errors import UserError
@@ -214,8 +215,9 @@ def _lora_scale(metadata: Metadata) -> float:
 def load_params(folder: str | Path, abstract: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], Metadata]:
     """(parameters, metadata) from a run's folder (its latest checkpoint), a checkpoint, or `save_params`' folder.
 
-    With `abstract` (as `infimed.abstract_params` gives) they come straight into its shardings and are cast to its
-    dtypes, a group of leaves at a time, and each process reads its own part; without, they are NumPy arrays as stored.
+    With `abstract` (as `infimed.abstract_params` gives) they come in its shardings and dtypes, a group of leaves at a
+    time; each process reads a part of its own, and they exchange what they need. Without, they are NumPy arrays as
+    stored.
     The adapters of a LoRA run come merged into their kernels, which are then float32. UserError where there is none,
     or names or shapes differ.
     """
@@ -225,15 +227,15 @@ def load_params(folder: str | Path, abstract: Mapping[str, Any] | None = None) -
     adapters = [name for name in names if _is_adapter(name)]
     on_host = names if abstract is None else adapters
     wanted = {name: np.empty(stored.metadata[name].shape, stored.metadata[name].dtype) for name in on_host}
-    dtypes = {_short(name): leaf.dtype for name, leaf in wanted.items()}
+    final: dict[str, Any] = {_short(name): leaf for name, leaf in wanted.items()}
     if abstract is not None:
         kept = {_short(name): name for name in names if name not in adapters}
         wanted |= _as_stored(path, kept, stored.metadata, abstract)
-        dtypes |= {name: leaf.dtype for name, leaf in _flatten(abstract).items()}
+        final |= _flatten(abstract)
     flat: dict[str, Any] = {}
     for group in _groups(wanted):
         for name, leaf in _read(path, stored, group).items():
-            flat[_short(name)] = leaf if leaf.dtype == dtypes[_short(name)] else leaf.astype(dtypes[_short(name)])
+            flat[_short(name)] = _settle(leaf, final[_short(name)])
     metadata = stored.custom_metadata[_USER]
     params = _nest(flat)
     if adapters:
@@ -346,7 +348,7 @@ def _compare(path: Path, wanted: dict[str, Any], stored: Mapping[str, Any]) -> N
 def _as_stored(
     path: Path, names: dict[str, str], stored: Mapping[str, Any], abstract: Mapping[str, Any]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Abstract leaves by stored name: shape and sharding asked for, dtype stored (Orbax's own cast is silent)."""
+    """Abstract leaves by stored name: shape asked for, dtype stored (Orbax's own cast is silent), split for reading."""
     flat = _flatten(abstract)
     short = {ours: stored[theirs] for ours, theirs in names.items()}
     as_stored = {
@@ -356,13 +358,43 @@ def _as_stored(
         for ours, leaf in flat.items()
     }
     _compare(path, as_stored, short)
-    return {names[ours]: leaf for ours, leaf in as_stored.items()}
+    return {names[ours]: _split_for_reading(leaf, stored[names[ours]]) for ours, leaf in as_stored.items()}
+
+
+def _split_for_reading(leaf: jax.ShapeDtypeStruct, stored: Any) -> jax.ShapeDtypeStruct:
+    """`leaf` split over all devices along the axis of which each then reads the least, where that beats its own split.
+
+    What is read comes in whole chunks. An import's are cut along a leaf's longest axis, where `fsdp` splits another:
+    in the leaf's own sharding every process would read everything.
+    """
+    mesh, chunk = leaf.sharding.mesh, stored.storage_metadata.chunk_shape
+    own = leaf.sharding.shard_shape(leaf.shape)
+    best, share = leaf.sharding, _share_read(leaf.shape, own, chunk)
+    for axis, size in enumerate(leaf.shape):
+        if size % mesh.size == 0:
+            part = (*leaf.shape[:axis], size // mesh.size, *leaf.shape[axis + 1 :])
+            if _share_read(leaf.shape, part, chunk) < share:
+                share = _share_read(leaf.shape, part, chunk)
+                best = NamedSharding(mesh, PartitionSpec(*[None] * axis, mesh.axis_names))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=best)
+
+
+def _share_read(shape: tuple[int, ...], part: tuple[int, ...], chunk: tuple[int, ...]) -> float:
+    """How much of a leaf its first part needs, in whole chunks."""
+    return math.prod(min(n, -(-p // c) * c) / n for n, p, c in zip(shape, part, chunk, strict=True) if n)
+
+
+def _settle(leaf: Any, wanted: Any) -> Any:
+    """`leaf` in the sharding (where it has one) and the dtype of `wanted`."""
+    if isinstance(leaf, jax.Array) and leaf.sharding != wanted.sharding:
+        leaf = jax.device_put(leaf, wanted.sharding)
+    return leaf if leaf.dtype == wanted.dtype else leaf.astype(wanted.dtype)
 
 
 def _chunked() -> Any:
-    """Leaves in chunks of at most 64 MiB: as one chunk, every process would read all to get at its own part."""
+    """Leaves in chunks of at most 16 MiB: as one chunk, every process would read all to get at its own part."""
     context = ocp.Context()
-    context.array.saving.storage_options.chunk_byte_size = 64 << 20
+    context.array.saving.storage_options.chunk_byte_size = 16 << 20
     return context
 
 

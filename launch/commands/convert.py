@@ -44,6 +44,8 @@ def from_hf(args: argparse.Namespace) -> None:
     whole, parts = args.llava is not None, args.text is not None and args.vision is not None
     if whole == parts or (whole and (args.text or args.vision)):
         raise UserError("give --text and --vision, or --llava alone")
+    if args.seed < 0:
+        raise UserError("--seed must not be negative")
     if args.output.exists():
         raise UserError(f"{args.output} exists already: remove it or choose another folder")
     from infimed_jax.config import Config, Data, Train, to_dict
@@ -55,11 +57,11 @@ def from_hf(args: argparse.Namespace) -> None:
     from launch.progress import ByteProgress
 
     if whole:
-        opened = open_llava(args.llava, visual_tokens=args.visual_tokens or 0, dtype=args.dtype)
+        opened = open_llava(args.llava, visual_tokens=args.visual_tokens, dtype=args.dtype)
         folders = {"all weights": args.llava}
     else:
-        options = {"visual_tokens": args.visual_tokens or 144, "seed": args.seed, "dtype": args.dtype}
-        opened = open_parts(text=args.text, vision=args.vision, **options)
+        tokens = 144 if args.visual_tokens is None else args.visual_tokens
+        opened = open_parts(text=args.text, vision=args.vision, visual_tokens=tokens, seed=args.seed, dtype=args.dtype)
         folders = {"text weights": args.text, "vision weights": args.vision}
     tokenizer = _tokenizer(args.tokenizer or args.llava or args.text)
     entry = provenance.import_entry(opened, folders)
