@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jax.tree_util import keystr, tree_leaves_with_path
 
 from infimed_jax.config import Lora, Model
 from infimed_jax.data.chat import Tokenizer, load_tokenizer
@@ -22,8 +23,7 @@ from infimed_jax.hf.adapter import take_adapters, write_adapter
 from infimed_jax.hf.card import Card, licence, render_card
 from infimed_jax.hf.configuration import LLAVA, VISION, generation_config, llava_config, read_architecture
 from infimed_jax.hf.processor import write_processor
-from infimed_jax.hf.reference import ADAPTER
-from infimed_jax.hf.weights import SHARD_BYTES, WeightsFolder, write_weights
+from infimed_jax.hf.weights import ADAPTER, SHARD_BYTES, WeightsFolder, write_weights
 
 log = logging.getLogger(__name__)
 
@@ -61,17 +61,17 @@ def to_hf(
     """
     output, card = Path(output), card or Card()
     _check_resolution(model, visual_tokens)
-    leaves = _leaves(params)
+    leaves = {keystr(path, simple=True, separator="/"): leaf for path, leaf in tree_leaves_with_path(dict(params))}
     adapters = take_adapters(leaves, model) if lora else {}
-    names.check_leaves({path: (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves.items()}, model)
+    names.check_leaves({path: names.Found(leaf.shape, str(leaf.dtype)) for path, leaf in leaves.items()}, model)
     tokenizer = _tokenizer(tokenizer_folder, model)
-    spare_source = _spare_source(source_vision, model)
+    read_spare = _spare_reader(source_vision, model) if source_vision else _initialised
     if output.exists():
         raise UserError(f"{output} exists already: remove it or choose another folder")
 
     tensors = names.tensors(model)
     spares = names.spares(model)
-    made_up = [] if spare_source else names.by_module(names.spell(spare.key, LLAVA) for spare in spares)
+    made_up = [] if source_vision else names.by_module(names.spell(spare.key, LLAVA) for spare in spares)
     shapes = {names.spell(t.key, LLAVA): t.key_shape for t in tensors}
     shapes |= {names.spell(spare.key, LLAVA): spare.shape for spare in spares}
     config = llava_config(
@@ -98,7 +98,7 @@ def to_hf(
     }
     banned = (*tokenizer.banned_tokens, *range(len(tokenizer), model.text.vocab_size))
     with _whole_or_nothing(output) as folder:
-        stream = _stream(leaves, tensors, spares, spare_source)
+        stream = _stream(leaves, tensors, spares, read_spare)
         write_weights(folder, stream, shapes, dtype, shard_bytes, on_progress)
         write_json(folder / "config.json", config)
         settings = generation_config(tokenizer.stop_tokens, tokenizer.endoftext, banned)
@@ -156,49 +156,22 @@ def _tokenizer(folder: str | Path, model: Model) -> Tokenizer:
     return tokenizer
 
 
-def _leaves(params: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Nested parameters as path → array."""
-    flat: dict[str, Any] = {}
-    for name, value in params.items():
-        at = f"{path}{name}"
-        flat |= _leaves(value, f"{at}/") if isinstance(value, Mapping) else {at: value}
-    return flat
-
-
-class _SpareSource:
+def _spare_reader(folder: str | Path, model: Model) -> Callable[[names.Spare], np.ndarray]:
     """Reads a SigLIP folder's tensors by our keys."""
-
-    def __init__(self, folder: str | Path, model: Model):
-        architecture, _ = read_architecture(folder, VISION)
-        self._weights = WeightsFolder(folder)
-        self._file_key = {names.read_spelling(key, architecture): key for key in self._weights.found}
-        wanted = {spare.key: spare.shape for spare in names.spares(model)}
-        wrong = {
-            "missing": [key for key in wanted if key not in self._file_key],
-            "of another shape": [
-                f"{key} {list(self._shape(key))} instead of {list(shape)}"
-                for key, shape in wanted.items()
-                if key in self._file_key and self._shape(key) != shape
-            ],
-        }
-        names.raise_all(wrong, str(folder))
-
-    def _shape(self, key: str) -> tuple[int, ...]:
-        return self._weights.found[self._file_key[key]].shape
-
-    def read(self, key: str) -> np.ndarray:
-        return self._weights.read(self._file_key[key])
-
-
-def _spare_source(folder: str | Path | None, model: Model) -> _SpareSource | None:
-    return _SpareSource(folder, model) if folder else None
+    architecture, _ = read_architecture(folder, VISION)
+    weights = WeightsFolder(folder)
+    file_keys = {names.read_spelling(key, architecture): key for key in weights.found}
+    wanted = {spare.key: spare.shape for spare in names.spares(model)}
+    found = {key: weights.found[file_keys[key]] for key in wanted if key in file_keys}
+    names.raise_all(names.differences(found, wanted, names.FLOATS), str(folder))
+    return lambda spare: weights.read(file_keys[spare.key])
 
 
 def _stream(
     leaves: Mapping[str, Any],
     tensors: tuple[names.Tensor, ...],
     spares: tuple[names.Spare, ...],
-    source: _SpareSource | None,
+    read_spare: Callable[[names.Spare], np.ndarray],
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(file key, array) in the announced order; one leaf is on the host at a time."""
     path, leaf = "", np.empty(0)
@@ -209,7 +182,7 @@ def _stream(
         ours = leaf if tensor.layer is None else leaf[tensor.layer]
         yield names.spell(tensor.key, LLAVA), tensor.to_key(ours)
     for spare in spares:
-        yield names.spell(spare.key, LLAVA), source.read(spare.key) if source else _initialised(spare)
+        yield names.spell(spare.key, LLAVA), read_spare(spare)
 
 
 def _initialised(spare: names.Spare) -> np.ndarray:

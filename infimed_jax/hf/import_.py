@@ -30,7 +30,7 @@ from infimed_jax.hf.configuration import (
     text_from_hf,
     vision_from_hf,
 )
-from infimed_jax.hf.weights import WeightsFolder
+from infimed_jax.hf.weights import ADAPTER, WeightsFolder
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +128,11 @@ def open_llava(folder: str | Path, *, visual_tokens: int | None = None, dtype: D
     LLaVA has no pooling: the model has all patches as visual tokens unless `visual_tokens` says otherwise.
     """
     architecture, values = read_architecture(folder, (LLAVA,))
+    if (Path(folder) / ADAPTER).is_dir():
+        raise UserError(
+            f"{folder}/{ADAPTER} holds LoRA adapters, which this does not read: export with the adapters merged, or "
+            "move that folder away to read what they adapt"
+        )
     model = llava_from_hf(values, f"{folder}/config.json")
     if visual_tokens is not None:
         model = dataclasses.replace(model, projector=config.Projector(visual_tokens=visual_tokens))

@@ -19,11 +19,10 @@ import numpy as np
 from PIL import Image
 
 from infimed_jax.errors import UserError
+from infimed_jax.hf.weights import ADAPTER
 
 T = TypeVar("T")
 
-ADAPTER = "adapter"
-"""Folder of an export that holds a LoRA run's adapters in PEFT's layout."""
 POSITIONS = 64
 """Whose logits are in memory at once: 2,000 positions of 152k logits are 1.2 GB in float32."""
 
@@ -65,7 +64,7 @@ def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
     except BrokenProcessPool:
         raise UserError(
             "the process that computes transformers' side was ended from outside, most likely for want of memory: "
-            "it needs about twice the export's size"
+            "it needs the export's size and a few gigabytes more"
         ) from None
 
 

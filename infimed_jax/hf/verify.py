@@ -31,7 +31,7 @@ from infimed_jax.errors import UserError
 from infimed_jax.files import write_json
 from infimed_jax.hf import reference
 from infimed_jax.hf.configuration import LLAVA, llava_from_hf, read_architecture
-from infimed_jax.hf.weights import DTYPES
+from infimed_jax.hf.weights import ADAPTER, DTYPES
 from infimed_jax.models import infimed, lora
 from infimed_jax.models.compute import Compute
 from infimed_jax.ops.attention import Mask, attention
@@ -66,7 +66,7 @@ def verify(
     folder = Path(hf_folder)
     _, values = read_architecture(folder, (LLAVA,))
     exported = llava_from_hf(values, f"{folder}/config.json")
-    packages = ["torch", "transformers", *(["peft"] if (folder / reference.ADAPTER).is_dir() else [])]
+    packages = ["torch", "transformers", *(["peft"] if (folder / ADAPTER).is_dir() else [])]
     absent = [package for package in packages if importlib.util.find_spec(package) is None]
     if absent:
         return _finish(folder, {"status": "skipped", "reason": f"{absent[0]} is not installed"})
@@ -95,8 +95,11 @@ def verify(
     shutil.rmtree(work, ignore_errors=True)  # of a proof that was killed
     work.mkdir()
     try:
+        log.info("%d prompts through transformers, in a process of its own", len(prompts))
         theirs, faults = reference.in_own_process(reference.compute, folder, prompts, work)
-        with jax.set_mesh(sharding.make_mesh(config.Mesh(), jax.devices()[:1])):
+        log.info("the same through our model, a layer at a time")
+        one_device = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+        with jax.set_mesh(one_device), jax.default_matmul_precision("highest"):  # a GPU would round products to TF32
             result["cases"] = _cases(params, model, dtype, lora_scale, samples, segments, theirs)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -122,8 +122,8 @@ def to_hf(args: argparse.Namespace) -> None:
 
 def verify(args: argparse.Namespace) -> None:
     from infimed_jax.config import Config, from_dict
-    from infimed_jax.hf.reference import ADAPTER
     from infimed_jax.hf.verify import verify
+    from infimed_jax.hf.weights import ADAPTER
     from infimed_jax.models.lora import scale_of
     from infimed_jax.train.checkpoint import open_params, open_stored
 

@@ -19,6 +19,7 @@ from infimed_jax.errors import UserError
 from infimed_jax.hf import export, names
 from infimed_jax.hf.card import Card, DataSource
 from infimed_jax.hf.export import to_hf
+from tests.hf.reading import from_llava
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -196,7 +197,6 @@ KILLED = """
 import os, pickle, signal, sys
 from infimed_jax.hf import names
 from infimed_jax.hf.export import to_hf
-from tests.hf.reading import from_llava
 
 params, model, tokenizer, output = pickle.load(open(sys.argv[1], "rb"))
 count, convert = 0, names.Tensor.to_key

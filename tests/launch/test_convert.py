@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipVisio
 
 from infimed_jax.errors import UserError
 from infimed_jax.train.checkpoint import find_checkpoint, load_params, read_metadata
+from tests.hf.reading import from_hf
 from tests.launch.hf_sources import PATCHES, command, write_datasets, write_sources
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -301,7 +302,6 @@ def test_what_to_read_must_be_said(tmp_path, capsys, arguments, words):
 CHILD = """
 import os, resource, signal, sys
 from infimed_jax.train import checkpoint
-from tests.hf.reading import from_hf
 from launch import run
 
 mode, save, count = sys.argv[1], checkpoint.ocp.partial.save, 0
