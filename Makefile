@@ -25,14 +25,14 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# torch serves only the check of the export against transformers, so only its CPU build will do:
+# torch, and peft over it, serve only the check of the export against transformers, so only the CPU build will do:
 # the local version "+cpu" never resolves to the CUDA build of several gigabytes.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'torch==2.13.0+cpu' 2>/dev/null \
-	  || echo 'No CPU build of torch to be had: the comparison with transformers is skipped. To add one: $(BIN)/pip install torch'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'torch==2.13.0+cpu' peft 2>/dev/null \
+	  || echo 'No CPU build of torch to be had: the comparison with transformers is skipped. To add one: $(BIN)/pip install torch peft'
 	touch $@
 
 clean:

@@ -3,7 +3,8 @@
     python benchmarks/convert.py --config configs/models/foundation_4b.yaml --tokenizer QWEN3 --work /tmp/convert --keep
     python benchmarks/convert.py --config configs/models/foundation_1p7b.yaml --tokenizer QWEN3 --work /tmp/c --verify
 
-Each command runs in a process of its own; its seconds and its peak of resident memory go to `convert.json` in --work.
+Each command runs in a process of its own; its seconds and its peak of resident memory, with that of the processes that
+it starts, go to `convert.json` in --work.
 The rest of that folder (about 28 GB at 4B) is deleted, unless --keep.
 """
 
@@ -68,22 +69,35 @@ def main() -> None:
 
 
 def measure(command: list[object]) -> dict[str, float]:
-    """Run it to its end: seconds, CPU seconds, peak resident gigabytes, exit code."""
-    began = time.monotonic()
+    """Run it to its end: seconds, CPU seconds, peak resident gigabytes of it and its children together, exit code."""
+    began, peak = time.monotonic(), 0
     process = subprocess.Popen([str(part) for part in command], env=os.environ | {"JAX_PLATFORMS": "cpu"})
-    _, status, usage = os.wait4(process.pid, 0)
+    while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+        peak = max(peak, resident(process.pid))
+        time.sleep(0.1)
+    _, status, usage = ended
     return {
         "seconds": round(time.monotonic() - began, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_gb": round(usage.ru_maxrss * 1024 / 1e9, 2),
+        "peak_gb": round(max(peak, usage.ru_maxrss * 1024) / 1e9, 2),
         "exit_code": os.waitstatus_to_exitcode(status),
     }
 
 
+def resident(pid: int) -> int:
+    """Bytes of a process and its descendants now; pages of a file that is mapped count too."""
+    folder = Path(f"/proc/{pid}")
+    try:
+        pages = int((folder / "statm").read_text().split()[1])
+        children = [child for task in folder.glob("task/*/children") for child in task.read_text().split()]
+    except OSError:  # it has ended
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE") + sum(resident(int(child)) for child in children)
+
+
 def write_sources(model: config.Model, tokenizer: Path, text: Path, vision: Path) -> None:
     """A bfloat16 Qwen3 folder with the tokenizer, and a float32 SigLIP folder, as they are published."""
-    values = llava_config(model, image_token=0, stop_token=0, pad_token=0, dtype="bfloat16", max_positions=40_960,
-                          use_head=True)  # fmt: skip
+    values = llava_config(model, image_token=0, stop_token=0, pad_token=0, dtype="bfloat16", max_positions=40_960)
     shapes: dict[str, dict[str, tuple[int, ...]]] = {"text": {}, "vision": {}}
     for tensor in names.tensors(model):
         part = tensor.leaf.partition("/")[0]

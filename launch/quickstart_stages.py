@@ -81,11 +81,11 @@ def _train(chain: Chain, stage: str, previous: str) -> tuple[dict[str, Any], str
 def _grpo(chain: Chain, name: str, previous: str) -> tuple[dict[str, Any], str]:
     """GRPO from the last supervised stage; `control` is the same run with a reward that teaches nothing."""
     config = chain.stage_config("grpo")
-    output = str(chain.run_folder(name))
-    config = replace(config, train=replace(config.train, output=output, stage=name))
+    output, start = str(chain.run_folder(name)), str(chain.run_folder(previous))
+    config = replace(config, train=replace(config.train, output=output, stage=name, init_from=start))
     if name == "control":
         config = replace(config, grpo=replace(config.grpo, reward="constant"))
-    params, _ = load_params(chain.run_folder(previous))
+    params, _ = load_params(start)
 
     def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
         chain.progress.update(step / total, step_note(step, total, metrics))

@@ -73,7 +73,7 @@ class Projector:
 
     def __post_init__(self) -> None:
         require(
-            math.isqrt(self.visual_tokens) ** 2 == self.visual_tokens and self.visual_tokens > 0,
+            self.visual_tokens > 0 and math.isqrt(self.visual_tokens) ** 2 == self.visual_tokens,
             f"projector.visual_tokens must be a square number, not {self.visual_tokens}",
         )
 

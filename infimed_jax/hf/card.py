@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from infimed_jax.config import Model
+from infimed_jax.config import Lora, Model
 
 LIMITS = (
     "For research only. It is no medical device, and no one has cleared it for clinical use: its output must not be "
@@ -46,8 +46,11 @@ def licence(sources: Sequence[DataSource]) -> str:
     return "Every training set allows commercial use under its own licence, given above; attribution is owed."
 
 
-def render_card(card: Card, model: Model, *, dtype: str, parameters: int, made_up: Sequence[str]) -> str:
-    """README.md: front matter and text. `made_up` names exported tensors that were initialised, not trained."""
+def render_card(
+    card: Card, model: Model, *, dtype: str, parameters: int, made_up: Sequence[str], adapter: Lora | None = None
+) -> str:
+    """README.md: front matter and text. `made_up` names exported tensors that were initialised, not trained;
+    `adapter` stands beside the weights, not in them."""
     vision, text = model.vision, model.text
     lines = [
         "---",
@@ -77,7 +80,13 @@ def render_card(card: Card, model: Model, *, dtype: str, parameters: int, made_u
         lines.append(
             "- Initialised, not trained, and not used at this hidden state; written because the format asks for them: "
             + ", ".join(f"`{name}`" for name in made_up)
-            + ". SigLIP's pooling head is left out."
+            + "."
+        )
+    if adapter:
+        lines.append(
+            f"- The last stage's LoRA adapters (rank {adapter.rank}, alpha {adapter.alpha:g}) are in `adapter/`, in "
+            "PEFT's layout, and not in these weights: "
+            "`PeftModel.from_pretrained(model, 'adapter')` gives the trained model."
         )
     lines += ["", "## Origin", *_bullets(card.base_models, "The base models were not declared.")]
     lines += ["", "## Training", *_bullets(card.stages, "The stages were not declared.")]

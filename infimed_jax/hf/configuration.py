@@ -119,7 +119,6 @@ def llava_config(
     pad_token: int,
     dtype: str,
     max_positions: int,
-    use_head: bool,
 ) -> dict[str, Any]:
     """config.json of `LlavaForConditionalGeneration` at full resolution (`model.vision.num_patches` visual tokens)."""
     vision, text = model.vision, model.text
@@ -172,7 +171,6 @@ def llava_config(
             "num_channels": 3,
             "num_hidden_layers": vision.num_layers,
             "patch_size": vision.patch_size,
-            "vision_use_head": use_head,
         },
     }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import math
 import shutil
@@ -13,15 +12,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jax.tree_util import keystr, tree_leaves_with_path
 
-from infimed_jax.config import Model
+from infimed_jax.config import Lora, Model
 from infimed_jax.data.chat import Tokenizer, load_tokenizer
 from infimed_jax.errors import UserError
+from infimed_jax.files import write_json
 from infimed_jax.hf import names
+from infimed_jax.hf.adapter import take_adapters, write_adapter
 from infimed_jax.hf.card import Card, licence, render_card
 from infimed_jax.hf.configuration import LLAVA, VISION, generation_config, llava_config, read_architecture
 from infimed_jax.hf.processor import write_processor
-from infimed_jax.hf.weights import SHARD_BYTES, WeightsFolder, write_weights
+from infimed_jax.hf.weights import ADAPTER, SHARD_BYTES, WeightsFolder, write_weights
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ def to_hf(
     dtype: Literal["float32", "bfloat16"] = "float32",
     source_vision: str | Path | None = None,
     visual_tokens: int | None = None,
+    lora: Lora | None = None,
     card: Card | None = None,
     max_positions: int = 40_960,
     shard_bytes: int = SHARD_BYTES,
@@ -48,24 +51,27 @@ def to_hf(
     after each tensor. The folder holds export.json, what was done, beside transformers' own files.
 
     What our tower does not hold (the blocks after the feature layer, the final norm, the pooling head) comes from
-    `source_vision`, a SigLIP folder; without it those blocks and the norm are initialised and the head is left out,
-    and the log and the card say so. The folder appears under its name only when it is complete.
+    `source_vision`, a SigLIP folder; without it they are initialised, and the log and the card say so: a tower is
+    written whole, as SigLIP is published, so that no reader misses a key. With `lora`, `params` has its adapters as
+    leaves: they go to the folder's `adapter` in PEFT's layout, and the rest is what they adapt. The folder appears
+    under its name only when it is complete.
 
     A model that pools cannot be plain LLaVA: UserError, unless `visual_tokens` asks for all patches. UserError too
     where the parameters do not fit `model`, where the output exists, and where the disk is full.
     """
     output, card = Path(output), card or Card()
     _check_resolution(model, visual_tokens)
-    leaves = _leaves(params)
-    names.check_leaves({path: (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves.items()}, model)
+    leaves = {keystr(path, simple=True, separator="/"): leaf for path, leaf in tree_leaves_with_path(dict(params))}
+    adapters = take_adapters(leaves, model) if lora else {}
+    names.check_leaves({path: names.Found(leaf.shape, str(leaf.dtype)) for path, leaf in leaves.items()}, model)
     tokenizer = _tokenizer(tokenizer_folder, model)
-    spare_source = _spare_source(source_vision, model)
+    read_spare = _spare_reader(source_vision, model) if source_vision else _initialised
     if output.exists():
         raise UserError(f"{output} exists already: remove it or choose another folder")
 
     tensors = names.tensors(model)
-    spares = _spares(model, with_head=spare_source is not None)
-    made_up = [] if spare_source else names.by_module(names.spell(spare.key, LLAVA) for spare in spares)
+    spares = names.spares(model)
+    made_up = [] if source_vision else names.by_module(names.spell(spare.key, LLAVA) for spare in spares)
     shapes = {names.spell(t.key, LLAVA): t.key_shape for t in tensors}
     shapes |= {names.spell(spare.key, LLAVA): spare.shape for spare in spares}
     config = llava_config(
@@ -75,10 +81,9 @@ def to_hf(
         pad_token=tokenizer.endoftext,
         dtype=dtype,
         max_positions=max_positions,
-        use_head=spare_source is not None,
     )
     parameters = sum(math.prod(shape) for shape in shapes.values())
-    text = render_card(card, model, dtype=dtype, parameters=parameters, made_up=made_up)
+    text = render_card(card, model, dtype=dtype, parameters=parameters, made_up=made_up, adapter=lora)
     summary = {
         "dtype": dtype,
         "tensors": len(shapes),
@@ -87,24 +92,25 @@ def to_hf(
         "exported_visual_tokens": model.vision.num_patches,
         "source_vision": str(source_vision) if source_vision else None,
         "initialised": made_up,
+        "adapter": {"rank": lora.rank, "alpha": lora.alpha, "tensors": len(adapters)} if lora else None,
         "stages": list(card.stages),
         "licence": licence(card.sources),
     }
     banned = (*tokenizer.banned_tokens, *range(len(tokenizer), model.text.vocab_size))
     with _whole_or_nothing(output) as folder:
-        stream = _stream(leaves, tensors, spares, spare_source)
+        stream = _stream(leaves, tensors, spares, read_spare)
         write_weights(folder, stream, shapes, dtype, shard_bytes, on_progress)
-        _write_json(folder / "config.json", config)
+        write_json(folder / "config.json", config)
         settings = generation_config(tokenizer.stop_tokens, tokenizer.endoftext, banned)
-        _write_json(folder / "generation_config.json", settings)
+        write_json(folder / "generation_config.json", settings)
         write_processor(tokenizer_folder, model, folder)
         (folder / "README.md").write_text(text, encoding="utf-8")
-        _write_json(folder / SUMMARY, summary)
+        if lora:
+            write_adapter(folder / ADAPTER, adapters, lora, output)
+            (folder / ADAPTER / "README.md").write_text(text, encoding="utf-8")
+        write_json(folder / SUMMARY, summary)
     if made_up:
-        log.warning(
-            "no SigLIP folder was given: initialised, and not used by this model, are %s; its pooling head is left out",
-            ", ".join(made_up),
-        )
+        log.warning("no SigLIP folder was given: initialised, and not used by this model, are %s", ", ".join(made_up))
     log.info("exported %d tensors in %s to %s", len(shapes), dtype, output)
     return output
 
@@ -132,9 +138,10 @@ def _whole_or_nothing(output: Path) -> Iterator[Path]:
 
 def _check_resolution(model: Model, visual_tokens: int | None) -> None:
     patches = model.vision.num_patches
-    if (visual_tokens or model.projector.visual_tokens) != patches:
+    asked = model.projector.visual_tokens if visual_tokens is None else visual_tokens
+    if asked != patches:
         raise UserError(
-            f"a model that pools to {visual_tokens or model.projector.visual_tokens} visual tokens is not plain LLaVA, "
+            f"a model that pools to {asked} visual tokens is not plain LLaVA, "
             f"which has no pooling: train with visual_tokens={patches} (all patches), or give --visual-tokens "
             f"{patches} to export it so, though its outputs are then not those of the trained model"
         )
@@ -149,53 +156,22 @@ def _tokenizer(folder: str | Path, model: Model) -> Tokenizer:
     return tokenizer
 
 
-def _leaves(params: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Nested parameters as path → array."""
-    flat: dict[str, Any] = {}
-    for name, value in params.items():
-        at = f"{path}{name}"
-        flat |= _leaves(value, f"{at}/") if isinstance(value, Mapping) else {at: value}
-    return flat
-
-
-def _spares(model: Model, *, with_head: bool) -> tuple[names.Spare, ...]:
-    return tuple(s for s in names.spares(model) if with_head or not s.key.startswith("vision.head."))
-
-
-class _SpareSource:
+def _spare_reader(folder: str | Path, model: Model) -> Callable[[names.Spare], np.ndarray]:
     """Reads a SigLIP folder's tensors by our keys."""
-
-    def __init__(self, folder: str | Path, model: Model):
-        architecture, _ = read_architecture(folder, VISION)
-        self._weights = WeightsFolder(folder)
-        self._file_key = {names.read_spelling(key, architecture): key for key in self._weights.found}
-        wanted = {spare.key: spare.shape for spare in names.spares(model)}
-        wrong = {
-            "missing": [key for key in wanted if key not in self._file_key],
-            "of another shape": [
-                f"{key} {list(self._shape(key))} instead of {list(shape)}"
-                for key, shape in wanted.items()
-                if key in self._file_key and self._shape(key) != shape
-            ],
-        }
-        names.raise_all(wrong, str(folder))
-
-    def _shape(self, key: str) -> tuple[int, ...]:
-        return self._weights.found[self._file_key[key]].shape
-
-    def read(self, key: str) -> np.ndarray:
-        return self._weights.read(self._file_key[key])
-
-
-def _spare_source(folder: str | Path | None, model: Model) -> _SpareSource | None:
-    return _SpareSource(folder, model) if folder else None
+    architecture, _ = read_architecture(folder, VISION)
+    weights = WeightsFolder(folder)
+    file_keys = {names.read_spelling(key, architecture): key for key in weights.found}
+    wanted = {spare.key: spare.shape for spare in names.spares(model)}
+    found = {key: weights.found[file_keys[key]] for key in wanted if key in file_keys}
+    names.raise_all(names.differences(found, wanted, names.FLOATS), str(folder))
+    return lambda spare: weights.read(file_keys[spare.key])
 
 
 def _stream(
     leaves: Mapping[str, Any],
     tensors: tuple[names.Tensor, ...],
     spares: tuple[names.Spare, ...],
-    source: _SpareSource | None,
+    read_spare: Callable[[names.Spare], np.ndarray],
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(file key, array) in the announced order; one leaf is on the host at a time."""
     path, leaf = "", np.empty(0)
@@ -206,7 +182,7 @@ def _stream(
         ours = leaf if tensor.layer is None else leaf[tensor.layer]
         yield names.spell(tensor.key, LLAVA), tensor.to_key(ours)
     for spare in spares:
-        yield names.spell(spare.key, LLAVA), source.read(spare.key) if source else _initialised(spare)
+        yield names.spell(spare.key, LLAVA), read_spare(spare)
 
 
 def _initialised(spare: names.Spare) -> np.ndarray:
@@ -216,7 +192,3 @@ def _initialised(spare: names.Spare) -> np.ndarray:
     if len(spare.shape) == 1:
         return np.ones(spare.shape, np.float32)
     return np.random.default_rng(0).normal(0, 0.02, spare.shape).astype(np.float32)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -30,7 +30,7 @@ from infimed_jax.hf.configuration import (
     text_from_hf,
     vision_from_hf,
 )
-from infimed_jax.hf.weights import WeightsFolder
+from infimed_jax.hf.weights import ADAPTER, WeightsFolder
 
 log = logging.getLogger(__name__)
 
@@ -122,30 +122,23 @@ def open_parts(
     return Import(model, positions, dtype, seed, tuple(sources))
 
 
-def open_llava(folder: str | Path, *, visual_tokens: int = 0, dtype: Dtype = "float32") -> Import:
+def open_llava(folder: str | Path, *, visual_tokens: int | None = None, dtype: Dtype = "float32") -> Import:
     """A LLaVA folder of SigLIP and Qwen3, such as `to_hf` writes; exact inverse of it.
 
     LLaVA has no pooling: the model has all patches as visual tokens unless `visual_tokens` says otherwise.
     """
     architecture, values = read_architecture(folder, (LLAVA,))
+    if (Path(folder) / ADAPTER).is_dir():
+        raise UserError(
+            f"{folder}/{ADAPTER} holds LoRA adapters, which this does not read: export with the adapters merged, or "
+            "move that folder away to read what they adapt"
+        )
     model = llava_from_hf(values, f"{folder}/config.json")
-    if visual_tokens:
+    if visual_tokens is not None:
         model = dataclasses.replace(model, projector=config.Projector(visual_tokens=visual_tokens))
     positions = positions_from_hf(values["text_config"], f"{folder}/config.json text_config")
     source = _Source(folder, architecture, model, ("vision", "projector", "text"))
     return Import(model, positions, dtype, 0, (source,))
-
-
-def from_hf(*, text: str | Path, vision: str | Path, **options: Any) -> tuple[dict[str, Any], config.Model]:
-    """(parameters, Model) of `open_parts`, whose options these are."""
-    opened = open_parts(text=text, vision=vision, **options)
-    return opened.params(), opened.model
-
-
-def from_llava(folder: str | Path, **options: Any) -> tuple[dict[str, Any], config.Model]:
-    """(parameters, Model) of `open_llava`, whose options these are."""
-    opened = open_llava(folder, **options)
-    return opened.params(), opened.model
 
 
 class _Source:

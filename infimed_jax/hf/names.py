@@ -254,7 +254,7 @@ class Found(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: str
-    """Safetensors' name: `F32`, `BF16`, …"""
+    """Its source's name for it: `F32`, `BF16`, … in safetensors."""
 
 
 @dataclass(frozen=True)
@@ -272,47 +272,44 @@ def match(found: Mapping[str, Found], architecture: str, model: Model, parts: It
     out = dropped(model)
     sources: dict[Tensor, str] = {}
     left_out: dict[str, str] = {}
-    wrong: dict[str, list[str]] = defaultdict(list)
-    for file_key, (shape, dtype) in sorted(found.items()):
-        key = read_spelling(file_key, architecture)
-        tensor = wanted.get(key) if key else None
-        if tensor is None:
-            reasons = [reason for pattern, reason in out if key and pattern.fullmatch(key)]
-            if reasons:
-                left_out[file_key] = reasons[0]
+    twice: dict[str, str] = {}
+    for file_key in sorted(found):
+        key = read_spelling(file_key, architecture) or ""
+        if tensor := wanted.get(key):
+            if tensor in sources:
+                twice[file_key] = f"{sources[tensor]} and {file_key}"
             else:
-                wrong["not known"].append(file_key)
-            continue
-        if tensor in sources:
-            wrong["given twice"].append(f"{sources[tensor]} and {file_key}")
-        if shape != tensor.key_shape:
-            wrong["of another shape"].append(f"{file_key} {list(shape)} instead of {list(tensor.key_shape)}")
-        if dtype not in FLOATS:
-            wrong["of another type"].append(f"{file_key} {dtype} instead of {'/'.join(FLOATS)}")
-        sources[tensor] = file_key
-    wrong["missing"] += [spell(key, architecture) for key, tensor in wanted.items() if tensor not in sources]
-    raise_all(wrong, where)
+                sources[tensor] = file_key
+        elif reasons := [reason for pattern, reason in out if pattern.fullmatch(key)]:
+            left_out[file_key] = reasons[0]
+    used = {key: tensor for key, tensor in found.items() if key not in left_out and key not in twice}
+    shapes = {sources.get(tensor) or spell(key, architecture): tensor.key_shape for key, tensor in wanted.items()}
+    raise_all({"given twice": list(twice.values())} | differences(used, shapes, FLOATS), where)
     return Match(sources, left_out)
 
 
-def check_leaves(found: Mapping[str, tuple[tuple[int, ...], str]], model: Model) -> None:
-    """UserError unless the tree (path → shape, dtype) has exactly `model`'s leaves, in float32 or bfloat16."""
-    wanted = leaf_shapes(model)
-    wrong = {
-        "missing": sorted(set(wanted) - set(found)),
-        "not known": sorted(set(found) - set(wanted)),
+def check_leaves(found: Mapping[str, Found], model: Model) -> None:
+    """UserError unless the tree (by path) has exactly `model`'s leaves, in float32 or bfloat16."""
+    raise_all(differences(found, leaf_shapes(model), ("float32", "bfloat16")), "the parameters")
+
+
+def differences(
+    found: Mapping[str, Found], wanted: Mapping[str, tuple[int, ...]], types: tuple[str, ...]
+) -> dict[str, list[str]]:
+    """What is wrong → the names of all that it is true of."""
+    both = [(name, *tensor) for name, tensor in sorted(found.items()) if name in wanted]
+    return {
+        "not known": sorted(found.keys() - wanted.keys()),
         "of another shape": [
-            f"{path} {list(shape)} instead of {list(wanted[path])}"
-            for path, (shape, _) in sorted(found.items())
-            if path in wanted and tuple(shape) != wanted[path]
+            f"{name} {list(shape)} instead of {list(wanted[name])}"
+            for name, shape, _ in both
+            if tuple(shape) != wanted[name]
         ],
         "of another type": [
-            f"{path} {dtype} instead of float32/bfloat16"
-            for path, (_, dtype) in sorted(found.items())
-            if path in wanted and dtype not in ("float32", "bfloat16")
+            f"{name} {dtype} instead of {'/'.join(types)}" for name, _, dtype in both if dtype not in types
         ],
+        "missing": [name for name in wanted if name not in found],
     }
-    raise_all(wrong, "the parameters")
 
 
 def raise_all(wrong: Mapping[str, list[str]], where: str) -> None:

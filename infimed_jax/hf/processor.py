@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from infimed_jax.config import Model
 from infimed_jax.errors import UserError
+from infimed_jax.files import write_json
 from infimed_jax.hf.weights import read_json
 
 IMAGE_TOKEN = "<|image_pad|>"
@@ -57,10 +57,10 @@ def write_processor(tokenizer_folder: str | Path, model: Model, output: Path) ->
         if (source / name).is_file():
             shutil.copyfile(source / name, output / name)
     tokenizer_config.pop("chat_template", None)  # the file says it; two copies could differ
-    _write_json(output / "tokenizer_config.json", tokenizer_config | {"processor_class": "LlavaProcessor"})
+    write_json(output / "tokenizer_config.json", tokenizer_config | {"processor_class": "LlavaProcessor"})
     (output / TEMPLATE).write_text(LIST_CONTENT + template, encoding="utf-8")
-    _write_json(output / "preprocessor_config.json", image_processor(model))
-    _write_json(
+    write_json(output / "preprocessor_config.json", image_processor(model))
+    write_json(
         output / "processor_config.json",
         {
             "processor_class": "LlavaProcessor",
@@ -97,7 +97,3 @@ def _chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str:
     if not isinstance(template, str):
         raise UserError(f"{folder} has no chat template ({TEMPLATE}, or chat_template in tokenizer_config.json)")
     return template.removeprefix(LIST_CONTENT)  # a tokenizer taken from an export has it already
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -68,8 +68,7 @@ def stages(checkpoint: str | Path) -> list[Stage]:
         except UserError:
             gone = True
         if gone:
-            lost = [Stage(folder)] if folder and not before else []  # GRPO's history begins with itself
-            return [*lost, *(Stage(entry["stage"], entry=entry) for entry in before), *found]
+            return [*(Stage(entry["stage"], entry=entry) for entry in before), *found]
 
 
 def max_positions(history: Sequence[Stage]) -> int | None:
@@ -135,9 +134,10 @@ def _line(stage: Stage) -> str:
         what = f"GRPO, {g.prompts} prompts of {g.group_size} completions a step, KL {g.kl_coefficient:g}"
     else:
         what = f"{cfg.train.global_batch} rows of at most {cfg.data.context} tokens a step"
+    adapters = f", the text model by LoRA adapters of rank {cfg.train.lora.rank}" if cfg.train.lora.rank else ""
     return (
         f"{stage.name}: {steps}{what}; learning rate {cfg.optimizer.learning_rate:g}; "
-        f"{cfg.model.projector.visual_tokens} visual tokens an image; learnt: {', '.join(cfg.train.train)}"
+        f"{cfg.model.projector.visual_tokens} visual tokens an image; learnt: {', '.join(cfg.train.train)}{adapters}"
     )
 
 

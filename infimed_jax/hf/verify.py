@@ -1,20 +1,25 @@
-"""Proof of an export: the same prompts through our model and through transformers, compared step by step."""
+"""Proof of an export: the same prompts through our model and through transformers, compared step by step.
+
+Theirs runs first, in a process of its own (`reference`); ours runs a layer at a time, each layer's weights widened to
+float32 as it comes up. So the peak is near the size of the stored weights, and never two models.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
+import importlib.metadata
+import importlib.util
 import io
 import logging
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from PIL import Image
 
 from infimed_jax import config, sharding
@@ -24,16 +29,15 @@ from infimed_jax.data.images import decode_image
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.errors import UserError
 from infimed_jax.files import write_json
+from infimed_jax.hf import reference
 from infimed_jax.hf.configuration import LLAVA, llava_from_hf, read_architecture
-from infimed_jax.hf.weights import DTYPES
-from infimed_jax.models import infimed
+from infimed_jax.hf.weights import ADAPTER, DTYPES
+from infimed_jax.models import infimed, lora
 from infimed_jax.models.compute import Compute
-from infimed_jax.models.siglip import SiglipTower
+from infimed_jax.ops.attention import Mask, attention
 
 log = logging.getLogger(__name__)
 
-COMPUTE = Compute("float32", "none", "xla", 1)
-"""Both sides compute in float32: rounding of activations would hide an error of the conversion."""
 PIXEL_TOLERANCE = 1e-6
 """Pixels are the same uint8 values normalised in float32 in another order, in [-1, 1]."""
 
@@ -45,27 +49,27 @@ def verify(
     tokenizer_folder: str | Path,
     samples: Sequence[Sample] = (),
     *,
+    lora_scale: float = 0.0,
     tolerance: float = 1e-4,
 ) -> dict[str, Any]:
-    """Compare `params` (arrays, or `open_params`' leaves) with the export of them; run under the model's mesh.
+    """Compare `params` (arrays, or leaves of `open_params`) with the export of them, on one device.
 
     For each prompt (those of `samples`; by default one without, one with one and one with three images): tokens and
-    pixels of our renderer against the exported processor, then vision features, projector output and logits, with the
-    parameters rounded to the export's dtype on both sides. A difference may be `tolerance` times the larger of 1 and
-    the largest reference value. `rounding` says what the export's dtype itself costs, and is not judged. One model is
-    in memory at a time: theirs in float32, then ours in the stored dtype.
+    pixels of our renderer against the exported processor, then vision features, projector output and logits, both
+    sides in float32 with the parameters rounded to the export's dtype. A difference may be `tolerance` times the
+    larger of 1 and the largest reference value. `rounding` says what the export's dtype itself costs, and is not
+    judged. An export with its adapters apart is compared with `params` that have theirs (`open_stored`).
 
     The result (`status` is `passed`, `failed` with `failures`, or `skipped` with a `reason`) is written to
-    `hf_folder/verify.json` as well. UserError where the folder is no LLaVA export.
+    `hf_folder/verify.json` as well. UserError where the folder is no LLaVA export, or the disk is full.
     """
     folder = Path(hf_folder)
     _, values = read_architecture(folder, (LLAVA,))
     exported = llava_from_hf(values, f"{folder}/config.json")
-    try:
-        import torch
-        import transformers
-    except ModuleNotFoundError as error:
-        return _finish(folder, {"status": "skipped", "reason": f"{error.name} is not installed"})
+    packages = ["torch", "transformers", *(["peft"] if (folder / ADAPTER).is_dir() else [])]
+    absent = [package for package in packages if importlib.util.find_spec(package) is None]
+    if absent:
+        return _finish(folder, {"status": "skipped", "reason": f"{absent[0]} is not installed"})
     dtype = str(values.get("dtype") or values.get("torch_dtype"))
     if dtype not in DTYPES:
         raise UserError(f"{folder}/config.json: dtype {dtype} is not {' or '.join(DTYPES)}")
@@ -75,7 +79,7 @@ def verify(
         "failures": _config_faults(model, exported),
         "dtype": dtype,
         "tolerance": tolerance,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {package: importlib.metadata.version(package) for package in packages},
         "cases": [],
     }
     if result["failures"]:
@@ -83,21 +87,23 @@ def verify(
     samples = samples or builtin_samples()
     tokenizer = load_tokenizer(tokenizer_folder)
     segments = [_segment(sample, model, tokenizer) for sample in samples]
-    references, loading_faults = _references(folder, samples, segments)
-    rounds = dtype == "bfloat16" and any(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
-    ours = _Ours(_rounded(params, dtype), model)
-    kept: list[np.ndarray | None] = []
-    for sample, segment in zip(samples, segments, strict=True):
-        case, logits = _compare(sample, segment, ours, references.pop(0))  # what is compared is dropped
-        result["cases"].append(case)
-        kept.append(logits if rounds else None)
-    if rounds:
-        del ours
-        exact = _Ours(params, model)
-        for segment, case, logits in zip(segments, result["cases"], kept, strict=True):
-            if logits is not None:
-                case["rounding"] = _distributions(exact.run(segment)["logits"], logits)
-    result["failures"] = [*loading_faults, *(fault for case in result["cases"] for fault in _faults(case, tolerance))]
+    prompts = [
+        reference.Prompt(hf_messages(sample), _images(sample), segment.tokens.tolist())
+        for sample, segment in zip(samples, segments, strict=True)
+    ]
+    work = folder.resolve().with_name(f".{folder.resolve().name}.verify")
+    shutil.rmtree(work, ignore_errors=True)  # of a proof that was killed
+    work.mkdir()
+    try:
+        log.info("%d prompts through transformers, in a process of its own", len(prompts))
+        theirs, faults = reference.in_own_process(reference.compute, folder, prompts, work)
+        log.info("the same through our model, a layer at a time")
+        one_device = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+        with jax.set_mesh(one_device), jax.default_matmul_precision("highest"):  # a GPU would round products to TF32
+            result["cases"] = _cases(params, model, dtype, lora_scale, samples, segments, theirs)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    result["failures"] = [*faults, *(fault for case in result["cases"] for fault in _faults(case, tolerance))]
     return _finish(folder, result | {"status": "failed" if result["failures"] else "passed"})
 
 
@@ -141,141 +147,157 @@ def _content(turn: Turn) -> dict[str, Any]:
     return {"content": parts}
 
 
+def _images(sample: Sample) -> tuple[bytes, ...]:
+    """In the order of the prompt, repeated where it repeats them."""
+    pieces = (piece for turn in _prompt_turns(sample) for piece in turn.content)
+    return tuple(sample.images[piece] for piece in pieces if not isinstance(piece, str))
+
+
 def _segment(sample: Sample, model: config.Model, tokenizer: Tokenizer) -> Segment:
     pixels = tuple(decode_image(data, model.vision.image_size) for data in sample.images)
     return render_prompt(sample, tokenizer, model.projector.visual_tokens, pixels)
 
 
-class _Ours:
-    """Our side: prompts → arrays on the host."""
+class _Outputs(NamedTuple):
+    """What our model makes of one prompt, up to the logits."""
 
-    def __init__(self, params: Mapping[str, Any], model: config.Model):
-        self.model = model
-        self.mesh = jax.sharding.get_mesh()
-        self.params = jax.tree.map(
-            lambda leaf, like: jax.device_put(np.asarray(leaf), NamedSharding(self.mesh, like.sharding.spec)),
-            dict(params),
-            infimed.abstract_params(model),
-        )
+    features: dict[str, np.ndarray]
+    """With images: vision [M,P,E], projector [M,P,D]."""
+    hidden: jax.Array
+    """[T,D], after the final norm."""
 
-    def run(self, segment: Segment) -> dict[str, np.ndarray]:
-        """vision [M,P,E], projector [M,P,D] and logits [T,V] of one prompt."""
-        row = build_row(
-            [segment],
-            context=len(segment),
-            images=len({id(image) for image in segment.pixels}),
-            visual_tokens=self.model.projector.visual_tokens,
-            image_size=self.model.vision.image_size,
-        )
-        rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]  # the same row on each shard; one is read
-        batch = sharding.place_batch(stack_rows([row] * rows), self.mesh)
-        return {name: np.asarray(value)[0] for name, value in _forward(self.params, batch, self.model).items()}
+
+def _cases(
+    params: Mapping[str, Any],
+    model: config.Model,
+    dtype: str,
+    lora_scale: float,
+    samples: Sequence[Sample],
+    segments: Sequence[Segment],
+    theirs: Sequence[reference.Reference],
+) -> list[dict[str, Any]]:
+    compute = Compute("float32", "none", "xla", 1, lora_scale)
+    same = [segment.tokens.tolist() == answer.tokens for segment, answer in zip(segments, theirs, strict=True)]
+    batches = [_batch(segment, model) for segment, equal in zip(segments, same, strict=True) if equal]
+    rounded, head = _run(params, batches, model, compute, dtype), _head(params, dtype)
+    outputs = iter(rounded)
+    cases = []
+    for sample, segment, answer, equal in zip(samples, segments, theirs, same, strict=True):
+        case: dict[str, Any] = {"id": sample.id, "images": len(segment.pixels), "tokens": len(segment)}
+        case["tokens_equal"] = equal
+        if segment.pixels:
+            pixels = np.stack(segment.pixels).astype(np.float32) / 127.5 - 1
+            case["pixels"] = _difference(pixels.transpose(0, 3, 1, 2), answer.array("pixels"))
+        if equal:
+            features, hidden = next(outputs)
+            # images of a row that repeat share a slot of ours, and are encoded again by theirs
+            first_uses = _first_uses(segment.pixels)
+            case |= {name: _difference(ours, answer.array(name)[first_uses]) for name, ours in features.items()}
+            pairs = zip(_logits(head, hidden, model), answer.logits(model.text.vocab_size), strict=True)
+            case["logits"] = _summary([_difference(*pair) | _distributions(*pair) for pair in pairs], hidden)
+        cases.append(case)
+    if dtype == "bfloat16" and any(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params)):
+        exact, exact_head = _run(params, batches, model, compute, "float32"), _head(params, "float32")
+        compared = [case for case in cases if case["tokens_equal"]]
+        for case, ours, before in zip(compared, rounded, exact, strict=True):
+            pairs = zip(_logits(exact_head, before.hidden, model), _logits(head, ours.hidden, model), strict=True)
+            case["rounding"] = _summary([_distributions(*pair) for pair in pairs], ours.hidden)
+    return cases
+
+
+def _batch(segment: Segment, model: config.Model) -> Batch:
+    row = build_row(
+        [segment],
+        context=len(segment),
+        images=len(_first_uses(segment.pixels)),
+        visual_tokens=model.projector.visual_tokens,
+        image_size=model.vision.image_size,
+    )
+    return stack_rows([row])
+
+
+def _run(
+    params: Mapping[str, Any], batches: Sequence[Batch], model: config.Model, compute: Compute, dtype: str
+) -> list[_Outputs]:
+    """All prompts through one part of the model after the other, so that only one is held in float32."""
+    part = jax.device_put(_wide(_rounded({name: params[name] for name in ("vision", "projector")}, dtype)))
+    encoded = [_encode(part, batch.pixels, model, compute) for batch in batches]
+    part = jax.device_put(_wide(_rounded({"text": {"embed_tokens": params["text"]["embed_tokens"]}}, dtype)))
+    states = [_embed(part, batch, visual[1], model, compute) for batch, visual in zip(batches, encoded, strict=True)]
+    del part
+    stacks = _rounded(params["text"]["layers"], dtype)
+    for number in range(model.text.num_layers):
+        layer = jax.device_put(_wide(jax.tree.map(lambda leaf, number=number: leaf[number], stacks)))
+        states = [_block(layer, x, batch, model, compute) for x, batch in zip(states, batches, strict=True)]
+    norm = {"text": {"norm": _wide(_rounded(params["text"]["norm"], dtype))}}
+    features = [
+        {"vision": np.asarray(vision), "projector": np.asarray(visual)} if len(vision) else {}
+        for vision, visual in encoded
+    ]
+    return [_Outputs(f, infimed.final_norm(norm, x[0], model)) for f, x in zip(features, states, strict=True)]
+
+
+def _head(params: Mapping[str, Any], dtype: str) -> infimed.Params:
+    name = "lm_head" if "lm_head" in params["text"] else "embed_tokens"
+    return jax.device_put(_wide(_rounded({"text": {name: params["text"][name]}}, dtype)))
+
+
+def _logits(head: infimed.Params, hidden: jax.Array, model: config.Model) -> Iterator[np.ndarray]:
+    """f32[at most POSITIONS, V], in order."""
+    for start in range(0, len(hidden), reference.POSITIONS):
+        yield np.asarray(_unembed(head, hidden[start : start + reference.POSITIONS], model))
+
+
+def _rounded(tree: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Leaves on the host as the export holds them: adapters are never rounded."""
+
+    def leaf(path: tuple[Any, ...], stored: Any) -> np.ndarray:
+        array = np.asarray(stored)
+        return array if path[-1].key in (lora.A, lora.B) else array.astype(DTYPES[dtype][1], copy=False)
+
+    return jax.tree_util.tree_map_with_path(leaf, dict(tree))
+
+
+def _wide(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(np.float32), tree)
+
+
+_jit = functools.partial(jax.jit, static_argnames=("model", "compute"))
+
+
+@_jit
+def _encode(
+    params: infimed.Params, pixels: jax.Array, model: config.Model, compute: Compute
+) -> tuple[jax.Array, jax.Array]:
+    if pixels.shape[1] == 0:
+        return jnp.zeros((0, 0, 0)), jnp.zeros((0, 0, model.text.hidden_size))
+    features = infimed.vision_features(params, pixels, model, compute)
+    return features, infimed.project(params, features, model, compute)
+
+
+@_jit
+def _embed(params: infimed.Params, batch: Batch, visual: jax.Array, model: config.Model, compute: Compute) -> jax.Array:
+    flat = sharding.reshape_rows(visual, 1, visual.shape[0] * visual.shape[1], visual.shape[2])
+    return infimed.embed(params, batch.tokens, batch.visual_index, flat, model, compute)
+
+
+@_jit
+def _block(layer: infimed.Params, x: jax.Array, batch: Batch, model: config.Model, compute: Compute) -> jax.Array:
+    mask = Mask(causal=True, query_segments=batch.segment_ids, key_segments=batch.segment_ids)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+        return attention(q, k, v, mask, implementation=compute.implementation), None
+
+    return infimed.text_block(layer, x, batch.positions, attend, model, compute)[0]
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _forward(params: infimed.Params, batch: Batch, model: config.Model) -> dict[str, jax.Array]:
-    hidden = infimed.hidden_states(params, batch, model, COMPUTE)
-    result = {"logits": infimed.logits(params, hidden, model, COMPUTE)}
-    rows, images = batch.pixels.shape[:2]
-    if images == 0:
-        return result
-    flat = sharding.reshape_rows(batch.pixels, rows * images, *batch.pixels.shape[2:])
-    features = SiglipTower(model.vision, COMPUTE).apply({"params": params["vision"]}, flat)
-    visual = infimed.encode_images(params, batch.pixels, model, COMPUTE)
-    patches = model.vision.num_patches
-    return result | {
-        "vision": sharding.reshape_rows(features, rows, images, patches, model.vision.hidden_size),
-        "projector": sharding.reshape_rows(visual, rows, images, patches, model.text.hidden_size),
-    }
-
-
-class _Theirs:
-    """transformers' side: the exported processor and model, in float32 on the CPU."""
-
-    def __init__(self, folder: Path):
-        import torch
-        from transformers import AutoProcessor, LlavaForConditionalGeneration
-
-        self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        self.model, loading = LlavaForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-        self.model.eval()
-        self.loading_faults = [f"transformers reports {what}: {keys}" for what, keys in loading.items() if keys]
-
-    def prompt(self, sample: Sample) -> dict[str, Any]:
-        """input_ids [1,T] and, with images, pixel_values [M,3,S,S] as torch tensors."""
-        text = self.processor.apply_chat_template(
-            hf_messages(sample), add_generation_prompt=True, enable_thinking=False, tokenize=False
-        )
-        order = [piece for turn in _prompt_turns(sample) for piece in turn.content if not isinstance(piece, str)]
-        images = [Image.open(io.BytesIO(sample.images[number])) for number in order]
-        return dict(self.processor(images=images or None, text=[text], return_tensors="pt"))
-
-    def run(self, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
-        """As `_Ours.run`."""
-        import torch
-
-        with torch.no_grad():
-            result = {"logits": self.model(**inputs).logits[0].numpy()}
-            if "pixel_values" not in inputs:
-                return result
-            tower = self.model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
-            features = tower.hidden_states[self.model.config.vision_feature_layer]
-            projected = self.model.model.multi_modal_projector(features)
-        return result | {"vision": features.numpy(), "projector": projected.numpy()}
-
-
-class _Reference(NamedTuple):
-    """What transformers made of one prompt, on the host."""
-
-    tokens: list[int]
-    pixels: np.ndarray | None
-    """f32[M,3,S,S]"""
-    outputs: dict[str, np.ndarray]
-    """Empty where the tokens are not ours: their numbers would say nothing."""
-
-
-def _references(
-    folder: Path, samples: Sequence[Sample], segments: Sequence[Segment]
-) -> tuple[list[_Reference], list[str]]:
-    """Each sample's reference, and what was wrong with loading; the model is gone when this returns."""
-    theirs = _Theirs(folder)
-    references = []
-    for sample, segment in zip(samples, segments, strict=True):
-        inputs = theirs.prompt(sample)
-        tokens = inputs["input_ids"][0].tolist()
-        pixels = inputs["pixel_values"].numpy() if "pixel_values" in inputs else None
-        outputs = theirs.run(inputs) if tokens == segment.tokens.tolist() else {}
-        references.append(_Reference(tokens, pixels, outputs))
-    faults = theirs.loading_faults
-    del theirs
-    gc.collect()
-    return references, faults
-
-
-def _compare(
-    sample: Sample, segment: Segment, ours: _Ours, reference: _Reference
-) -> tuple[dict[str, Any], np.ndarray | None]:
-    """(the case, our logits f32[T,V] where the tokens are equal)."""
-    case: dict[str, Any] = {"id": sample.id, "images": len(segment.pixels), "tokens": len(segment)}
-    case["tokens_equal"] = reference.tokens == segment.tokens.tolist()
-    if segment.pixels and reference.pixels is not None:
-        pixels = np.stack(segment.pixels).astype(np.float32) / 127.5 - 1
-        case["pixels"] = _difference(pixels.transpose(0, 3, 1, 2), reference.pixels)
-    if not case["tokens_equal"]:
-        return case, None
-    mine = ours.run(segment)
-    for name in ("vision", "projector"):
-        if name in reference.outputs:
-            # images of a row that repeat share a slot of ours, and are encoded again by theirs
-            case[name] = _difference(mine[name], reference.outputs[name][_first_uses(segment.pixels)])
-    logits, their_logits = mine["logits"], reference.outputs["logits"]
-    case["logits"] = _difference(logits, their_logits) | _distributions(logits, their_logits)
-    return case, logits
+def _unembed(head: infimed.Params, hidden: jax.Array, model: config.Model) -> jax.Array:
+    return infimed.logits(head, hidden, model, Compute("float32"))
 
 
 def _first_uses(pixels: Sequence[np.ndarray]) -> list[int]:
+    """Numbers of the images that are not repeats of an earlier one."""
     seen: dict[int, int] = {}
     for number, image in enumerate(pixels):
         seen.setdefault(id(image), number)
@@ -283,36 +305,33 @@ def _first_uses(pixels: Sequence[np.ndarray]) -> list[int]:
 
 
 def _difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
-    largest = total = scale = 0.0
-    for mine, reference in _slabs(ours, theirs):
-        gap = np.abs(mine.astype(np.float64) - reference)
-        largest = np.maximum(largest, gap.max())  # unlike max(), a NaN stays
-        total += gap.sum()
-        scale = np.maximum(scale, np.abs(reference).max())
-    return {"max_abs": float(largest), "mean_abs": float(total / ours.size), "scale": float(scale)}
+    gap = np.abs(ours.astype(np.float64) - theirs)
+    return {"max_abs": float(gap.max()), "mean_abs": float(gap.mean()), "scale": float(np.abs(theirs).max())}
 
 
 def _distributions(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
     """KL(theirs ‖ ours) in nats a position, and the share of positions with the same most likely token."""
-    kl, agrees = [], []
-    for mine, reference in _slabs(ours, theirs):
-        p, q = _log_softmax(reference), _log_softmax(mine)
-        kl.append((np.exp(p) * (p - q)).sum(-1))
-        agrees.append(mine.argmax(-1) == reference.argmax(-1))
-    divergence = np.concatenate(kl)
-    agreement = float(np.concatenate(agrees).mean())
-    return {"kl_mean": float(divergence.mean()), "kl_max": float(divergence.max()), "top1_agreement": agreement}
-
-
-def _slabs(ours: np.ndarray, theirs: np.ndarray, rows: int = 64) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Both, a few rows at a time: 2,000 positions of 152k logits are 2.4 GB in float64."""
-    for start in range(0, len(ours), rows):
-        yield ours[start : start + rows], theirs[start : start + rows]
+    p, q = _log_softmax(theirs), _log_softmax(ours)
+    kl, agrees = (np.exp(p) * (p - q)).sum(-1), ours.argmax(-1) == theirs.argmax(-1)
+    return {"kl_mean": float(kl.mean()), "kl_max": float(kl.max()), "top1_agreement": float(agrees.mean())}
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def _summary(pieces: Sequence[Mapping[str, float]], hidden: jax.Array) -> dict[str, float]:
+    """One reading of all positions of `hidden`; each piece is of POSITIONS of them, the last of what is left."""
+    lengths = [min(reference.POSITIONS, len(hidden) - n * reference.POSITIONS) for n in range(len(pieces))]
+    return {
+        name: float(
+            np.max([piece[name] for piece in pieces])  # unlike max(), a NaN stays
+            if name in ("max_abs", "scale", "kl_max")
+            else np.average([piece[name] for piece in pieces], weights=lengths)
+        )
+        for name in pieces[0]
+    }
 
 
 def _faults(case: Mapping[str, Any], tolerance: float) -> Iterator[str]:
@@ -335,13 +354,6 @@ def _config_faults(model: config.Model, exported: config.Model) -> list[str]:
         for name, value in values.items()
         if value != theirs[part][name]
     ]
-
-
-def _rounded(params: Mapping[str, Any], dtype: str) -> Mapping[str, Any]:
-    """The parameters as the export holds them; the computation widens each as it uses it."""
-    if dtype == "float32":
-        return params
-    return jax.tree.map(lambda leaf: np.asarray(leaf).astype(ml_dtypes.bfloat16), dict(params))
 
 
 def _finish(folder: Path, result: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from infimed_jax.hf.names import Found
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter"
+"""Folder of an export that holds a LoRA run's adapters in PEFT's layout."""
 SHARD_BYTES = 4_000_000_000
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = {"float32": ("F32", np.dtype(np.float32)), "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16))}

@@ -77,12 +77,25 @@ def encode_images(
     visual_tokens, width = model.projector.visual_tokens, model.text.hidden_size
     if images == 0:
         return jnp.zeros((rows, 0, width), compute.dtype, out_sharding=PartitionSpec(sharding.spec_of(pixels)[0]))
-    flat = sharding.reshape_rows(pixels, rows * images, *pixels.shape[2:])
-    features = SiglipTower(model.vision, compute).apply({"params": params["vision"]}, flat)
+    visual = project(params, vision_features(params, pixels, model, compute), model, compute)
+    return sharding.reshape_rows(visual, rows, images * visual_tokens, width)
+
+
+def vision_features(
+    params: Params, pixels: UInt8[Array, "B M S S 3"], model: config.Model, compute: Compute
+) -> Float[Array, "B*M patches E"]:
+    """SigLIP's feature layer of every image."""
+    flat = sharding.reshape_rows(pixels, pixels.shape[0] * pixels.shape[1], *pixels.shape[2:])
+    return SiglipTower(model.vision, compute).apply({"params": params["vision"]}, flat)
+
+
+def project(
+    params: Params, features: Float[Array, "I patches E"], model: config.Model, compute: Compute
+) -> Float[Array, "I P D"]:
+    """Each image's visual tokens from its features."""
     with jax.named_scope("projector"):
         pooled = adaptive_average_pool(features, model.projector.grid)
-        visual = Projector(width, compute).apply({"params": params["projector"]}, pooled)
-    return sharding.reshape_rows(visual, rows, images * visual_tokens, width)
+        return Projector(model.text.hidden_size, compute).apply({"params": params["projector"]}, pooled)
 
 
 def embed(

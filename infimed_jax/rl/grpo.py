@@ -32,7 +32,7 @@ from infimed_jax.rl.rewards import score
 from infimed_jax.rl.rollout import Questions, plan_layout, prompt_order, questions
 from infimed_jax.rl.step import Plan, Reply, RewardFn, grpo_step
 from infimed_jax.sharding import micro_batches, run_mesh
-from infimed_jax.train.checkpoint import CHECKPOINTS, Checkpoints, Metadata
+from infimed_jax.train.checkpoint import CHECKPOINTS, Checkpoints, Metadata, read_metadata
 from infimed_jax.train.curve import CURVE, draw_curve
 from infimed_jax.train.line import progress_line
 from infimed_jax.train.loop import OnStep
@@ -223,12 +223,12 @@ def _metadata(cfg: config.Config, found: Questions, tokenizer: Tokenizer) -> Met
     bound = {f"{part}.{key}": value for part in ("model", "optimizer", "grpo") for key, value in values[part].items()}
     bound |= {f"{part}.{key}": values[part][key] for part, keys in _BOUND.items() for key in keys}
     bound |= {"the questions": found.fingerprint, "the tokenizer": tokenizer.fingerprint}
-    history = [{"stage": cfg.train.stage, "fingerprint": found.fingerprint}]
+    before = read_metadata(cfg.train.init_from)["history"] if cfg.train.init_from else []
     return {
         "config": values,
         "fingerprint": found.fingerprint,
         "tokenizer": tokenizer.fingerprint,
-        "history": history,
+        "history": [*before, {"stage": cfg.train.stage, "fingerprint": found.fingerprint}],
         "grpo": bound,
     }
 

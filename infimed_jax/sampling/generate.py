@@ -81,7 +81,6 @@ def generate(
     key: jax.Array,
     compute: Compute,
     max_prompt: int = 0,
-    on_finish: Callable[[int, Completion], None] | None = None,
     on_progress: Callable[[int, int, int], None] | None = None,
     on_tokens: Callable[[int, np.ndarray], None] | None = None,
 ) -> list[Completion]:
@@ -90,8 +89,8 @@ def generate(
     Runs under `jax.set_mesh`, with weights from `sampler_weights`; several processes give the same arguments. Prompts
     that are the same object (a GRPO group) are prefilled once, images that are the same array are encoded once, within
     a prefill. `max_prompt` (tokens) keeps the cache's shape, so the compilation, from call to call; 0 takes the longest
-    prompt's. `on_finish(number, completion)` is called as replies end; after each burst `on_tokens(number, tokens)` for
-    every sequence with what it gave, and `on_progress(replies, prompts, tokens)`.
+    prompt's. After each burst `on_tokens(number, tokens)` is called for every sequence with what it gave, and
+    `on_progress(replies, prompts, tokens)`.
 
     Raises UserError for prompts and settings that cannot be decoded, and where the model's logits are not finite.
     """
@@ -124,10 +123,7 @@ def generate(
                 on_tokens(run.request, run.tokens[-1])
             if active[slot]:
                 continue
-            completion = _complete(running.pop(slot), stops)
-            completions[run.request] = completion
-            if on_finish:
-                on_finish(run.request, completion)
+            completions[run.request] = _complete(running.pop(slot), stops)
         if on_progress:
             on_progress(len(completions), len(prompts), generated)
     return [completions[request] for request in range(len(prompts))]

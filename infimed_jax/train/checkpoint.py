@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from infimed_jax.errors import UserError
@@ -131,6 +132,26 @@ class StoredLeaf:
         return np.asarray(leaf[self.name], dtype)
 
 
+@dataclass(frozen=True)
+class MergedLeaf:
+    """A kernel on the disk with its adapters: float32, added when `np.asarray` asks for it."""
+
+    stored: Mapping[str, Any]
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored["kernel"].shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float32)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        leaves = {name: np.asarray(leaf) for name, leaf in self.stored.items()}
+        return np.asarray(lora.merge_lora(leaves, self.scale)["kernel"], dtype)
+
+
 def save_params(folder: str | Path, leaves: Iterable[tuple[str, np.ndarray]], metadata: Metadata) -> None:
     """Write parameters alone, as (`text.norm.scale`, array), a leaf at a time: only one is in memory.
 
@@ -161,14 +182,15 @@ def _clear_partial(folder: Path) -> None:
 
 
 def open_params(folder: str | Path) -> tuple[dict[str, Any], Metadata]:
-    """As `load_params`, but every leaf is a StoredLeaf: for models that are larger than the memory.
+    """As `load_params`, but a leaf is read when `np.asarray` asks: for models that are larger than the memory."""
+    params, metadata = open_stored(folder)
+    return _merged_when_read(params, metadata), metadata
 
-    A LoRA run is loaded whole instead: its kernels must be merged.
-    """
+
+def open_stored(folder: str | Path) -> tuple[dict[str, Any], Metadata]:
+    """(parameters as StoredLeaf, metadata); a LoRA run's adapters are leaves beside the kernels that they adapt."""
     path = find_checkpoint(folder)
     stored = _read_metadata(path)
-    if any(map(_is_adapter, _parameter_names(stored))):
-        return load_params(path)
     leaves = {
         name: StoredLeaf(tuple(stored.metadata[name].shape), np.dtype(stored.metadata[name].dtype), path, name)
         for name in _parameter_names(stored)
@@ -176,11 +198,26 @@ def open_params(folder: str | Path) -> tuple[dict[str, Any], Metadata]:
     return _nest({_short(name): leaf for name, leaf in leaves.items()}), stored.custom_metadata[_USER]
 
 
+def _merged_when_read(params: Mapping[str, Any], metadata: Metadata) -> dict[str, Any]:
+    if lora.A in params:
+        return {"kernel": MergedLeaf(params, _lora_scale(metadata))}
+    return {
+        name: _merged_when_read(branch, metadata) if isinstance(branch, Mapping) else branch
+        for name, branch in params.items()
+    }
+
+
+def _lora_scale(metadata: Metadata) -> float:
+    settings = metadata["config"]["train"]["lora"]
+    return settings["alpha"] / settings["rank"]
+
+
 def load_params(folder: str | Path, abstract: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], Metadata]:
     """(parameters, metadata) from a run's folder (its latest checkpoint), a checkpoint, or `save_params`' folder.
 
-    With `abstract` (as `infimed.abstract_params` gives) they come straight into its shardings and are cast to its
-    dtypes, a group of leaves at a time, and each process reads its own part; without, they are NumPy arrays as stored.
+    With `abstract` (as `infimed.abstract_params` gives) they come in its shardings and dtypes, a group of leaves at a
+    time; each process reads a part of its own, and they exchange what they need. Without, they are NumPy arrays as
+    stored.
     The adapters of a LoRA run come merged into their kernels, which are then float32. UserError where there is none,
     or names or shapes differ.
     """
@@ -190,20 +227,19 @@ def load_params(folder: str | Path, abstract: Mapping[str, Any] | None = None) -
     adapters = [name for name in names if _is_adapter(name)]
     on_host = names if abstract is None else adapters
     wanted = {name: np.empty(stored.metadata[name].shape, stored.metadata[name].dtype) for name in on_host}
-    dtypes = {_short(name): leaf.dtype for name, leaf in wanted.items()}
+    final: dict[str, Any] = {_short(name): leaf for name, leaf in wanted.items()}
     if abstract is not None:
         kept = {_short(name): name for name in names if name not in adapters}
         wanted |= _as_stored(path, kept, stored.metadata, abstract)
-        dtypes |= {name: leaf.dtype for name, leaf in _flatten(abstract).items()}
+        final |= _flatten(abstract)
     flat: dict[str, Any] = {}
     for group in _groups(wanted):
         for name, leaf in _read(path, stored, group).items():
-            flat[_short(name)] = leaf if leaf.dtype == dtypes[_short(name)] else leaf.astype(dtypes[_short(name)])
+            flat[_short(name)] = _settle(leaf, final[_short(name)])
     metadata = stored.custom_metadata[_USER]
     params = _nest(flat)
     if adapters:
-        settings = metadata["config"]["train"]["lora"]
-        params = lora.merge_lora(params, settings["alpha"] / settings["rank"])
+        params = lora.merge_lora(params, _lora_scale(metadata))
     return params, metadata
 
 
@@ -312,7 +348,7 @@ def _compare(path: Path, wanted: dict[str, Any], stored: Mapping[str, Any]) -> N
 def _as_stored(
     path: Path, names: dict[str, str], stored: Mapping[str, Any], abstract: Mapping[str, Any]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Abstract leaves by stored name: shape and sharding asked for, dtype stored (Orbax's own cast is silent)."""
+    """Abstract leaves by stored name: shape asked for, dtype stored (Orbax's own cast is silent), split for reading."""
     flat = _flatten(abstract)
     short = {ours: stored[theirs] for ours, theirs in names.items()}
     as_stored = {
@@ -322,13 +358,43 @@ def _as_stored(
         for ours, leaf in flat.items()
     }
     _compare(path, as_stored, short)
-    return {names[ours]: leaf for ours, leaf in as_stored.items()}
+    return {names[ours]: _split_for_reading(leaf, stored[names[ours]]) for ours, leaf in as_stored.items()}
+
+
+def _split_for_reading(leaf: jax.ShapeDtypeStruct, stored: Any) -> jax.ShapeDtypeStruct:
+    """`leaf` split over all devices along the axis of which each then reads the least, where that beats its own split.
+
+    What is read comes in whole chunks. An import's are cut along a leaf's longest axis, where `fsdp` splits another:
+    in the leaf's own sharding every process would read everything.
+    """
+    mesh, chunk = leaf.sharding.mesh, stored.storage_metadata.chunk_shape
+    own = leaf.sharding.shard_shape(leaf.shape)
+    best, share = leaf.sharding, _share_read(leaf.shape, own, chunk)
+    for axis, size in enumerate(leaf.shape):
+        if size % mesh.size == 0:
+            part = (*leaf.shape[:axis], size // mesh.size, *leaf.shape[axis + 1 :])
+            if _share_read(leaf.shape, part, chunk) < share:
+                share = _share_read(leaf.shape, part, chunk)
+                best = NamedSharding(mesh, PartitionSpec(*[None] * axis, mesh.axis_names))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=best)
+
+
+def _share_read(shape: tuple[int, ...], part: tuple[int, ...], chunk: tuple[int, ...]) -> float:
+    """How much of a leaf its first part needs, in whole chunks."""
+    return math.prod(min(n, -(-p // c) * c) / n for n, p, c in zip(shape, part, chunk, strict=True) if n)
+
+
+def _settle(leaf: Any, wanted: Any) -> Any:
+    """`leaf` in the sharding (where it has one) and the dtype of `wanted`."""
+    if isinstance(leaf, jax.Array) and leaf.sharding != wanted.sharding:
+        leaf = jax.device_put(leaf, wanted.sharding)
+    return leaf if leaf.dtype == wanted.dtype else leaf.astype(wanted.dtype)
 
 
 def _chunked() -> Any:
-    """Leaves in chunks of at most 64 MiB: as one chunk, every process would read all to get at its own part."""
+    """Leaves in chunks of at most 16 MiB: as one chunk, every process would read all to get at its own part."""
     context = ocp.Context()
-    context.array.saving.storage_options.chunk_byte_size = 64 << 20
+    context.array.saving.storage_options.chunk_byte_size = 16 << 20
     return context
 
 

@@ -29,6 +29,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the export [%(default)s]")
     p.add_argument("--visual-tokens", type=int, help="all patches, for a checkpoint that pools [the checkpoint's]")
     p.add_argument("--vision", type=Path, metavar="DIR", help="the SigLIP folder that gives what our tower left out")
+    p.add_argument("--lora", choices=("merged", "peft"), default="merged",
+                   help="a LoRA run's adapters: in the weights, or beside them for PEFT [%(default)s]")  # fmt: skip
     p.add_argument("--evaluation", type=Path, action="append", default=[], metavar="DIR",
                    help="an output folder of `evaluate` for the model card, repeatable")  # fmt: skip
     p.add_argument("--tokenizer", type=Path, metavar="DIR", help="[the checkpoint's]")
@@ -42,6 +44,8 @@ def from_hf(args: argparse.Namespace) -> None:
     whole, parts = args.llava is not None, args.text is not None and args.vision is not None
     if whole == parts or (whole and (args.text or args.vision)):
         raise UserError("give --text and --vision, or --llava alone")
+    if args.seed < 0:
+        raise UserError("--seed must not be negative")
     if args.output.exists():
         raise UserError(f"{args.output} exists already: remove it or choose another folder")
     from infimed_jax.config import Config, Data, Train, to_dict
@@ -53,11 +57,11 @@ def from_hf(args: argparse.Namespace) -> None:
     from launch.progress import ByteProgress
 
     if whole:
-        opened = open_llava(args.llava, visual_tokens=args.visual_tokens or 0, dtype=args.dtype)
+        opened = open_llava(args.llava, visual_tokens=args.visual_tokens, dtype=args.dtype)
         folders = {"all weights": args.llava}
     else:
-        options = {"visual_tokens": args.visual_tokens or 144, "seed": args.seed, "dtype": args.dtype}
-        opened = open_parts(text=args.text, vision=args.vision, **options)
+        tokens = 144 if args.visual_tokens is None else args.visual_tokens
+        opened = open_parts(text=args.text, vision=args.vision, visual_tokens=tokens, seed=args.seed, dtype=args.dtype)
         folders = {"text weights": args.text, "vision weights": args.vision}
     tokenizer = _tokenizer(args.tokenizer or args.llava or args.text)
     entry = provenance.import_entry(opened, folders)
@@ -88,11 +92,14 @@ def to_hf(args: argparse.Namespace) -> None:
     from infimed_jax.config import Config, from_dict
     from infimed_jax.hf import provenance
     from infimed_jax.hf.export import to_hf as write_hf
-    from infimed_jax.train.checkpoint import open_params
+    from infimed_jax.train.checkpoint import open_params, open_stored
     from launch.progress import ByteProgress
 
-    params, metadata = open_params(args.checkpoint)
+    apart = args.lora == "peft"
+    params, metadata = (open_stored if apart else open_params)(args.checkpoint)
     config = from_dict(Config, metadata["config"])
+    if apart and not config.train.lora.rank:
+        raise UserError(f"{args.checkpoint} holds no adapters (train.lora.rank is 0): leave out --lora peft")
     history = provenance.stages(args.checkpoint)
     positions = provenance.max_positions(history)
     commercial = {name: source.commercial_use for name, source in SOURCES.items()}
@@ -105,6 +112,7 @@ def to_hf(args: argparse.Namespace) -> None:
             dtype=args.dtype,
             source_vision=args.vision,
             visual_tokens=args.visual_tokens,
+            lora=config.train.lora if apart else None,
             card=provenance.checkpoint_card(history, args.evaluation, commercial),
             on_progress=progress.update,
             **({"max_positions": positions} if positions else {}),
@@ -113,17 +121,17 @@ def to_hf(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
-    import jax
-
-    from infimed_jax.config import Config, Mesh, from_dict
+    from infimed_jax.config import Config, from_dict
     from infimed_jax.hf.verify import verify
-    from infimed_jax.sharding import make_mesh
-    from infimed_jax.train.checkpoint import open_params
+    from infimed_jax.hf.weights import ADAPTER
+    from infimed_jax.models.lora import scale_of
+    from infimed_jax.train.checkpoint import open_params, open_stored
 
-    params, metadata = open_params(args.checkpoint)
+    apart = (args.hf / ADAPTER).is_dir()
+    params, metadata = (open_stored if apart else open_params)(args.checkpoint)
     config = from_dict(Config, metadata["config"])
-    with jax.set_mesh(make_mesh(Mesh())):
-        result = verify(params, config.model, args.hf, args.tokenizer or config.data.tokenizer)
+    tokenizer = args.tokenizer or config.data.tokenizer
+    result = verify(params, config.model, args.hf, tokenizer, lora_scale=scale_of(config.train.lora) if apart else 0.0)
     if result["status"] == "skipped":
         raise UserError(f"nothing was compared: {result['reason']}; the proof needs torch beside transformers")
     for case in result["cases"]:

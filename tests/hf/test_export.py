@@ -12,7 +12,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration, SiglipVisionConfig, SiglipVisionModel
 
 from infimed_jax import config
@@ -20,7 +19,7 @@ from infimed_jax.errors import UserError
 from infimed_jax.hf import export, names
 from infimed_jax.hf.card import Card, DataSource
 from infimed_jax.hf.export import to_hf
-from infimed_jax.hf.import_ import from_llava
+from tests.hf.reading import from_llava
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -122,12 +121,20 @@ def test_a_source_of_another_shape_is_refused(model, make_params, tokenizer_fold
 def test_without_a_source_the_made_up_tensors_are_named(model, make_params, tokenizer_folder, tmp_path, caplog):
     folder = to_hf(make_params(model), model, tokenizer_folder, tmp_path / "out")
     card = (folder / "README.md").read_text()
-    for name in ("vision_tower.vision_model.encoder.layers.2.*", "vision_tower.vision_model.post_layernorm.*"):
+    summary = json.loads((folder / "export.json").read_text())
+    modules = ("encoder.layers.2.*", "post_layernorm.*", "head.*")
+    assert summary["initialised"] == [f"vision_tower.vision_model.{module}" for module in modules]
+    for name in summary["initialised"]:
         assert name in card
         assert name in caplog.text
-    with safe_open(folder / "model.safetensors", "np") as file:
-        assert not [key for key in file.keys() if ".head." in key]  # noqa: SIM118
-    assert json.loads((folder / "config.json").read_text())["vision_config"]["vision_use_head"] is False
+    theirs, loading = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values()), loading
+    tower = theirs.model.vision_tower
+    pooled = tower(torch.zeros(1, 3, 30, 30)).pooler_output  # what is made up can be run, and is no accident
+    assert torch.isfinite(pooled).all()
+    torch.manual_seed(7)
+    again = LlavaForConditionalGeneration.from_pretrained(folder).model.vision_tower.state_dict()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in tower.state_dict().items())
 
 
 def test_a_pooled_model_is_no_llava(model, make_params, tokenizer_folder, tmp_path):

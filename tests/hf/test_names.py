@@ -112,7 +112,6 @@ def test_published_shapes_match_completely(text):
         pad_token=151643,
         dtype="float32",
         max_positions=40960,
-        use_head=True,
     )
     with torch.device("meta"):
         theirs = LlavaForConditionalGeneration(LlavaConfig.from_dict(values))

@@ -52,12 +52,11 @@ def test_an_imports_history_is_carried_and_its_runs_settings_are_read(tmp_path):
     assert len(card.stages) == 1 and card.stages[0].startswith("sft: ")
 
 
-def test_what_a_grpo_run_started_from_is_missed_where_it_is_gone(tmp_path):
-    """GRPO's own history begins with itself."""
-    history = [{"stage": "grpo"}]
+def test_what_a_run_started_from_is_named_where_it_is_gone(tmp_path):
+    history = [{"stage": "sft"}, {"stage": "grpo"}]
     made = checkpoint(tmp_path / "grpo", stage="grpo", history=history, init_from=tmp_path / "gone", grpo={})
     card = checkpoint_card(stages(made))
-    assert card.stages[0] == f"{tmp_path}/gone (its checkpoint is no longer there: settings not known)"
+    assert card.stages[0] == "sft (its checkpoint is no longer there: settings not known)"
     assert card.stages[1].startswith("grpo: GRPO, ")
     assert all(not source.commercial_use for source in card.sources) and len(card.sources) == 2
 

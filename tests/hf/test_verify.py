@@ -1,15 +1,23 @@
-import builtins
 import dataclasses
+import importlib.util
 import json
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from infimed_jax import config
 from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.hf import reference
 from infimed_jax.hf.export import to_hf
 from infimed_jax.hf.verify import builtin_samples, verify
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    """transformers in this process: importing it takes longer than all else here. `test_reference` has its own."""
+    monkeypatch.setattr(reference, "in_own_process", lambda function, *arguments: function(*arguments))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -63,9 +71,9 @@ def test_another_rope_base_fails(model, make_params, tokenizer_folder, tmp_path)
 def test_a_damaged_export_fails(model, make_params, tokenizer_folder, tmp_path):
     params = make_params(model)
     folder = to_hf(params, model, tokenizer_folder, tmp_path / "out")
-    values = json.loads((folder / "config.json").read_text())
-    values["vision_config"]["vision_use_head"] = True  # the file has no head: transformers would draw one
-    (folder / "config.json").write_text(json.dumps(values))
+    weights = load_file(folder / "model.safetensors")
+    del weights["vision_tower.vision_model.head.probe"]  # unused, but transformers would draw one
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     result = verify(params, model, folder, tokenizer_folder)
     assert result["status"] == "failed"
     assert any("missing_keys" in failure for failure in result["failures"])
@@ -111,14 +119,8 @@ def test_a_pooled_model_is_verified_at_full_resolution(model, make_params, token
 def test_without_torch_it_says_so(model, make_params, tokenizer_folder, tmp_path, monkeypatch):
     params = make_params(model)
     folder = to_hf(params, model, tokenizer_folder, tmp_path / "out")
-    importing = builtins.__import__
-
-    def refuse(name, *args, **kwargs):
-        if name == "torch":
-            raise ModuleNotFoundError("No module named 'torch'", name="torch")
-        return importing(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
     result = verify(params, model, folder, tokenizer_folder)
     assert result == {"status": "skipped", "reason": "torch is not installed"}
     assert json.loads((folder / "verify.json").read_text()) == result

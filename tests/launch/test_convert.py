@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipVisionModel
 
 from infimed_jax.errors import UserError
-from infimed_jax.hf.import_ import from_hf
 from infimed_jax.train.checkpoint import find_checkpoint, load_params, read_metadata
+from tests.hf.reading import from_hf
 from tests.launch.hf_sources import PATCHES, command, write_datasets, write_sources
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("import", "pretrain", "sft", "grpo")
+STAGES = ("import", "pretrain", "sft", "lora", "grpo")
 
 
 def equal(a, b) -> bool:
@@ -44,7 +44,7 @@ def sources(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stages(sources, tmp_path_factory):
-    """Folder of each stage: import, then one or two steps of pretraining (pooled), tuning and GRPO."""
+    """Folder of each stage: import, then one or two steps of pretraining (pooled), tuning (also LoRA) and GRPO."""
     folder = tmp_path_factory.mktemp("stages")
     text, vision = sources
     assert command("convert", "from-hf", "--text", text, "--vision", vision, "--output", folder / "import",
@@ -62,6 +62,8 @@ def stages(sources, tmp_path_factory):
 
     run("train", "pretrain", "import", f"data.dataset={documents}", "train.steps=1")
     run("train", "sft", "pretrain", f"data.dataset={questions}", "train.steps=2", "model.projector.visual_tokens=16")
+    run("train", "lora", "sft", f"data.dataset={questions}", "train.steps=1", "model.projector.visual_tokens=16",
+        "train.lora.rank=2")  # fmt: skip
     run("grpo", "grpo", "sft", f"data.dataset={questions}", "model.projector.visual_tokens=16", "grpo.steps=1",
         "grpo.prompts=2", "grpo.update_prompts=2", "grpo.group_size=2", "grpo.max_prompt=100", "grpo.max_response=4",
         "sampling.slots=4", "sampling.burst=4")  # fmt: skip
@@ -156,9 +158,7 @@ def test_the_card_says_where_the_model_comes_from(export):
 
 def test_data_that_is_gone_counts_as_not_licensed(stages, tmp_path):
     """A checkpoint alone, moved away from its run and its data."""
-    shutil.copytree(stages, tmp_path / "stages", ignore=shutil.ignore_patterns("grpo", "import"))
-    moved = tmp_path / "checkpoint"
-    shutil.move(find_checkpoint(tmp_path / "stages/sft"), moved)
+    moved = shutil.copytree(find_checkpoint(stages / "grpo"), tmp_path / "checkpoint")
     os.rename(stages, stages.with_name("elsewhere"))
     try:
         tokenizer = read_metadata(moved)["config"]["data"]["tokenizer"]
@@ -169,8 +169,27 @@ def test_data_that_is_gone_counts_as_not_licensed(stages, tmp_path):
     finally:
         os.rename(stages.with_name("elsewhere"), stages)
     card = (tmp_path / "hf/README.md").read_text()
-    assert "- pretrain (its checkpoint is no longer there: settings not known)" in card
-    assert "Not for commercial use, because of the training data: the data of stage pretrain" in card
+    chain = [line for line in card.splitlines() if line.startswith(("- pretrain", "- sft", "- grpo"))]
+    assert chain[:2] == [f"- {name} (its checkpoint is no longer there: settings not known)" for name in STAGES[1:3]]
+    assert len(chain) == 3 and chain[2].startswith("- grpo: GRPO, 2 prompts of 2 completions")
+    assert "the data of stage pretrain (its manifest is not there)" in card.partition("Not for commercial use")[2]
+
+
+def test_adapters_for_peft(sources, stages, tmp_path, capsys):
+    pytest.importorskip("peft", reason="peft is not installed")
+    asked = ("convert", "to-hf", "--lora", "peft", "--vision", sources[1], "--output", tmp_path / "hf", "--checkpoint")
+    assert command(*asked, stages / "sft") == 2
+    assert "sft holds no adapters (train.lora.rank is 0): leave out --lora peft" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+    assert command(*asked, stages / "lora") == 0
+    assert sorted(file.name for file in (tmp_path / "hf/adapter").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert "the text model by LoRA adapters of rank 2" in (tmp_path / "hf/README.md").read_text()
+    assert command("convert", "verify", "--checkpoint", stages / "lora", "--hf", tmp_path / "hf") == 0
+    assert "peft" in json.loads((tmp_path / "hf/verify.json").read_text())["versions"]
 
 
 def test_verify_passes_and_says_so(stages, export, capsys):
@@ -245,6 +264,14 @@ def test_a_bad_source_is_one_line_and_leaves_nothing(sources, tmp_path, capsys, 
     assert not out.exists()
 
 
+@pytest.mark.parametrize("number", [0, -4, 10])
+def test_visual_tokens_must_be_a_square(sources, tmp_path, capsys, number):
+    text, vision = sources
+    assert command("convert", "from-hf", "--text", text, "--vision", vision, "--output", tmp_path / "ckpt",
+                   "--visual-tokens", number) == 2  # fmt: skip
+    assert f"visual_tokens must be a square number, not {number}" in capsys.readouterr().err
+
+
 def test_faults_of_both_sources_come_together(sources, tmp_path, capsys):
     text, vision = (shutil.copytree(source, tmp_path / source.name) for source in sources)
     for folder, key in ((text, "model.norm.weight"), (vision, "post_layernorm.weight")):
@@ -263,6 +290,7 @@ def test_faults_of_both_sources_come_together(sources, tmp_path, capsys):
         (("--text", "a"), "give --text and --vision, or --llava alone"),
         (("--text", "a", "--vision", "b", "--llava", "c"), "or --llava alone"),
         (("--llava", "/no/such"), "/no/such/config.json is missing"),
+        (("--text", "a", "--vision", "b", "--seed", "-1"), "--seed must not be negative"),
     ],
 )
 def test_what_to_read_must_be_said(tmp_path, capsys, arguments, words):

@@ -1,5 +1,6 @@
 """`generate` against the training graph, token by token, and its promises on batching, groups, bans and ends."""
 
+from collections import defaultdict
 from dataclasses import replace
 
 import jax
@@ -225,17 +226,17 @@ def test_new_weights_keys_and_prompts_compile_nothing(tiny):
     assert [program._cache_size() for program in programs] == before
 
 
-def test_callbacks_report_every_reply_once(tiny):
+def test_callbacks_report_every_token_once(tiny):
     prompts = _mixed_prompts(tiny)
-    finished, progress = {}, []
+    pieces, progress = defaultdict(list), []
     replies = _run(
         tiny,
         prompts,
         DRAWN,
-        on_finish=lambda number, reply: finished.setdefault(number, reply),
+        on_tokens=lambda number, tokens: pieces[number].extend(tokens),
         on_progress=lambda *state: progress.append(state),
     )
-    assert [finished[number] for number in range(len(prompts))] == replies
+    assert [pieces[number] for number in range(len(prompts))] == [reply.tokens.tolist() for reply in replies]
     assert progress[-1] == (len(prompts), len(prompts), sum(len(reply.tokens) for reply in replies))
     assert _run(tiny, []) == []
 

@@ -1,0 +1,107 @@
+"""An import read onto a mesh of two processes over loopback: each reads its part of the file and holds nothing else."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from infimed_jax import config
+from infimed_jax.hf import names
+from infimed_jax.train import checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = config.Model(
+    config.Vision(image_size=8, patch_size=4, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2),
+    config.Projector(visual_tokens=4),
+    config.Text(
+        vocab_size=16_384, hidden_size=512, intermediate_size=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8
+    ),
+)
+EMBEDDING = "text.embed_tokens"
+
+_CHILD = """
+import json, sys
+import jax
+import numpy as np
+folder, expected, values, number, port = *sys.argv[1:4], *map(int, sys.argv[4:])
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.config.update("jax_num_cpu_devices", 1)
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
+from infimed_jax import config
+from infimed_jax.models.infimed import abstract_params
+from infimed_jax.sharding import make_mesh
+from infimed_jax.train.checkpoint import load_params
+from infimed_jax.train.state import on_mesh
+
+def bytes_read():
+    lines = open("/proc/self/io").read().split()
+    return int(lines[lines.index("rchar:") + 1])
+
+model = config.from_dict(config.Config, json.loads(values)).model
+with jax.set_mesh(make_mesh(config.Mesh())):
+    abstract = on_mesh(abstract_params(model))
+    load_params(folder, abstract)  # so that the next reads no module and compiles nothing
+    before = bytes_read()
+    params, _ = load_params(folder, abstract)
+    read = bytes_read() - before
+shards = params["text"]["embed_tokens"].addressable_shards
+table = np.load(expected, mmap_mode="r")
+print(json.dumps({
+    "read": read,
+    "held": sum(shard.data.size for shard in shards),
+    "dtype": str(params["text"]["embed_tokens"].dtype),
+    "equal": all(np.array_equal(shard.data, table[shard.index]) for shard in shards),
+    "first": [str(shard.index) for shard in shards],
+}))
+"""
+
+
+def test_each_process_reads_its_own_part(tmp_path, monkeypatch):
+    if not Path("/proc/self/io").exists():
+        pytest.skip("needs /proc/self/io, which counts the bytes that a process reads")
+    rng = np.random.default_rng(0)
+    shapes = {path.replace("/", "."): shape for path, shape in names.leaf_shapes(MODEL).items()}
+    leaves = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    np.save(tmp_path / "expected.npy", leaves[EMBEDDING])
+    chunked = checkpoint._chunked
+
+    def small_chunks():  # as a leaf of a real model has many
+        context = chunked()
+        context.array.saving.storage_options.chunk_byte_size = 1 << 20
+        return context
+
+    monkeypatch.setattr(checkpoint, "_chunked", small_chunks)
+    values = config.to_dict(config.Config(model=MODEL))
+    checkpoint.save_params(tmp_path / "ckpt", leaves.items(), {"config": values, "history": [{"stage": "import"}]})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [str(tmp_path / "ckpt"), str(tmp_path / "expected.npy"), json.dumps(values)]
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", _CHILD, *arguments, str(number), str(port)],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        outputs = [child.communicate(timeout=280) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert [child.returncode for child in children] == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
+    results = [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+    size = leaves[EMBEDDING].size  # all else is small
+    assert results[0]["first"] != results[1]["first"]
+    for result in results:
+        assert result["equal"] and result["held"] == size // 2 and result["dtype"] == "float32"
+        assert 0.4 * 4 * size < result["read"] < 0.6 * 4 * size, result
