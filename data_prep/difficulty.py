@@ -17,11 +17,18 @@ import jax
 import numpy as np
 
 from data_prep.engine import HERE
-from data_prep.steps import NoSamples, finished_report, make_dataset, refuse_other_files, write_stream
+from data_prep.steps import (
+    NoSamples,
+    finished_report,
+    make_dataset,
+    open_for_training,
+    refuse_other_files,
+    write_stream,
+)
 from infimed_jax import config
 from infimed_jax.data.chat import Tokenizer
 from infimed_jax.data.sample import Sample
-from infimed_jax.data.storage import CorruptRecord, Samples, open_samples
+from infimed_jax.data.storage import CorruptRecord, Samples
 from infimed_jax.errors import UserError
 from infimed_jax.files import write_json
 from infimed_jax.models.compute import Compute
@@ -87,7 +94,7 @@ def measure(
     `output.json` (the report), `output.png` (the histogram), and `output.parts/`, from which a stopped run goes on.
     UserError: nothing can be asked, or nothing is kept.
     """
-    dataset = open_samples(folder)
+    dataset = open_for_training(folder)
     candidates, unreadable = _readable(dataset)
     found = questions(candidates, tokenizer, cfg)
     measured = {

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_prep.engine import Engine, Progress, Work, run_pieces
+from data_prep.sources import evaluation_only
 from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import (
     MANIFEST,
@@ -53,6 +54,14 @@ class Slice:
     def read(self) -> Iterator[Sample]:
         """UserError where a record is damaged."""
         return read_samples(open_samples(self.folder), range(self.start, self.stop))
+
+
+def open_for_training(folder: str | Path) -> Samples:
+    """The one door to data that is learnt from. UserError: no prepared dataset, or one that holds test questions."""
+    samples = open_samples(folder)
+    if held := evaluation_only(samples.manifest["origins"]):
+        raise UserError(f"{folder} holds {', '.join(held)}, for evaluation only: train on a dataset without it")
+    return samples
 
 
 def slices(samples: Samples) -> list[Slice]:

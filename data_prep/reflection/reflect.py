@@ -41,11 +41,18 @@ from data_prep.reflection.chains import (
     reexamined,
     verified,
 )
-from data_prep.steps import NoSamples, finished_report, make_dataset, refuse_other_files, write_stream
+from data_prep.steps import (
+    NoSamples,
+    finished_report,
+    make_dataset,
+    open_for_training,
+    refuse_other_files,
+    write_stream,
+)
 from infimed_jax.data.images import ImageError
 from infimed_jax.data.prompts import LETTERS, QUESTION_KINDS, prompt_for
 from infimed_jax.data.sample import Sample, Turn
-from infimed_jax.data.storage import CorruptRecord, Samples, open_samples
+from infimed_jax.data.storage import CorruptRecord, Samples
 from infimed_jax.errors import UserError
 from infimed_jax.rl.rewards import well_formed
 
@@ -120,7 +127,7 @@ def reflect(
     UserError: a source may not be sent to the endpoint, the budget is reached, or nothing reached its answer.
     """
     plan = plan or Plan()
-    dataset = open_samples(folder)
+    dataset = open_for_training(folder)
     check_sources(endpoint, (origin.partition("/")[0] for origin in dataset.manifest["origins"]))
     recipe = {
         "step": "reflect",
