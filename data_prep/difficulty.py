@@ -16,14 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from data_prep.engine import HERE
 from data_prep.steps import (
     NoSamples,
     finished_report,
-    make_dataset,
+    make_from_stream,
     open_for_training,
     refuse_other_files,
-    write_stream,
 )
 from infimed_jax import config
 from infimed_jax.data.chat import Tokenizer
@@ -129,21 +127,14 @@ def measure(
         return report
     draw_histogram(report, output.with_name(f"{output.name}.png"))
 
-    def write(_: None, shards: Path, name: str) -> dict[str, Any]:
-        return {"samples": write_stream(shards, name, _marked(candidates, found, right, kept, plan))}
-
     try:
-        return make_dataset(
+        return make_from_stream(
             output,
             name="difficulty",
             recipe=recipe,
-            info={"derived_from": dataset.manifest["info"]},
-            work=write,
-            pieces=[None],
-            report=lambda manifest, _: (
-                report | {"samples": manifest["samples"], "fingerprint": manifest["fingerprint"]}
-            ),
-            engine=HERE,
+            origin=dataset,
+            samples=_marked(candidates, found, right, kept, plan),
+            report=report,
         )
     except NoSamples as error:
         raise UserError(f"none of {len(right)} questions is kept: raise --between or --extreme") from error

@@ -169,7 +169,7 @@ def _fill(canvas: Image.Image, name: str, summary: str, rows: list[_Row]) -> int
         for s in row.samples:
             top, left = y, _MARGIN + 16
             y = _words(draw, small, left, y, [("t", f"{s.name} {s.facts}")])
-            y = _pictures(canvas, draw, small, left, y, s.images)
+            y = _pictures(canvas, draw, small, left, y + 4, s.images)
             y = _words(draw, small, left, y, s.runs)
             draw.rectangle((_MARGIN, top, _MARGIN + 5, y), s.colour)
             y += 14
@@ -210,7 +210,7 @@ def _words(
             if piece == "\n":
                 continue
             if kind == "t learnt":
-                draw.rectangle((x, y, x + width, y + _LINE - 3), _LEARNT)
+                draw.rectangle((x, y + 2, x + width, y + _LINE), _LEARNT)
             draw.text((x, y), piece, _SOFT if kind == "v" else _INK, font)
             x += width
     return y + _LINE

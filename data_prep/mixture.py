@@ -124,6 +124,7 @@ def mix(
         "parts": [{key: row[key] for key in ("fingerprint", "taken")} for row in rows],
     }
     licences = _licences(rows)
+    known = {"seed": seed, "balance": dict(balance or {}), "licences": licences, "parts": rows}
     return make_dataset(
         Path(output),
         name="mixture",
@@ -131,7 +132,7 @@ def mix(
         info={"licences": licences},
         work=partial(_write_slice, [part.folder for part in parts]),
         pieces=_slices(_order(datasets, counts, seed)),
-        report=partial(_report, {"seed": seed, "balance": dict(balance or {}), "licences": licences, "parts": rows}),
+        report=lambda manifest, _: {key: manifest[key] for key in ("images", "origins")} | known,
         engine=engine,
         on_progress=on_progress,
     )
@@ -178,11 +179,6 @@ def _write_slice(folders: Sequence[Path], order: np.ndarray, folder: Path, name:
     datasets = [open_samples(part) for part in folders]
     write_shard(folder, name, (s for part, number in order for s in read_samples(datasets[part], [int(number)])))
     return {}
-
-
-def _report(known: dict[str, Any], manifest: dict[str, Any], _: list[dict[str, Any]]) -> dict[str, Any]:
-    counts = {"samples": manifest["samples"], "images": manifest["images"], "fingerprint": manifest["fingerprint"]}
-    return counts | {"origins": manifest["origins"]} | known
 
 
 def _row(part: Part, dataset: Samples, taken: int) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def import_json(
         info={},
         work=partial(_import_piece, on_progress if alone else None),
         pieces=list(files),
-        report=partial(_report, files),
+        report=lambda *_: {"input": list(map(str, files))},
         engine=HERE if alone else engine,
         on_progress=None if alone else on_progress,
     )
@@ -80,10 +80,6 @@ def _import_piece(on_progress: Progress | None, file: Path, folder: Path, name: 
 
     write_stream(folder, name, samples())
     return {}
-
-
-def _report(files: Sequence[Path], manifest: dict[str, Any], _: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"input": list(map(str, files)), "samples": manifest["samples"], "fingerprint": manifest["fingerprint"]}
 
 
 def read_rows(file: Path) -> Iterator[list[Sample]]:

@@ -6,6 +6,8 @@ counts and the fingerprint. It appears whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -15,7 +17,7 @@ import shutil
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -111,7 +113,8 @@ def write_shard(folder: Path, shard: str, samples: Iterable[Sample]) -> int:
                 raise UserError(f"sample id {sample.id!r} occurs twice: ids must be unique in a dataset")
             ids[sample.id] = None
             record = _to_record(sample)
-            writer.write(record)
+            with _disk_errors():
+                writer.write(record)
             waiting.append(record)
             if len(waiting) == _HASHED_AT_ONCE:
                 if digests:
@@ -123,7 +126,8 @@ def write_shard(folder: Path, shard: str, samples: Iterable[Sample]) -> int:
             images += len(sample.images)
             size += len(record)
     finally:
-        writer.close()
+        with _disk_errors():
+            writer.close()
         hasher.shutdown()
     if ids:
         os.replace(part, file)
@@ -142,14 +146,19 @@ def write_shard(folder: Path, shard: str, samples: Iterable[Sample]) -> int:
     return len(ids)
 
 
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    """The writer's RuntimeErrors as what they are: a disk that is full, or fails."""
+    try:
+        yield
+    except RuntimeError as error:
+        code = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+        raise OSError(code, f"{os.strerror(code)}: {_one_line(error)}") from error
+
+
 def _digests(records: list[bytes]) -> bytes:
     """Their SHA-256s, one after the other."""
     return b"".join(hashlib.sha256(record).digest() for record in records)
-
-
-def shard_done(folder: Path, shard: str) -> bool:
-    """Whether `write_shard` finished this shard."""
-    return (folder / f"{shard}.json").is_file()
 
 
 def join_shards(
