@@ -65,7 +65,7 @@ def read_tar(file: Path, max_member: int | None = None) -> Iterator[Member | Unu
                 tar.members.clear()  # it would keep every header of a long archive
                 if info.isdir():
                     continue
-                yield _tar_member(tar, info, f"{file.name} member {number}", limit)
+                yield _tar_member(stream, info, f"{file.name} member {number}", limit)
             if stream.last != bytes(tarfile.BLOCKSIZE):  # tarfile takes a broken header for the end
                 raise tarfile.ReadError("no end mark")
     except _Bomb:
@@ -76,15 +76,15 @@ def read_tar(file: Path, max_member: int | None = None) -> Iterator[Member | Unu
         yield Unusable(DAMAGED_ARCHIVE, f"{file.name} after member {number}")
 
 
-def _tar_member(tar: tarfile.TarFile, info: tarfile.TarInfo, where: str, limit: int) -> Member | Unusable:
+def _tar_member(stream: _Bounded, info: tarfile.TarInfo, where: str, limit: int) -> Member | Unusable:
     if not safe_name(info.name):
         return Unusable(UNSAFE_NAME, where)
     if not info.isreg() or info.issparse():
         return Unusable(NOT_A_FILE, where)
     if info.size > limit:
         return Unusable(MEMBER_TOO_LARGE, where)
-    stream = tar.extractfile(info)
-    data = stream.read(info.size) if stream is not None else b""
+    stream.seek(info.offset_data)
+    data = stream.read(info.size)
     if len(data) != info.size:
         raise tarfile.ReadError("unexpected end of data")
     return Member(info.name, data)

@@ -23,9 +23,9 @@ import numpy as np
 from data_prep.engine import HERE, Engine, Progress
 from data_prep.filters import text
 from data_prep.hashes import THRESHOLD, distances, exact_hash, ngrams, normalised, perceptual_hashes
-from data_prep.steps import Slice, make_dataset, read_samples, slices
+from data_prep.steps import Slice, make_dataset, read_samples, removed_report, slices, write_kept
 from infimed_jax.data.sample import Sample
-from infimed_jax.data.storage import open_samples, write_shard
+from infimed_jax.data.storage import open_samples
 from infimed_jax.errors import UserError
 
 VERSION = 1
@@ -144,37 +144,24 @@ def decontaminate(
 
 
 def _clean_slice(tests: Tests, piece: Slice, folder: Path, name: str) -> dict[str, Any]:
-    removed: dict[str, list[str]] = {}
     touched: dict[str, set[str]] = {IMAGE: set(), QUESTION: set(), "both": set()}
     seen: dict[str, list[int]] = {}
-    read = 0
 
-    def kept():
-        nonlocal read
-        for sample in piece.read():
-            read += 1
-            found = matches(sample, tests, seen)
-            for how, ids in found.items():
-                touched[how] |= ids
-            touched["both"] |= found[IMAGE] & found[QUESTION]
-            reason = " and ".join(how for how in (IMAGE, QUESTION) if found[how])
-            if reason:
-                removed.setdefault(reason, []).append(sample.id)
-            else:
-                yield sample
+    def why_not(sample: Sample) -> str:
+        found = matches(sample, tests, seen)
+        for how, ids in (found | {"both": found[IMAGE] & found[QUESTION]}).items():
+            touched[how] |= ids
+        return " and ".join(how for how in (IMAGE, QUESTION) if found[how])
 
-    write_shard(folder, name, kept())
-    return {"read": read, "removed": removed, "touched": {how: sorted(ids) for how, ids in touched.items()}}
+    facts = write_kept(piece, folder, name, why_not)
+    return facts | {"touched": {how: sorted(ids) for how, ids in touched.items()}}
 
 
 def _report(
-    input: Path, folders: list[str], tests: Tests, manifest: dict[str, Any], facts: list[dict[str, Any]]
+    input: Path, folders: list[str], tests: Tests, _: dict[str, Any], facts: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    removed: dict[str, list[str]] = {}
     affected: dict[str, set[str]] = {}
     for piece in facts:
-        for reason, ids in piece["removed"].items():
-            removed.setdefault(reason, []).extend(ids)
         for how, ids in piece["touched"].items():
             affected.setdefault(how, set()).update(ids)
     any_way = affected[IMAGE] | affected[QUESTION]
@@ -182,14 +169,9 @@ def _report(
         "input": str(input),
         "tests": folders,
         "threshold_bits": THRESHOLD,
-        "read": sum(piece["read"] for piece in facts),
-        "samples": manifest["samples"],
-        "fingerprint": manifest["fingerprint"],
         "test_samples": len(tests.asked),
         "test_images": len(tests.exact),
         "test_images_compared_by_bytes_only": tests.undecodable,
-        "removed": {reason: len(ids) for reason, ids in sorted(removed.items())},
         "affected_counts": {how: len(ids) for how, ids in affected.items()} | {"any": len(any_way)},
         "affected": {how: sorted(ids) for how, ids in affected.items()} | {"any": sorted(any_way)},
-        "removed_ids": dict(sorted(removed.items())),
-    }
+    } | removed_report(facts)

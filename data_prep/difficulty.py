@@ -16,12 +16,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from data_prep.engine import HERE
-from data_prep.steps import NoSamples, finished_report, make_dataset, refuse_other_files, write_stream
+from data_prep.steps import (
+    NoSamples,
+    finished_report,
+    make_from_stream,
+    open_for_training,
+    refuse_other_files,
+)
 from infimed_jax import config
 from infimed_jax.data.chat import Tokenizer
 from infimed_jax.data.sample import Sample
-from infimed_jax.data.storage import CorruptRecord, Samples, open_samples
+from infimed_jax.data.storage import CorruptRecord, Samples
 from infimed_jax.errors import UserError
 from infimed_jax.files import write_json
 from infimed_jax.models.compute import Compute
@@ -87,7 +92,7 @@ def measure(
     `output.json` (the report), `output.png` (the histogram), and `output.parts/`, from which a stopped run goes on.
     UserError: nothing can be asked, or nothing is kept.
     """
-    dataset = open_samples(folder)
+    dataset = open_for_training(folder)
     candidates, unreadable = _readable(dataset)
     found = questions(candidates, tokenizer, cfg)
     measured = {
@@ -122,21 +127,14 @@ def measure(
         return report
     draw_histogram(report, output.with_name(f"{output.name}.png"))
 
-    def write(_: None, shards: Path, name: str) -> dict[str, Any]:
-        return {"samples": write_stream(shards, name, _marked(candidates, found, right, kept, plan))}
-
     try:
-        return make_dataset(
+        return make_from_stream(
             output,
             name="difficulty",
             recipe=recipe,
-            info={"derived_from": dataset.manifest["info"]},
-            work=write,
-            pieces=[None],
-            report=lambda manifest, _: (
-                report | {"samples": manifest["samples"], "fingerprint": manifest["fingerprint"]}
-            ),
-            engine=HERE,
+            origin=dataset,
+            samples=_marked(candidates, found, right, kept, plan),
+            report=report,
         )
     except NoSamples as error:
         raise UserError(f"none of {len(right)} questions is kept: raise --between or --extreme") from error

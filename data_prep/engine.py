@@ -64,7 +64,7 @@ def run_pieces(
     """
     names = [f"{number:06d}" for number in range(len(pieces))]
     task = partial(_piece, work, folder)
-    if engine.name == "loky" and engine.jobs == 1:
+    if engine.name == "loky" and (engine.jobs == 1 or len(pieces) == 1):
         for done, (name, piece) in enumerate(zip(names, pieces, strict=True), start=1):
             task(name, piece)
             if on_progress is not None:

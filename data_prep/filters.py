@@ -17,10 +17,10 @@ from PIL import Image
 
 from data_prep.engine import HERE, Engine, Progress
 from data_prep.sources.files import read_json
-from data_prep.steps import Slice, make_dataset, slices
+from data_prep.steps import Slice, make_dataset, removed_report, slices, write_kept
 from infimed_jax.data.images import FORMATS
 from infimed_jax.data.sample import Sample
-from infimed_jax.data.storage import open_samples, write_shard
+from infimed_jax.data.storage import open_samples
 from infimed_jax.errors import UserError
 
 VERSION = 1
@@ -205,43 +205,11 @@ def filter_dataset(
         info={"origin": samples.manifest["info"]},
         work=partial(_filter_slice, rules),
         pieces=slices(samples),
-        report=partial(_report, input, recipe["rules"]),
+        report=lambda _, facts: {"input": str(input), "rules": recipe["rules"]} | removed_report(facts),
         engine=engine,
         on_progress=on_progress,
     )
 
 
 def _filter_slice(rules: Rules, piece: Slice, folder: Path, name: str) -> dict[str, Any]:
-    removed: dict[str, list[str]] = {}
-    read = 0
-
-    def kept():
-        nonlocal read
-        for sample in piece.read():
-            read += 1
-            reason = why_left_out(sample, rules)
-            if reason:
-                removed.setdefault(reason, []).append(sample.id)
-            else:
-                yield sample
-
-    write_shard(folder, name, kept())
-    return {"read": read, "removed": removed}
-
-
-def _report(
-    input: Path, rules: dict[str, Any], manifest: dict[str, Any], facts: list[dict[str, Any]]
-) -> dict[str, Any]:
-    removed: dict[str, list[str]] = {}
-    for piece in facts:
-        for reason, ids in piece["removed"].items():
-            removed.setdefault(reason, []).extend(ids)
-    return {
-        "input": str(input),
-        "rules": rules,
-        "read": sum(piece["read"] for piece in facts),
-        "samples": manifest["samples"],
-        "fingerprint": manifest["fingerprint"],
-        "removed": {reason: len(ids) for reason, ids in sorted(removed.items())},
-        "removed_ids": dict(sorted(removed.items())),
-    }
+    return write_kept(piece, folder, name, lambda sample: why_left_out(sample, rules))

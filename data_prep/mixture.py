@@ -14,9 +14,8 @@ import yaml
 
 from data_prep.engine import HERE, Engine, Progress
 from data_prep.sources import SOURCES
-from data_prep.steps import make_dataset
-from infimed_jax.data.sample import Sample
-from infimed_jax.data.storage import MANIFEST, SHARD_SIZE, CorruptRecord, Samples, open_samples, write_shard
+from data_prep.steps import make_dataset, open_for_training, read_samples
+from infimed_jax.data.storage import MANIFEST, SHARD_SIZE, Samples, open_samples, write_shard
 from infimed_jax.errors import UserError
 
 VERSION = 2
@@ -114,9 +113,7 @@ def mix(
     """
     if not parts:
         raise UserError("a mixture needs at least one part")
-    datasets = [open_samples(part.folder) for part in parts]
-    for part, dataset in zip(parts, datasets, strict=True):
-        _refuse_test_sets(part, dataset)
+    datasets = [open_for_training(part.folder) for part in parts]
     counts = _balanced(
         parts, [part.taken(len(dataset)) for part, dataset in zip(parts, datasets, strict=True)], balance
     )
@@ -127,6 +124,7 @@ def mix(
         "parts": [{key: row[key] for key in ("fingerprint", "taken")} for row in rows],
     }
     licences = _licences(rows)
+    known = {"seed": seed, "balance": dict(balance or {}), "licences": licences, "parts": rows}
     return make_dataset(
         Path(output),
         name="mixture",
@@ -134,17 +132,10 @@ def mix(
         info={"licences": licences},
         work=partial(_write_slice, [part.folder for part in parts]),
         pieces=_slices(_order(datasets, counts, seed)),
-        report=partial(_report, {"seed": seed, "balance": dict(balance or {}), "licences": licences, "parts": rows}),
+        report=lambda manifest, _: {key: manifest[key] for key in ("images", "origins")} | known,
         engine=engine,
         on_progress=on_progress,
     )
-
-
-def _refuse_test_sets(part: Part, dataset: Samples) -> None:
-    for origin in dataset.manifest["origins"]:
-        source = SOURCES.get(origin.partition("/")[0])
-        if source is not None and not source.training_allowed:
-            raise UserError(f"{part.folder} holds {origin}, which is for evaluation only: leave it out of the mixture")
 
 
 def _balanced(parts: Sequence[Part], counts: list[int], balance: Mapping[str, float] | None) -> list[int]:
@@ -186,20 +177,8 @@ def _slices(order: np.ndarray) -> list[np.ndarray]:
 
 def _write_slice(folders: Sequence[Path], order: np.ndarray, folder: Path, name: str) -> dict[str, Any]:
     datasets = [open_samples(part) for part in folders]
-    write_shard(folder, name, (_read(datasets[part], int(number)) for part, number in order))
+    write_shard(folder, name, (s for part, number in order for s in read_samples(datasets[part], [int(number)])))
     return {}
-
-
-def _read(dataset: Samples, number: int) -> Sample:
-    try:
-        return dataset[number]
-    except CorruptRecord as error:
-        raise UserError(f"{error}: prepare that dataset again") from error
-
-
-def _report(known: dict[str, Any], manifest: dict[str, Any], _: list[dict[str, Any]]) -> dict[str, Any]:
-    counts = {"samples": manifest["samples"], "images": manifest["images"], "fingerprint": manifest["fingerprint"]}
-    return counts | {"origins": manifest["origins"]} | known
 
 
 def _row(part: Part, dataset: Samples, taken: int) -> dict[str, Any]:

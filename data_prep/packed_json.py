@@ -1,7 +1,8 @@
 """The paper's packed format: rows of samples as JSON, `{"data": [sample, …], "lengths": [tokens, …]}` each.
 
-A file is JSON Lines, a row a line: a row of 24 images is megabytes, and a whole set as one value would have to be in
-memory. Samples carry every field, images in Base64, so that reading gives back what was written.
+Written as JSON Lines, a row a line; read from those, from a JSON list of rows, indented or not, a row at a time, and
+from one row alone, as the paper has it. Samples carry every field, images in Base64, so that reading gives back what
+was written.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.engine import HERE, Progress
+from data_prep.engine import HERE, Engine, Progress
+from data_prep.faults import NOT_JSON, Unusable
+from data_prep.sources.files import json_rows, read_json
 from data_prep.steps import make_dataset, write_stream
 from infimed_jax.data.packing import PackingIndex
 from infimed_jax.data.sample import Sample, Turn
@@ -23,7 +26,7 @@ from infimed_jax.errors import UserError
 
 VERSION = 1
 _LONGEST = 2**30
-"""Bytes of a line; a longer one is no row of samples, and is not read into memory."""
+"""Characters of a row; a longer one is no row of samples, and is not kept in memory."""
 
 
 def export_json(samples: Samples, index: PackingIndex, file: Path, on_progress: Progress | None = None) -> int:
@@ -41,55 +44,64 @@ def export_json(samples: Samples, index: PackingIndex, file: Path, on_progress: 
     return index.rows
 
 
-def import_json(file: Path, output: Path, name: str) -> dict[str, Any]:
-    """Prepare the dataset `output` of such a file, and return its report.
+def import_json(
+    files: Sequence[Path], output: Path, name: str, *, engine: Engine = HERE, on_progress: Progress | None = None
+) -> dict[str, Any]:
+    """Prepare the dataset `output` of such files, and return its report. One file is one stream, in this process.
 
-    The rows are not kept: packing is an index that `data pack` makes in seconds. UserError names a broken line.
+    The rows are not kept: packing is an index that `data pack` makes in seconds. UserError names a broken row.
     """
-    if not file.is_file():
-        raise UserError(f"{file} does not exist: give a file of packed rows, as `data export-json` writes it")
-    state = file.stat()
-    recipe = {"version": VERSION, "file": str(file.resolve()), "size": state.st_size, "time": state.st_mtime_ns}
+    states = []
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} does not exist: give a file of packed rows, as `data export-json` writes it")
+        state = file.stat()
+        states.append([str(file.resolve()), state.st_size, state.st_mtime_ns])
+    alone = len(files) == 1
     return make_dataset(
         output,
         name=name,
-        recipe=recipe,
+        recipe={"version": VERSION, "files": states},
         info={},
-        work=_import_piece,
-        pieces=[file],
-        report=partial(_report, file),
-        engine=HERE,
+        work=partial(_import_piece, on_progress if alone else None),
+        pieces=list(files),
+        report=lambda *_: {"input": list(map(str, files))},
+        engine=HERE if alone else engine,
+        on_progress=None if alone else on_progress,
     )
 
 
-def _import_piece(file: Path, folder: Path, name: str) -> dict[str, Any]:
-    write_stream(folder, name, (sample for row in read_rows(file) for sample in row))
+def _import_piece(on_progress: Progress | None, file: Path, folder: Path, name: str) -> dict[str, Any]:
+    def samples() -> Iterator[Sample]:
+        for number, row in enumerate(read_rows(file), start=1):
+            yield from row
+            if on_progress is not None:
+                on_progress(number, 0)
+
+    write_stream(folder, name, samples())
     return {}
 
 
-def _report(file: Path, manifest: dict[str, Any], _: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"input": str(file), "samples": manifest["samples"], "fingerprint": manifest["fingerprint"]}
-
-
 def read_rows(file: Path) -> Iterator[list[Sample]]:
-    """The samples of each row. A file that is one JSON value with many samples is one row, as the paper has it."""
-    with file.open("rb") as lines:
-        number = 0
-        while line := lines.readline(_LONGEST + 1):
-            number += 1
-            if len(line) > _LONGEST:
-                raise UserError(f"{file}, line {number} is longer than {_LONGEST:,} bytes: write one row a line")
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                data, lengths = row["data"], row["lengths"]
-                if len(data) != len(lengths):
-                    raise ValueError(f"{len(data)} samples, but {len(lengths)} lengths")
-                yield [_from_json(value) for value in data]
-            except (ValueError, KeyError, TypeError, AttributeError, binascii.Error) as error:
-                what = f"no {error}" if isinstance(error, KeyError) else str(error)
-                raise UserError(f"{file}, line {number} is no packed row ({what}): export it again") from error
+    """The samples of each row. UserError: one that is no packed row."""
+    for number, row in enumerate(json_rows(file, _LONGEST), start=1):
+        if isinstance(row, Unusable) and row.reason == NOT_JSON and number == 1:
+            yield _samples(read_json(file, dict), f"{file}")  # one row on many lines
+            return
+        if isinstance(row, Unusable):
+            raise UserError(f"{file}: {row.detail} is no packed row ({row.reason}): export it again")
+        yield _samples(row, f"{file}: row {number}")
+
+
+def _samples(row: dict[str, Any], where: str) -> list[Sample]:
+    try:
+        data, lengths = row["data"], row["lengths"]
+        if len(data) != len(lengths):
+            raise ValueError(f"{len(data)} samples, but {len(lengths)} lengths")
+        return [_from_json(value) for value in data]
+    except (ValueError, KeyError, TypeError, AttributeError, binascii.Error) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{where} is no packed row ({what}): export it again") from error
 
 
 def _to_json(sample: Sample) -> dict[str, Any]:

@@ -29,8 +29,8 @@ VERSION = 3
 _REMEMBERED = 100_000
 """Images whose verdict is kept, in case they come again."""
 
-Progress = Callable[[str, int], None]
-"""Called with the split and the number of records read so far, after each; of a source in shards, with those done."""
+Progress = Callable[[str, int, int], None]
+"""(split, shards done, shards); of a source without shards (split, records read, 0), after each."""
 
 
 def ingest(
@@ -115,7 +115,7 @@ def _ingest_split(
             pieces=pieces,
             report=partial(_report, adapter, recorded, split, limit),
             engine=engine,
-            on_progress=None if on_progress is None or len(pieces) == 1 else lambda done, _: on_progress(split, done),
+            on_progress=None if on_progress is None or len(pieces) == 1 else partial(on_progress, split),
         )
     except NoSamples as error:
         skipped = [record for facts in error.facts for record in facts["skipped"]]
@@ -147,9 +147,7 @@ def _report(
         "training_allowed": adapter.training_allowed,
         "options": options,
         "limit": limit,
-        "samples": manifest["samples"],
         "kinds": manifest["kinds"],
-        "fingerprint": manifest["fingerprint"],
         "skipped": _by_reason(skipped),
         "images_with_metadata": dict(sorted(kept_metadata.items())),
         "skipped_records": skipped,
@@ -210,13 +208,14 @@ def _kept(
             if fault:
                 record = Skipped(record.id, fault, record.meta.get("image_id", ""))
             else:
-                record = replace(record, images=tuple(image.data for image in images))
+                if any(image.data is not given for image, given in zip(images, record.images, strict=True)):
+                    record = replace(record, images=tuple(image.data for image in images))
                 for image in images:
                     if image.metadata:
                         metadata[image.metadata] = metadata.get(image.metadata, 0) + 1
         place["read"] = number
         if on_progress is not None:
-            on_progress(split, number)
+            on_progress(split, number, 0)
         if isinstance(record, Skipped):
             place["skipped"].append(vars(record))
         else:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_prep.engine import Engine, Progress, Work, run_pieces
+from data_prep.engine import HERE, Engine, Progress, Work, run_pieces
+from data_prep.sources import evaluation_only
 from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import (
     MANIFEST,
@@ -55,6 +56,14 @@ class Slice:
         return read_samples(open_samples(self.folder), range(self.start, self.stop))
 
 
+def open_for_training(folder: str | Path) -> Samples:
+    """The one door to data that is learnt from. UserError: no prepared dataset, or one that holds test questions."""
+    samples = open_samples(folder)
+    if held := evaluation_only(samples.manifest["origins"]):
+        raise UserError(f"{folder} holds {', '.join(held)}, for evaluation only: train on a dataset without it")
+    return samples
+
+
 def slices(samples: Samples) -> list[Slice]:
     """A dataset's shards."""
     ends = list(itertools.accumulate(shard["samples"] for shard in samples.manifest["shards"]))
@@ -92,7 +101,8 @@ def make_dataset(
     engine: Engine,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Make the dataset `output` of the pieces' shards, and `output.json`, which is returned: `report(manifest, facts)`.
+    """Make the dataset `output` of the pieces' shards, and `output.json`, which is returned: samples, fingerprint, and
+    `report(manifest, facts)`.
 
     `work` writes shards whose names begin with the piece's. UserError: the folder holds something else. NoSamples: no
     piece gave a sample.
@@ -112,7 +122,8 @@ def make_dataset(
                 shutil.rmtree(fresh)
                 raise NoSamples(f"{output}: nothing is left to write", facts)
             join_shards(fresh, shards, name=name, info=recipe | info)
-        whole = report(open_samples(fresh).manifest, facts)
+        manifest = open_samples(fresh).manifest
+        whole = {key: manifest[key] for key in ("samples", "fingerprint")} | report(manifest, facts)
         write_json(file, whole)
     manifest = open_samples(fresh).manifest
     kept = {MANIFEST, *_TFDS_FILES, *(shard["file"] for shard in manifest["shards"])}
@@ -122,6 +133,59 @@ def make_dataset(
     shutil.rmtree(output, ignore_errors=True)
     os.rename(fresh, output)
     return whole
+
+
+def make_from_stream(
+    output: Path,
+    *,
+    name: str,
+    recipe: dict[str, Any],
+    origin: Samples,
+    samples: Iterable[Sample],
+    report: dict[str, Any],
+) -> dict[str, Any]:
+    """`make_dataset` of one stream, in this process, for steps whose work is done before they write."""
+
+    def write(_: None, shards: Path, piece: str) -> dict[str, Any]:
+        write_stream(shards, piece, samples)
+        return {}
+
+    return make_dataset(
+        output,
+        name=name,
+        recipe=recipe,
+        info={"derived_from": origin.manifest["info"]},
+        work=write,
+        pieces=[None],
+        report=lambda *_: report,
+        engine=HERE,
+    )
+
+
+def write_kept(piece: Slice, folder: Path, name: str, why_not: Callable[[Sample], str]) -> dict[str, Any]:
+    """Write a shard of the samples against which `why_not` has no reason; the facts name the others by reason."""
+    removed: dict[str, list[str]] = {}
+
+    def kept() -> Iterator[Sample]:
+        for sample in piece.read():
+            if reason := why_not(sample):
+                removed.setdefault(reason, []).append(sample.id)
+            else:
+                yield sample
+
+    samples = write_shard(folder, name, kept())
+    return {"read": samples + sum(map(len, removed.values())), "removed": removed}
+
+
+def removed_report(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the shards of `write_kept` left out, counted and by id."""
+    removed: dict[str, list[str]] = {}
+    for piece in facts:
+        for reason, ids in piece["removed"].items():
+            removed.setdefault(reason, []).extend(ids)
+    removed = dict(sorted(removed.items()))
+    counts = {reason: len(ids) for reason, ids in removed.items()}
+    return {"read": sum(piece["read"] for piece in facts), "removed": counts, "removed_ids": removed}
 
 
 def refuse_other_files(output: Path) -> None:

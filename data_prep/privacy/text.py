@@ -96,7 +96,7 @@ def scrub(
             on_progress=on_progress,
         )
     except NoSamples as error:
-        report = _report(str(folder), mode, {"samples": 0, "fingerprint": ""}, list(error.facts))
+        report = _report(str(folder), mode, {}, list(error.facts))
         raise UserError(f"no sample of {folder} is left: {report['left_out']}") from error
 
 
@@ -131,7 +131,7 @@ def _scrub_shard(mode: Mode, piece: Slice, folder: Path, name: str) -> dict[str,
     return {"findings": findings, "left_out": left_out, "unreadable": unreadable, "metadata": dict(metadata)}
 
 
-def _report(folder: str, mode: Mode, manifest: dict[str, Any], facts: list[dict[str, Any]]) -> dict[str, Any]:
+def _report(folder: str, mode: Mode, _: dict[str, Any], facts: list[dict[str, Any]]) -> dict[str, Any]:
     findings = {id: counts for piece in facts for id, counts in piece["findings"].items()}
     left_out = [id for piece in facts for id in piece["left_out"]]
     unreadable = [number for piece in facts for number in piece["unreadable"]]
@@ -143,8 +143,6 @@ def _report(folder: str, mode: Mode, manifest: dict[str, Any], facts: list[dict[
         "note": NO_PROMISE,
         "from": folder,
         "mode": mode,
-        "samples": manifest["samples"],
-        "fingerprint": manifest["fingerprint"],
         "found": {kind: sum(counts.get(kind, 0) for counts in findings.values()) for kind in KINDS},
         "samples_with_findings": len(findings),
         "left_out": {reason: n for reason, n in counted.items() if n},

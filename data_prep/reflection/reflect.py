@@ -29,7 +29,6 @@ from data_prep.endpoint import (
     run_jobs,
     speech,
 )
-from data_prep.engine import HERE
 from data_prep.reflection.chains import (
     REFLECTIVE,
     Chain,
@@ -41,11 +40,17 @@ from data_prep.reflection.chains import (
     reexamined,
     verified,
 )
-from data_prep.steps import NoSamples, finished_report, make_dataset, refuse_other_files, write_stream
+from data_prep.steps import (
+    NoSamples,
+    finished_report,
+    make_from_stream,
+    open_for_training,
+    refuse_other_files,
+)
 from infimed_jax.data.images import ImageError
 from infimed_jax.data.prompts import LETTERS, QUESTION_KINDS, prompt_for
 from infimed_jax.data.sample import Sample, Turn
-from infimed_jax.data.storage import CorruptRecord, Samples, open_samples
+from infimed_jax.data.storage import CorruptRecord, Samples
 from infimed_jax.errors import UserError
 from infimed_jax.rl.rewards import well_formed
 
@@ -120,7 +125,7 @@ def reflect(
     UserError: a source may not be sent to the endpoint, the budget is reached, or nothing reached its answer.
     """
     plan = plan or Plan()
-    dataset = open_samples(folder)
+    dataset = open_for_training(folder)
     check_sources(endpoint, (origin.partition("/")[0] for origin in dataset.manifest["origins"]))
     recipe = {
         "step": "reflect",
@@ -163,22 +168,15 @@ def reflect(
         "account": account,
     }
 
-    def write(_: None, shards: Path, name: str) -> dict[str, Any]:
-        return {"samples": write_stream(shards, name, _samples(dataset, outcomes, endpoint))}
-
     made = repr([(number, outcome.made) for number, outcome in sorted(outcomes.items())])
     try:
-        return make_dataset(
+        return make_from_stream(
             output,
             name="reflection",
             recipe=recipe | {"chains": hashlib.sha256(made.encode()).hexdigest()},
-            info={"derived_from": dataset.manifest["info"]},
-            work=write,
-            pieces=[None],
-            report=lambda manifest, _: (
-                report | {"samples": manifest["samples"], "fingerprint": manifest["fingerprint"]}
-            ),
-            engine=HERE,
+            origin=dataset,
+            samples=_samples(dataset, outcomes, endpoint),
+            report=report,
         )
     except NoSamples as error:
         counted = ", ".join(f"{reason}: {n}" for reason, n in (report["rejected"] | report["failed"]).items())

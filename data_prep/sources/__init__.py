@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from data_prep.sources import (
     captions,
     choices,
@@ -42,6 +44,6 @@ SOURCES: dict[str, Source] = {
 }
 
 
-def evaluation_only(origins: list[str]) -> list[str]:
+def evaluation_only(origins: Iterable[str]) -> list[str]:
     """Of a dataset's origins (`source/split`), as its manifest lists them, those that may never be trained on."""
     return [o for o in origins if (source := SOURCES.get(o.partition("/")[0])) and not source.training_allowed]

@@ -149,19 +149,9 @@ def _medpix_sample(images: Images, id: str, row: Row) -> Sample:
     return _sample(images, "image", "caption", "case", id, flat)
 
 
-def _source(name: str, **facts: Any) -> Source:
-    defaults = {
-        "commercial_use": False,
-        "allow_external_api": False,
-        "training_allowed": True,
-        "splits": ("train", "validation", "test"),
-    }
-    return Source(name=name, **(defaults | facts))
-
-
 SOURCES = (
-    _source(
-        "roco",
+    Source(
+        name="roco",
         title="ROCO, radiology part",
         licence="each image as its article has it",
         size="about 81,000 radiology images",
@@ -172,8 +162,8 @@ SOURCES = (
         notes="licences are listed by image in the repository's licences.txt and are not read here",
         read=read_roco,
     ),
-    _source(
-        "rocov2",
+    Source(
+        name="rocov2",
         title="ROCOv2-radiology",
         licence="CC-BY-NC-SA-4.0",
         size="79,789 images: 59,958 / 9,904 / 9,927",
@@ -186,8 +176,8 @@ SOURCES = (
         read=read_rocov2,
         shards=shards_of(_rocov2_files),
     ),
-    _source(
-        "pmc_oa",
+    Source(
+        name="pmc_oa",
         title="PMC-OA (PMC-CLIP's subfigures and captions)",
         licence="not verified here",
         splits=("train", "validation", "test", "train_beta"),
@@ -198,8 +188,8 @@ SOURCES = (
         notes="excluded by the paper for its quality; layout as of the dataset card",
         read=read_pmc_oa,
     ),
-    _source(
-        "medtrinity",
+    Source(
+        name="medtrinity",
         title="MedTrinity-25M",
         licence="not verified here: it joins more than 30 sets with their own terms",
         splits=("train",),
@@ -211,8 +201,8 @@ SOURCES = (
         read=read_medtrinity,
         shards=shards_of(_medtrinity_files),
     ),
-    _source(
-        "llava_med_fig_caption",
+    Source(
+        name="llava_med_fig_caption",
         title="LLaVA-Med figure captions",
         licence="CC-BY-NC-4.0",
         splits=("train",),
@@ -223,8 +213,8 @@ SOURCES = (
         notes="fields as the repository's own scripts use them; not verified on the file",
         read=read_fig_captions,
     ),
-    _source(
-        "medpix",
+    Source(
+        name="medpix",
         title="MedPix-2.0",
         licence="not verified here",
         splits=("all", "train", "dev", "test"),

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from data_prep.faults import NO_ANSWER, NO_IMAGE, NO_QUESTION, NOT_AN_OPTION, Unusable
 from data_prep.sources.files import Images, csv_rows, find_files, json_rows, parquet_rows, shard_name, shards_of
@@ -154,16 +153,12 @@ def _medxpert_sample(images: Images, id: str, row: Row) -> Sample:
     return choice_sample(id, encoded, question, [text(given[letter]) for letter in sorted(given)], label, meta)
 
 
-_EVALUATION: dict[str, Any] = {"commercial_use": False, "allow_external_api": False, "training_allowed": False}
-
 SOURCES = (
     Source(
         name="pmc_vqa",
         title="PMC-VQA, versions 1 and 2",
         licence="CC-BY-SA-4.0",
         commercial_use=True,
-        allow_external_api=False,
-        training_allowed=True,
         splits=tuple(_PMC_FILES),
         size="version 1: 227,000 questions on 149,000 images; version 2: test of 33,430",
         layout="train_2.csv, test_2.csv (version 2), train.csv, test.csv, test_clean.csv (version 1); figures/, "
@@ -184,7 +179,7 @@ SOURCES = (
         obtain="the link on OmniMedVQA's page",
         read=read_omnimedvqa,
         shards=shards_of(_omni_files),
-        **_EVALUATION,
+        training_allowed=False,
     ),
     Source(
         name="mmmu_med",
@@ -198,7 +193,7 @@ SOURCES = (
         notes="licence as of the dataset card; not verified here",
         read=read_mmmu,
         shards=shards_of(_mmmu_files),
-        **_EVALUATION,
+        training_allowed=False,
     ),
     Source(
         name="medxpertqa_mm",
@@ -210,6 +205,6 @@ SOURCES = (
         columns=("id", "question", "options", "label", "images", "question_type", "medical_task", "body_system"),
         obtain="TsinghuaC3I/MedXpertQA on the Hugging Face Hub",
         read=read_medxpertqa,
-        **_EVALUATION,
+        training_allowed=False,
     ),
 )

@@ -113,9 +113,6 @@ def _source(
     **facts: Any,
 ) -> Source:
     defaults = {
-        "commercial_use": False,
-        "allow_external_api": False,
-        "training_allowed": True,
         "splits": ("train", "documents"),
         "columns": _COLUMNS,
         "layout": f"{' or '.join(file.split('|'))}; images in {' or '.join(place or '.' for place in places)}",

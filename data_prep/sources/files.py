@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import codecs
 import csv
+import functools
 import io
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -361,12 +363,21 @@ def read_image(folder: Path, name: str) -> bytes | None:
 
 def _read_inside(folder: str, name: str) -> bytes | None:
     try:
-        file = os.path.realpath(os.path.join(folder, name))
-        if not file.startswith(folder + os.sep) or not os.path.isfile(file):
+        parent, base = os.path.split(os.path.join(folder, name))
+        file = os.path.join(_real(parent), base)
+        state = os.lstat(file)
+        if stat.S_ISLNK(state.st_mode):
+            file = os.path.realpath(file)
+            state = os.lstat(file)
+        if not file.startswith(folder + os.sep) or not stat.S_ISREG(state.st_mode):
             return None
-        if os.path.getsize(file) > MAX_MEMBER:
+        if state.st_size > MAX_MEMBER:
             raise Unusable(IMAGE_TOO_LARGE, name[:200])
-        with open(file, "rb") as stream:
+        with open(file, "rb", buffering=0) as stream:
             return stream.read()
     except (OSError, ValueError):  # a name too long, or with a NUL
         return None
+
+
+_real = functools.lru_cache(1024)(os.path.realpath)
+"""Of folders: thousands of images share one."""

@@ -169,13 +169,6 @@ def _mmc4_image(info: Row, images: Images) -> bytes | Unusable:
         return Unusable(DAMAGED_FILE, "an image that is no Base64")
 
 
-_FACTS: dict[str, Any] = {
-    "commercial_use": False,
-    "allow_external_api": False,
-    "training_allowed": True,
-    "splits": ("train",),
-}
-
 SOURCES: Sequence[Source] = (
     Source(
         name="obelics",
@@ -189,7 +182,7 @@ SOURCES: Sequence[Source] = (
         "is our choice, as none is published; the columns of img2dataset's tables (url, key, status) are not verified",
         read=read_obelics,
         shards=shards_of(_obelics_files),
-        **_FACTS,
+        splits=("train",),
     ),
     Source(
         name="mmc4",
@@ -202,6 +195,6 @@ SOURCES: Sequence[Source] = (
         notes="licence and size as the project states them, not verified here",
         read=read_mmc4,
         shards=shards_of(_mmc4_files),
-        **_FACTS,
+        splits=("train",),
     ),
 )

@@ -32,7 +32,7 @@ class Option:
     required: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """One dataset: where it is had, what it may be used for, and how its files become samples."""
 
@@ -40,12 +40,12 @@ class Source:
     title: str
     licence: str
     """SPDX name where there is one."""
-    commercial_use: bool
-    allow_external_api: bool
+    commercial_use: bool = False
+    allow_external_api: bool = False
     """Whether its text and images may be sent to a third party's service; credentialed data never."""
-    training_allowed: bool
+    training_allowed: bool = True
     """False: for evaluation only."""
-    splits: tuple[str, ...]
+    splits: tuple[str, ...] = ("train", "validation", "test")
     layout: str
     """The files that `read` expects in the input folder."""
     obtain: str

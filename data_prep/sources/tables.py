@@ -117,10 +117,6 @@ _QA_OPTIONS = (
 )
 _DOOR: dict[str, Any] = {
     "licence": "unknown",
-    "commercial_use": False,
-    "allow_external_api": False,
-    "training_allowed": True,
-    "splits": ("train", "validation", "test"),
     "notes": "the licence is that of your files: it is not known here, so nothing of them is sent anywhere",
 }
 
@@ -128,7 +124,6 @@ _DOOR: dict[str, Any] = {
 def _hub(name: str, **facts: Any) -> Source:
     return Source(
         name=name,
-        training_allowed=True,
         layout="data/SPLIT-*.parquet",
         columns=("image", "question", "answer"),
         read=partial(read, name),
@@ -164,9 +159,6 @@ SOURCES = (
         "pathvqa",
         title="PathVQA",
         licence="MIT",
-        commercial_use=False,
-        allow_external_api=False,
-        splits=("train", "validation", "test"),
         size="32,632 questions, 6,719 of them test",
         obtain="flaviagiammarino/path-vqa on the Hugging Face Hub",
         notes="the licence is the card's, not verified here; the images are from textbooks",

@@ -88,7 +88,6 @@ SOURCE = Source(
     licence="CC0-1.0",
     commercial_use=True,
     allow_external_api=True,
-    training_allowed=True,
     splits=("train", "train_usual", "documents", "test"),
     size="3,064 / 451 questions on 315 images; 1,793 of the former are the usual train split",
     layout="trainset.json, testset.json, images/*.jpg; or VQA_RAD Dataset Public.json, VQA_RAD Image Folder/",

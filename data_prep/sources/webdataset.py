@@ -58,9 +58,6 @@ def json_member(group: dict[str, bytes]) -> dict[str, Any]:
 def _source(name: str, **facts: Any) -> Source:
     return Source(
         name=name,
-        commercial_use=False,
-        allow_external_api=False,
-        training_allowed=True,
         splits=("train",),
         layout="*.tar or *.tar.gz, in folders or not: KEY.jpg, KEY.txt (or the caption in KEY.json)",
         columns=("jpg", "txt", "json.caption", "json.uid"),

@@ -14,12 +14,10 @@ Bins = tuple[np.ndarray, np.ndarray]
 
 _SCALE = 30_000
 """Items that are packed one by one; of more, so many at a time stand for all."""
-_CLOSING = 3.5
-"""Mean lengths that are free when three more are to fill the bin."""
-_REVIEW = 64
-"""Bins between two looks at which lengths are left in plenty."""
-_TRIES = 16
-"""Items and pairs that are tried for it."""
+_RARE = 8
+"""A length is rare where the most frequent one has so many times its items."""
+_GROWING = 8
+"""Bins that take what comes; an item that suits none of so many is left."""
 Run = tuple[int, int, int, int]
 """(first bin, bins, free tokens, free images) of neighbouring bins that hold the same."""
 
@@ -33,7 +31,12 @@ def first_fit_decreasing(lengths: np.ndarray, images: np.ndarray, context: int, 
     their free images. What remains is mostly sorting.
     """
     lengths, images = _checked(lengths, images, context, images_per_row)
-    kinds, starts, order = _kinds(lengths, images, context, images_per_row)
+    return _decreasing(*_kinds(lengths, images, context, images_per_row), context, images_per_row)
+
+
+def _decreasing(
+    kinds: list[tuple[int, int]], starts: np.ndarray, order: np.ndarray, context: int, images_per_row: int
+) -> Bins:
     awake: list[list[Run]] = [[] for _ in range(images_per_row + 1)]  # heaps, by free images
     asleep: dict[int, list[Run]] = defaultdict(list)  # by free tokens
     placed: list[tuple[int, int, int]] = []  # (first bin, bins, items in each), in the order of the items
@@ -87,171 +90,83 @@ def least_bins(lengths: np.ndarray, images: np.ndarray, context: int, images_per
 
 
 def minimum_bin_slack(lengths: np.ndarray, images: np.ndarray, context: int, images_per_row: int) -> Bins:
-    """Pack items bin by bin, each closed by three that fill it to the last token where there are such.
+    """Pack items as they come, each bin closed by one of exactly the length that it lacks, where there is such.
 
     First-Fit-Decreasing puts like to like, so a set of similar lengths leaves the same gap in each bin: 98.4 % of a
     million captions at 144 image tokens, where this fills 99.9 %. Many equal items are packed as a few are, and those
-    bins repeated. After Gupta and Ho's minimum bin slack heuristic (1999), which searches all sets for each bin.
+    bins repeated. The aim is that of Gupta and Ho's minimum bin slack heuristic (1999), which searches for each bin.
     Where lengths differ widely First-Fit-Decreasing is the better one: its bins are returned where they are fewer.
     """
     lengths, images = _checked(lengths, images, context, images_per_row)
-    decreasing = first_fit_decreasing(lengths, images, context, images_per_row)
+    kinds, starts, order = _kinds(lengths, images, context, images_per_row)
+    decreasing = _decreasing(kinds, starts, order, context, images_per_row)
     if len(decreasing[0]) - 1 <= least_bins(lengths, images, context, images_per_row):
         return decreasing
-    kinds, starts, order = _kinds(lengths, images, context, images_per_row)
     left = np.diff(starts)
     placed: list[list[tuple[int, int, int]]] = [[] for _ in kinds]
     opened, copies = 0, max(1, len(order) // _SCALE)
-    while True:
-        for members in _Pool(kinds, left // copies, context, images_per_row).bins(exact=copies > 1):
+    while copies:
+        for members in _full_bins(kinds, left // copies, context, images_per_row):
             for kind in members:
                 placed[kind].append((opened, copies, 1))
                 left[kind] -= copies
             opened += copies
-        if copies == 1:
-            break
         copies //= 2
-    found = _bins(order, [entry for entries in placed for entry in entries])
+    open_yet = np.arange(len(order)) >= np.repeat(starts[1:] - left, np.diff(starts))
+    offsets, items = _bins(order[~open_yet], [entry for entries in placed for entry in entries])
+    rest = np.sort(order[open_yet])
+    more, last = first_fit_decreasing(lengths[rest], images[rest], context, images_per_row)
+    found = np.concatenate([offsets, offsets[-1] + more[1:]]), np.concatenate([items, rest[last]])
     return min(decreasing, found, key=lambda bins: len(bins[0]))
 
 
-class _Pool:
-    """Items that are in no bin yet, by kind, with the set of their lengths as bits of an integer, in both directions.
+def _full_bins(
+    kinds: list[tuple[int, int]], counts: np.ndarray, context: int, images_per_row: int
+) -> Iterator[list[int]]:
+    """Bins without a free token, as kinds; items whose bin did not come so far are in none.
 
-    With `lengths >> …` and `mirror >> …` laid over each other, one operation finds all pairs of a given sum.
+    A bin takes what comes as long as the rest can be filled with common lengths; when one item can fill it, it waits.
     """
-
-    def __init__(self, kinds: list[tuple[int, int]], counts: np.ndarray, context: int, budget: int) -> None:
-        self.kinds, self.context, self.budget = kinds, context, budget
-        self.count = counts.tolist()
-        self.by_length: dict[int, list[int]] = defaultdict(list)  # kinds, fewest images last
-        for kind, (length, _) in enumerate(kinds):
-            if self.count[kind]:
-                self.by_length[length].append(kind)
-        self.bits = sum(1 << length for length in self.by_length)
-        self.mirror = sum(1 << context - length for length in self.by_length)
-        # Fractions of the golden ratio: wherever one stops, long and short ones were drawn in proportion.
-        spread = np.arange(1, counts.sum() + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        self.queue = np.repeat(np.arange(len(kinds)), counts)[np.argsort(spread)].tolist()
-        self.initial, self.size, self.made = list(self.count), len(self.queue), 0
-        self.plenty = self.plenty_mirror = 0
-        self.mean = sum(n * kinds[k][0] for k, n in enumerate(self.count)) / max(1, len(self.queue))
-
-    def bins(self, exact: bool) -> Iterator[list[int]]:
-        """The kinds in each bin; `exact` stops when some were not full, and leaves what is left."""
-        left, failed = self.size, 0
-        while self.bits:
-            if not self.made % _REVIEW:
-                self._review(left)
-            members, tokens = self._bin()
-            self.made += 1
-            if exact and tokens > self.context // 256:
-                failed += 1
-                for kind in members:
-                    self._put_back(kind)
-                self.queue[:0] = members
-                if failed > _TRIES:
-                    return
-                continue
-            left -= len(members)
+    items = np.repeat(np.arange(len(kinds)), counts)
+    common, viable = _common(kinds, counts, context)
+    waiting: dict[int, list[tuple[list[int], int]]] = defaultdict(list)  # by free tokens: kinds, free images
+    growing: list[tuple[list[int], int, int]] = []  # kinds, free tokens, free images
+    for kind in np.random.default_rng(0).permutation(items).tolist():
+        length, count = kinds[kind]
+        if (same := waiting.get(length)) and same[-1][1] >= count:
+            yield [*same.pop()[0], kind]
+            continue
+        suits = (
+            place
+            for place, (_, tokens, free) in enumerate(growing)
+            if length <= tokens and count <= free and viable[tokens - length]
+        )
+        if (place := next(suits, None)) is not None:
+            members, tokens, free = growing.pop(place)
+        elif len(growing) < _GROWING and viable[context - length]:
+            members, tokens, free = [], context, images_per_row
+        else:
+            continue
+        members.append(kind)
+        tokens, free = tokens - length, free - count
+        if not tokens:
             yield members
+        elif common[tokens]:
+            waiting[tokens].append((members, free))
+        else:
+            growing.append((members, tokens, free))
 
-    def _review(self, left: int) -> None:
-        """Find the lengths of which more than their share is left: taken first, they keep the rare ones for the end."""
-        lengths = {
-            self.kinds[kind][0]
-            for kind, (now, before) in enumerate(zip(self.count, self.initial, strict=True))
-            if now and now * self.size >= before * left
-        }
-        self.plenty = sum(1 << length for length in lengths)
-        self.plenty_mirror = sum(1 << self.context - length for length in lengths)
 
-    def _take(self, kind: int) -> None:
-        self.count[kind] -= 1
-        if not self.count[kind]:
-            length = self.kinds[kind][0]
-            self.by_length[length].remove(kind)
-            if not self.by_length[length]:
-                del self.by_length[length]
-                self.bits ^= 1 << length
-                self.mirror ^= 1 << self.context - length
-
-    def _bin(self) -> tuple[list[int], int]:
-        """(kinds, free tokens) of one bin: some as they come, three that fit, and what else fits, longest first."""
-        members: list[int] = []
-        later: list[int] = []
-        tokens, images, tries = self.context, self.budget, 0
-        while self.queue and tries < _TRIES:
-            kind = self.queue.pop()
-            length, count = self.kinds[kind]
-            if not self.count[kind]:
-                continue  # taken as part of a pair
-            closing = tokens < _CLOSING * self.mean
-            tries += closing
-            if length > tokens or count > images:
-                later.append(kind)
-                tries += not closing
-                continue
-            self._take(kind)
-            rest = self._rest(tokens - length, images - count) if closing else ()
-            if closing and not rest and tokens != length:
-                self._put_back(kind)
-                later.append(kind)
-                continue
-            members += (kind, *rest)
-            tokens -= length + sum(self.kinds[k][0] for k in rest)
-            images -= count + sum(self.kinds[k][1] for k in rest)
-            if closing:
-                break
-        while (fitting := self.bits & (2 << tokens) - 1) and (kind := self._largest(fitting, images)) is not None:
-            members.append(kind)
-            self._take(kind)
-            tokens -= self.kinds[kind][0]
-            images -= self.kinds[kind][1]
-        self.queue += reversed(later)
-        return members, tokens
-
-    def _put_back(self, kind: int) -> None:
-        self.count[kind] += 1
-        if self.count[kind] == 1:
-            length = self.kinds[kind][0]
-            self.by_length[length] = sorted([*self.by_length.get(length, ()), kind])
-            self.bits |= 1 << length
-            self.mirror |= 1 << self.context - length
-
-    def _rest(self, tokens: int, images: int) -> tuple[int, ...]:
-        """Two kinds, taken, of exactly so many tokens and at most so many images; () where none are found."""
-        if tokens <= 0:
-            return ()
-        shift = self.context - tokens
-        found = self.plenty & self.plenty_mirror >> shift or self.bits & self.mirror >> shift
-        found &= (2 << tokens) - (1 << tokens // 2)  # each pair by its longer one
-        for _ in range(_TRIES):
-            if not found:
-                break
-            long = (found & -found).bit_length() - 1
-            found &= found - 1
-            both = [self.by_length.get(length) for length in (long, tokens - long)]
-            if not all(both):
-                continue  # used up since the last review
-            kinds = [same[-1] for same in both]
-            enough = kinds[0] != kinds[1] or self.count[kinds[0]] > 1
-            if enough and sum(self.kinds[kind][1] for kind in kinds) <= images:
-                for kind in kinds:
-                    self._take(kind)
-                return tuple(kinds)
-        return ()
-
-    def _largest(self, fitting: int, images: int) -> int | None:
-        """The longest kind among these lengths with at most so many images, where a few looks find it."""
-        for _ in range(_TRIES):
-            if not fitting:
-                break
-            length = fitting.bit_length() - 1
-            if self.kinds[self.by_length[length][-1]][1] <= images:
-                return self.by_length[length][-1]
-            fitting ^= 1 << length
-        return None
+def _common(kinds: list[tuple[int, int]], counts: np.ndarray, context: int) -> tuple[list[bool], list[bool]]:
+    """By length, whether its items are many enough to be waited for, and whether such lengths add up to it."""
+    number = np.bincount([length for length, _ in kinds], counts, context + 1)
+    common = number * _RARE > number.max()
+    some = np.flatnonzero(common)
+    viable = np.zeros(context + 1, bool)
+    viable[0] = True
+    for tokens in range(1, context + 1):
+        viable[tokens] = viable[tokens - some[: np.searchsorted(some, tokens, "right")]].any()
+    return common.tolist(), viable.tolist()
 
 
 def _first(heap: list[Run]) -> int:
@@ -291,7 +206,8 @@ def _bins(order: np.ndarray, placed: list[tuple[int, int, int]]) -> Bins:
     n, total = len(order), bins * items
     bin_of = (np.arange(n) - np.repeat(np.cumsum(total) - total, total)) // np.repeat(items, total)
     bin_of += np.repeat(first, total)
-    key = np.sort(bin_of * n + order)
-    bin_of = key // max(n, 1)
+    numbers = int(order.max()) + 1 if n else 1
+    key = np.sort(bin_of * numbers + order)
+    bin_of = key // numbers
     count = int(bin_of[-1]) + 1 if n else 0
-    return np.searchsorted(bin_of, np.arange(count + 1)), key - bin_of * n
+    return np.searchsorted(bin_of, np.arange(count + 1)), key - bin_of * numbers

@@ -6,6 +6,8 @@ counts and the fingerprint. It appears whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -15,7 +17,8 @@ import shutil
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -37,6 +40,8 @@ TFDS_SPLIT = "samples"
 SHARD_SIZE = 4096
 """Samples a shard: about 200 MB at the usual 50 KB an image."""
 
+_HASHED_AT_ONCE = 16
+"""Records that are handed to the hashing thread together: each change of threads costs as much as hashing one."""
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _TEXT_FIELDS = ("id", "source", "split", "kind", "question", "answer")
 _DESCRIPTION = (
@@ -93,11 +98,14 @@ def write_shard(folder: Path, shard: str, samples: Iterable[Sample]) -> int:
     kinds: Counter[str] = Counter()
     origins: Counter[str] = Counter()
     ids: dict[str, None] = {}
-    digests = bytearray()
+    digests: list[Future[bytes]] = []
+    waiting: list[bytes] = []
     images = size = 0
     # group_size 1: each record is found and read alone, as random access wants. snappy: images do not compress, and
     # zstd, the default, took four times as long on VQA-RAD's for 2 % less.
     writer = ArrayRecordWriter(str(part), "group_size:1,snappy")
+    # hashing is half of the work beside reading, and lets other threads run
+    hasher = ThreadPoolExecutor(1)
     try:
         for sample in samples:
             check_sample(sample)
@@ -105,14 +113,22 @@ def write_shard(folder: Path, shard: str, samples: Iterable[Sample]) -> int:
                 raise UserError(f"sample id {sample.id!r} occurs twice: ids must be unique in a dataset")
             ids[sample.id] = None
             record = _to_record(sample)
-            writer.write(record)
-            digests += hashlib.sha256(record).digest()
+            with _disk_errors():
+                writer.write(record)
+            waiting.append(record)
+            if len(waiting) == _HASHED_AT_ONCE:
+                if digests:
+                    digests[-1].result()  # or records would pile up in memory
+                digests.append(hasher.submit(_digests, waiting))
+                waiting = []
             kinds[sample.kind] += 1
             origins[f"{sample.source}/{sample.split}"] += 1
             images += len(sample.images)
             size += len(record)
     finally:
-        writer.close()
+        with _disk_errors():
+            writer.close()
+        hasher.shutdown()
     if ids:
         os.replace(part, file)
     else:
@@ -124,15 +140,25 @@ def write_shard(folder: Path, shard: str, samples: Iterable[Sample]) -> int:
         "kinds": kinds,
         "origins": origins,
         "ids": list(ids),
-        "digests": digests.hex(),
+        "digests": b"".join((*(some.result() for some in digests), _digests(waiting))).hex(),
     }
     write_json(folder / f"{shard}.json", facts)
     return len(ids)
 
 
-def shard_done(folder: Path, shard: str) -> bool:
-    """Whether `write_shard` finished this shard."""
-    return (folder / f"{shard}.json").is_file()
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    """The writer's RuntimeErrors as what they are: a disk that is full, or fails."""
+    try:
+        yield
+    except RuntimeError as error:
+        code = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+        raise OSError(code, f"{os.strerror(code)}: {_one_line(error)}") from error
+
+
+def _digests(records: list[bytes]) -> bytes:
+    """Their SHA-256s, one after the other."""
+    return b"".join(hashlib.sha256(record).digest() for record in records)
 
 
 def join_shards(
@@ -255,6 +281,10 @@ def _to_record(sample: Sample) -> bytes:
     pieces: list[bytes] = []
     total = 0
     for key, head in _FIELD_HEADS:
+        if len(encoded[key]) == 1 and (n := len(encoded[key][0])) < 100:  # as below, all sizes in one byte
+            pieces += (bytes((10, len(head) + n + 6)), head, bytes((18, n + 4, 10, n + 2, 10, n)), encoded[key][0])
+            total += len(head) + n + 8
+            continue
         held: list[bytes] = []
         for value in encoded[key]:
             held += (b"\n", _varint(len(value)), value)
@@ -268,7 +298,7 @@ def _to_record(sample: Sample) -> bytes:
 
 
 def _varint(number: int) -> bytes:
-    if number < 0x80:
+    if number < len(_SHORT_VARINTS):
         return _SHORT_VARINTS[number]
     digits = bytearray()
     while number > 0x7F:
@@ -278,7 +308,8 @@ def _varint(number: int) -> bytes:
     return bytes(digits)
 
 
-_SHORT_VARINTS = [bytes([number]) for number in range(0x80)]
+_SHORT_VARINTS: list[bytes] = []
+_SHORT_VARINTS += [_varint(number) for number in range(4096)]
 _FIELD_HEADS = [
     (key, b"\n" + bytes([len(key)]) + key.encode())
     for key in sorted((*_TEXT_FIELDS, "turns", "meta", "options", "images"))

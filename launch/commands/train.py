@@ -39,9 +39,11 @@ def train(args: argparse.Namespace) -> None:
     if args.profile < 0:
         raise UserError("--profile counts steps: it must not be negative")
     accelerator.start(args)
+    from data_prep.steps import open_for_training
     from infimed_jax.train.loop import train
     from launch.progress import StepProgress
 
+    open_for_training(config.data.dataset)
     with StepProgress(config.train.stage) as progress:
         result = train(config, on_step=progress.update, profile_steps=args.profile)
     print(
@@ -58,8 +60,8 @@ def grpo(args: argparse.Namespace) -> None:
     accelerator.start(args)
     import jax
 
+    from data_prep.steps import open_for_training
     from infimed_jax.data.chat import load_tokenizer
-    from infimed_jax.data.storage import open_samples
     from infimed_jax.models.infimed import abstract_params
     from infimed_jax.rl.grpo import grpo
     from infimed_jax.sharding import run_mesh
@@ -68,7 +70,7 @@ def grpo(args: argparse.Namespace) -> None:
     from infimed_jax.train.state import on_mesh
     from launch.progress import StepProgress
 
-    samples, tokenizer = open_samples(config.data.dataset), load_tokenizer(config.data.tokenizer)
+    samples, tokenizer = open_for_training(config.data.dataset), load_tokenizer(config.data.tokenizer)
     with jax.set_mesh(run_mesh(config)), StepProgress("grpo") as progress:
         params, before = load_params(config.train.init_from, on_mesh(abstract_params(config.model)))
         check_tokenizer(config, before, tokenizer)

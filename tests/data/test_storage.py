@@ -1,6 +1,7 @@
 """Prepared datasets: exact round trips, TFDS as the independent reader, and damage that is seen."""
 
 import dataclasses
+import errno
 import json
 import pickle
 import subprocess
@@ -85,7 +86,6 @@ def test_shards_written_apart_and_in_any_order_are_the_same_dataset(tmp_path):
     part.mkdir()
     for number in (2, 0, 3, 1):
         storage.write_shard(part, f"{number}", rows[number * 3 : number * 3 + 3])
-    assert [storage.shard_done(part, f"{number}") for number in range(5)] == [True] * 4 + [False]
     joined = storage.join_shards(part, ["0", "1", "2", "3"], name="toy")  # the last one is empty
     assert joined == whole
     assert list(open_samples(part)) == rows
@@ -235,3 +235,22 @@ def test_survives_pickling_for_worker_processes(tmp_path):
     read = open_samples(tmp_path / "d")
     assert read[1] == make_sample(1)
     assert pickle.loads(pickle.dumps(read))[2] == make_sample(2)
+
+
+def test_a_disk_that_fills_is_told_as_one(tmp_path, monkeypatch):
+    class Full:
+        """What ArrayRecord's writer does where nothing can be written."""
+
+        def __init__(self, path, options):
+            pass
+
+        def write(self, record):
+            pass
+
+        def close(self):
+            raise RuntimeError("write() failed: No space left on device; writing shard")
+
+    monkeypatch.setattr(storage, "ArrayRecordWriter", Full)
+    with pytest.raises(OSError, match="No space left") as error:
+        write_samples(tmp_path / "set", [make_sample(0)], name="toy")
+    assert error.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from html.parser import HTMLParser
 
-from PIL import Image
+from PIL import Image, ImageColor
 
 from data_prep.inspect import write_inspection
 from data_prep.tokenizer import make_tokenizer
@@ -38,7 +39,7 @@ class Page(HTMLParser):
 
 def test_page(tmp_path):
     buffer = io.BytesIO()
-    Image.new("RGB", (9, 9)).save(buffer, "PNG")
+    Image.new("RGB", (9, 9), (1, 2, 3)).save(buffer, "PNG")
     rows = [
         Sample(f"{HOSTILE}{i}", "toy", "train", "chat", (buffer.getvalue(), b"broken"),
                (Turn("user", (0, HOSTILE, 1)), Turn("assistant", (f"{HOSTILE} learnt",))))
@@ -48,11 +49,15 @@ def test_page(tmp_path):
     samples = open_samples(tmp_path / "set")
     tokenizer = load_tokenizer(make_tokenizer(["learnt"] * 3, tmp_path / "tok", vocab_size=330))
     index = build_index(samples, tokenizer, config.Data(context=1024, images_per_row=6), MODEL, tmp_path / "p")
-    write_inspection(samples, index, tokenizer, 4, tmp_path / "page.html", rows=9)
+    picture = write_inspection(samples, index, tokenizer, 4, tmp_path / "page.html", rows=9)
     page = Page()
     page.feed((tmp_path / "page.html").read_text(encoding="utf-8"))
     images = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
     assert len(images) == 3 and all(source.startswith("data:image/jpeg;base64,") for source in images)
     assert "script" not in {tag for tag, _ in page.tags}
     assert sum(f"{HOSTILE} learnt" in text for text in page.learnt) == 3
+    colours = Counter(Image.open(picture).convert("RGB").get_flattened_data())
+    for colour in ("#4477aa", "#ee6677", "#228833", "#b9e5c3", "#e4e4e4"):  # three samples, loss, padding
+        assert colours[ImageColor.getrgb(colour)] > 300
+    assert colours[1, 2, 3] == 3 * 224 * 224  # every pixel of the three images
     assert sum("truncated" in text or "not a supported image" in text for text in page.texts) == 3

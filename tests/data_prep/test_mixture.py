@@ -118,7 +118,7 @@ def test_groups_are_balanced_by_the_scarcer_one(parts, tmp_path):
 
 def test_a_test_set_is_no_part(parts, tmp_path, monkeypatch):
     monkeypatch.setitem(SOURCES, "mine", replace(SOURCES["vqa_rad"], name="mine", training_allowed=False))
-    with pytest.raises(UserError, match="b holds mine/train, which is for evaluation only"):
+    with pytest.raises(UserError, match="b holds mine/train, for evaluation only"):
         mix([Part(folder) for folder in parts], tmp_path / "mix", 0)
 
 

@@ -45,10 +45,10 @@ def test_round_trip_is_exact(exported):
     rows = list(read_rows(folder / "rows.jsonl"))
     assert [[s.id for s in row] for row in rows] == [[samples[int(n)].id for n in index.row(r)[0]]
                                                     for r in range(index.rows)]  # fmt: skip
-    report = import_json(folder / "rows.jsonl", folder / "back", "toy")
+    report = import_json([folder / "rows.jsonl"], folder / "back", "toy")
     assert report["samples"] == 23
     assert sorted(open_samples(folder / "back"), key=lambda s: s.id) == sorted(samples, key=lambda s: s.id)
-    assert import_json(folder / "rows.jsonl", folder / "back", "toy") == report
+    assert import_json([folder / "rows.jsonl"], folder / "back", "toy") == report
 
 
 def test_the_layout_is_the_papers(exported):
@@ -68,8 +68,37 @@ def test_broken_lines_are_named_and_leave_nothing(exported, line):
     _, _, folder = exported
     with (folder / "rows.jsonl").open("a", encoding="latin-1") as file:
         file.write(line + "\n")
-    with pytest.raises(UserError, match=r"rows\.jsonl, line \d+ is no packed row"):
-        import_json(folder / "rows.jsonl", folder / "back", "toy")
+    with pytest.raises(UserError, match=r"rows\.jsonl: (rows\.jsonl line|row) \d+ is no packed row"):
+        import_json([folder / "rows.jsonl"], folder / "back", "toy")
     assert not (folder / "back").exists()
     with pytest.raises(UserError, match="does not exist"):
-        import_json(folder / "nowhere", folder / "back", "toy")
+        import_json([folder / "nowhere"], folder / "back", "toy")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_list_of_rows_and_one_row_alone_are_read_too(exported, indent):
+    _, _, folder = exported
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    listed = folder / "list.json"
+    listed.write_text(json.dumps(rows, indent=indent))
+    assert list(read_rows(listed)) == list(read_rows(folder / "rows.jsonl"))
+    alone = folder / "row.json"
+    alone.write_text(json.dumps(rows[0], indent=indent))
+    assert list(read_rows(alone)) == list(read_rows(folder / "rows.jsonl"))[:1]
+    listed.write_text(json.dumps(rows, indent=indent)[:-2])
+    with pytest.raises(UserError, match=r"list\.json ends inside of its list"):
+        import_json([listed], folder / "back", "toy")
+    assert not (folder / "back").exists()
+
+
+def test_several_files_become_one_dataset_and_an_id_twice_is_refused(exported):
+    _, _, folder = exported
+    lines = (folder / "rows.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    files = [folder / "a.jsonl", folder / "b.jsonl"]
+    for file, part in zip(files, (lines[:2], lines[2:]), strict=True):
+        file.write_text("\n".join(part), encoding="utf-8")
+    import_json(files, folder / "back", "toy")
+    import_json([folder / "rows.jsonl"], folder / "one", "toy")
+    assert open_samples(folder / "back").fingerprint == open_samples(folder / "one").fingerprint
+    with pytest.raises(UserError, match="occurs twice"):
+        import_json([files[0], files[0]], folder / "twice", "toy")

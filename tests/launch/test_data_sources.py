@@ -54,4 +54,5 @@ def test_options_reach_the_source(tmp_path, capsys):
     arguments = ["--source", "llava_json", "--input", str(tmp_path), "--output", str(tmp_path.parent / "out")]
     assert main(["data", "ingest", *arguments, "--split", "train", "--option", "annotations=mine.json"]) == 0
     printed = capsys.readouterr().out
-    assert '"annotations": "mine.json"' in printed and "SECRET" not in printed
+    assert printed.startswith("train: 1 samples, unknown\n") and "SECRET" not in printed
+    assert json.loads((tmp_path.parent / "out" / "train.json").read_text())["options"] == {"annotations": "mine.json"}

@@ -13,7 +13,7 @@ import pytest
 
 from data_prep.quality.rubric import DIMENSIONS
 from infimed_jax.data.storage import write_samples
-from launch import run
+from launch import accelerator, run
 from tests.data_prep import loopback as lo
 from tests.data_prep.samples import caption, question
 
@@ -132,3 +132,24 @@ def test_what_is_no_dataset_is_told(tmp_path, step):
     code, _, err = call(step, "--input", tmp_path / "nothing", "--output", tmp_path / "out", *extra)
     assert code == 2 and "holds no prepared dataset" in err[0]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("data", "reflect", "--output", "out", *ENDPOINT, "http://127.0.0.1:9", "--input", "in"),
+        ("data", "difficulty", "--output", "out", "--checkpoint", "/no/run", "--input", "in"),
+        ("data", "pack", "data.dataset=in"),
+        ("data", "export-json", "--output", "out", "data.dataset=in"),
+        ("train", "data.dataset=in", "train.output=out"),
+        ("grpo", "data.dataset=in", "train.output=out", "--init-from", "/no/run"),
+    ],
+)
+def test_a_test_set_is_never_learnt_from(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(accelerator, "start", lambda args: None)
+    write_samples(tmp_path / "in", [question(0), question(1, "medxpertqa_mm")], name="d")
+    assert run.main(list(command)) == 2
+    error = capsys.readouterr().err
+    assert "in holds medxpertqa_mm/train, for evaluation only" in error and error.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["in"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.commands.arguments import add_command
-from launch.commands.data.engines import add_engine, engine_of
+from launch.commands.data.engines import add_engine, bar, engine_of
 
 
 def add(steps: argparse._SubParsersAction) -> None:
@@ -37,7 +37,6 @@ def _add_folders(parser: argparse.ArgumentParser) -> None:
 
 def filter_(args: argparse.Namespace) -> None:
     from data_prep.filters import Rules, excluded_sources, filter_dataset
-    from launch.progress import StepProgress
 
     rules = Rules(
         refusals=not args.keep_refusals,
@@ -45,18 +44,17 @@ def filter_(args: argparse.Namespace) -> None:
         languages=tuple(args.language),
         excluded=excluded_sources(args.assessment) if args.assessment else (),
     )
-    with StepProgress("filter") as progress:
-        report = filter_dataset(args.input, args.output, rules, engine=engine_of(args), on_progress=_bar(progress))
+    with bar("filter") as told:
+        report = filter_dataset(args.input, args.output, rules, engine=engine_of(args), on_progress=told)
     _print_removed(report)
     print(f"Outputs: {args.output}, {args.output}.json")
 
 
 def decontaminate_(args: argparse.Namespace) -> None:
     from data_prep.decontaminate import decontaminate
-    from launch.progress import StepProgress
 
-    with StepProgress("decontaminate") as progress:
-        report = decontaminate(args.input, args.test, args.output, engine=engine_of(args), on_progress=_bar(progress))
+    with bar("decontaminate") as told:
+        report = decontaminate(args.input, args.test, args.output, engine=engine_of(args), on_progress=told)
     _print_removed(report)
     affected = report["affected_counts"]
     print(f"{affected['any']:,} of {report['test_samples']:,} test questions are affected: {affected['image']:,} by "
@@ -66,26 +64,16 @@ def decontaminate_(args: argparse.Namespace) -> None:
 
 def mix_(args: argparse.Namespace) -> None:
     from data_prep.mixture import load_mixture, mix
-    from launch.progress import StepProgress
 
     mixture, missing = load_mixture(args.mixture, args.data, args.skip_missing)
-    with StepProgress("mix") as progress:
+    with bar("mix") as told:
         report = mix(
-            mixture.parts,
-            args.output,
-            args.seed,
-            balance=mixture.balance,
-            engine=engine_of(args),
-            on_progress=_bar(progress),
+            mixture.parts, args.output, args.seed, balance=mixture.balance, engine=engine_of(args), on_progress=told
         )
     _print_parts(report)
     for folder in missing:
         print(f"missing, so left out: {folder}")
     print(f"Outputs: {args.output}, {args.output}.json")
-
-
-def _bar(progress):
-    return lambda done, total: progress.update(done, total, {})
 
 
 def _print_removed(report: dict[str, Any]) -> None:

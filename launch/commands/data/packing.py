@@ -6,28 +6,30 @@ import argparse
 from pathlib import Path
 
 from launch.commands.arguments import add_command, add_settings
+from launch.commands.data.engines import add_engine, bar, engine_of
 
 
 def add(steps: argparse._SubParsersAction) -> None:
     p = add_command(steps, "pack", pack, "Write the packing index of data.dataset beside its shards; print the fill.")
     add_settings(p)
-    p = add_command(steps, "inspect", inspect, "An HTML page of packed rows: images, tokens by loss and sample, fill.")
-    p.add_argument("--output", type=Path, required=True, help="an HTML file")
+    p = add_command(steps, "inspect", inspect, "Packed rows as HTML and PNG: images, tokens by loss and sample, fill.")
+    p.add_argument("--output", type=Path, required=True, help="an HTML file; the PNG lies beside it")
     p.add_argument("--rows", type=int, default=3, help="[%(default)s]")
     add_settings(p)
     p = add_command(steps, "export-json", export_json, "The packed rows of data.dataset in the paper's JSON format.")
     p.add_argument("--output", type=Path, required=True, help="a file, one row a line")
     add_settings(p)
     p = add_command(steps, "import-json", import_json, "A prepared dataset from rows in the paper's JSON format.")
-    p.add_argument("--input", type=Path, required=True)
+    p.add_argument("--input", type=Path, action="append", required=True, help="a file of rows, repeatable")
     p.add_argument("--output", type=Path, required=True, help="folder of the prepared dataset")
     p.add_argument("--name", default="imported", help="the dataset's name [%(default)s]")
+    add_engine(p)
 
 
 def pack(args: argparse.Namespace) -> None:
     from infimed_jax.data.loader import index_folder
 
-    config, samples, index = _packed(args)
+    config, samples, index = _packed(args, training=True)
     print(f"{samples.folder}: {len(index.samples):,} samples in {index.rows:,} rows ({config.data.packing})")
     shapes = ", ".join(f"{tokens:,} tokens and {images} images" for tokens, images in index.buckets)
     print(f"  row shapes: {shapes}")
@@ -44,18 +46,18 @@ def inspect(args: argparse.Namespace) -> None:
 
     config, samples, index = _packed(args)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    write_inspection(samples, index, tokenizer, config.model.projector.visual_tokens, args.output, args.rows)
-    print(f"Outputs: {args.output}")
+    visual_tokens = config.model.projector.visual_tokens
+    picture = write_inspection(samples, index, tokenizer, visual_tokens, args.output, args.rows)
+    print(f"Outputs: {args.output}, {picture}")
 
 
 def export_json(args: argparse.Namespace) -> None:
     from data_prep.packed_json import export_json as write
     from infimed_jax.files import write_json
-    from launch.progress import StepProgress
 
-    _, samples, index = _packed(args)
-    with StepProgress("export") as progress:
-        rows = write(samples, index, args.output, lambda done, total: progress.update(done, total, {}))
+    _, samples, index = _packed(args, training=True)
+    with bar("export", "rows") as told:
+        rows = write(samples, index, args.output, told)
     dropped = index.dropped_by_reason()
     write_json(
         args.output.with_name(f"{args.output.name}.report.json"),
@@ -69,28 +71,25 @@ def export_json(args: argparse.Namespace) -> None:
 def import_json(args: argparse.Namespace) -> None:
     from data_prep.packed_json import import_json as read
 
-    print(f"{read(args.input, args.output, args.name)['samples']:,} samples")
-    print(f"Outputs: {args.output}")
+    with bar("import", "files") as told:
+        report = read(args.input, args.output, args.name, engine=engine_of(args), on_progress=told)
+    print(f"{report['samples']:,} samples")
+    print(f"Outputs: {args.output}, {args.output}.json")
 
 
-def _packed(args: argparse.Namespace):
+def _packed(args: argparse.Namespace, training: bool = False):
+    """The dataset with its index; what is made for `training` must not come from test sets."""
     from infimed_jax.config import load
 
     config = load(args.config, args.settings)
+    from data_prep.steps import open_for_training
     from infimed_jax.data.chat import load_tokenizer
     from infimed_jax.data.loader import index_folder
     from infimed_jax.data.packing import build_index
     from infimed_jax.data.storage import open_samples
-    from launch.progress import StepProgress
 
-    samples, tokenizer = open_samples(config.data.dataset), load_tokenizer(config.data.tokenizer)
-    with StepProgress("render") as progress:
-        index = build_index(
-            samples,
-            tokenizer,
-            config.data,
-            config.model,
-            index_folder(samples),
-            lambda done, total: progress.update(done, total, {}),
-        )
+    samples = (open_for_training if training else open_samples)(config.data.dataset)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    with bar("render", "samples") as told:
+        index = build_index(samples, tokenizer, config.data, config.model, index_folder(samples), told)
     return config, samples, index

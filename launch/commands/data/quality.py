@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from launch.commands.arguments import add_command, add_settings
+from launch.commands.data.engines import add_engine, bar, engine_of
 from launch.commands.endpoint import add_endpoint, endpoint_of
 
 
@@ -57,6 +56,7 @@ def add(steps: argparse._SubParsersAction) -> None:
     p.add_argument("--input", type=Path, required=True, help="a prepared dataset")
     p.add_argument("--output", type=Path, required=True, help="the dataset to be written")
     p.add_argument("--mode", choices=("flag", "mask"), default="mask", help="[%(default)s]")
+    add_engine(p)
 
 
 def assess(args: argparse.Namespace) -> None:
@@ -64,8 +64,8 @@ def assess(args: argparse.Namespace) -> None:
     from data_prep.quality.assess import Plan, assess
 
     plan = Plan(samples=args.samples, threshold=args.threshold, max_tokens=args.max_tokens, seed=args.seed)
-    with _progress("assess") as progress:
-        result = assess(args.input, args.output, endpoint, plan, cache=args.cache, on_progress=progress)
+    with bar("assess") as told:
+        result = assess(args.input, args.output, endpoint, plan, cache=args.cache, on_progress=told)
     for name, row in result["sources"].items():
         print(f"{name}: {'keep' if row['keep'] else 'exclude'} ({row['reason']}; {row['n']} of {row['drawn']} rated)")
     _tell_account(result["account"])
@@ -84,8 +84,8 @@ def reflect(args: argparse.Namespace) -> None:
         sparse_words=args.sparse_words,
         seed=args.seed,
     )
-    with _progress("reflect") as progress:
-        result = reflect(args.input, args.output, endpoint, plan, cache=args.cache, on_progress=progress)
+    with bar("reflect") as told:
+        result = reflect(args.input, args.output, endpoint, plan, cache=args.cache, on_progress=told)
     print(f"{result['reached']:,} of {result['questions']:,} questions reached their answer; "
           f"patterns: {_counts(result['patterns'])}; draws rejected: {_counts(result['rejected'])}; "
           f"left out: {_counts(result['left_out'] | result['failed'])}")  # fmt: skip
@@ -97,6 +97,7 @@ def difficulty(args: argparse.Namespace) -> None:
     import jax
 
     from data_prep.difficulty import Plan, fingerprint, measure
+    from data_prep.steps import open_for_training
     from infimed_jax.config import Config, from_dict, with_overrides
     from infimed_jax.data.chat import load_tokenizer
     from infimed_jax.models.compute import Compute
@@ -105,9 +106,10 @@ def difficulty(args: argparse.Namespace) -> None:
     from infimed_jax.train.checkpoint import load_params
 
     plan = Plan(args.draws, args.low, args.high, args.between, args.extreme, args.seed)
+    open_for_training(args.input)  # before gigabytes of weights are read
     params, metadata = load_params(args.checkpoint)
     config = from_dict(Config, with_overrides(metadata["config"], args.settings))
-    with jax.set_mesh(make_mesh(config.mesh)), _progress("difficulty") as progress:
+    with jax.set_mesh(make_mesh(config.mesh)), bar("difficulty") as told:
         result = measure(
             args.input,
             args.output,
@@ -116,7 +118,7 @@ def difficulty(args: argparse.Namespace) -> None:
             weights=sampler_weights(params, config.model, Compute.of(config.train).dtype),
             checkpoint=fingerprint(params),
             tokenizer=load_tokenizer(config.data.tokenizer),
-            on_progress=progress,
+            on_progress=told,
         )
     print(f"{result['questions']:,} questions, {result['mean_right']:.1%} of the answers right; "
           f"questions with 0, 1, 2, … right: {' '.join(map(str, result['histogram']))}; "
@@ -127,26 +129,12 @@ def difficulty(args: argparse.Namespace) -> None:
 def scrub(args: argparse.Namespace) -> None:
     from data_prep.privacy import scrub
 
-    with _progress("scrub") as progress:
-        result = scrub(
-            args.input,
-            args.output,
-            args.mode,
-            on_progress=lambda done, total: progress(done, total, f"{done}/{total} shards"),
-        )
+    with bar("scrub") as told:
+        result = scrub(args.input, args.output, args.mode, engine=engine_of(args), on_progress=told)
     print(f"{args.mode}: {_counts(result['found'])} in {result['samples_with_findings']:,} samples")
     print(f"left out: {_counts(result['left_out'])}; in metadata, left alone: {_counts(result['metadata'])}")
     print(result["note"])
     print(f"Outputs: {args.output}, {args.output}.json")
-
-
-@contextlib.contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    from launch.progress import ChainProgress
-
-    with ChainProgress({title: 1.0}) as chain:
-        chain.begin(title)
-        yield lambda done, total, note: chain.update(done / max(total, 1), note)
 
 
 def _counts(values: dict[str, int]) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from infimed_jax.errors import UserError
 from launch.commands.arguments import add_command
-from launch.commands.data.engines import add_engine, engine_of
+from launch.commands.data.engines import add_engine, bar, engine_of
 
 
 def add(steps: argparse._SubParsersAction) -> None:
@@ -98,16 +97,21 @@ def _yes(value: bool) -> str:
 def ingest(args: argparse.Namespace) -> None:
     from data_prep.pipeline import ingest as prepare
 
-    report = prepare(
-        args.source,
-        args.input,
-        args.output,
-        args.split or (),
-        options=_options(args.option),
-        engine=engine_of(args),
-    )
-    print(json.dumps(report, indent=1, ensure_ascii=False))
-    print(f"Outputs: {args.output}")
+    with bar("ingest") as told:
+        reports = prepare(
+            args.source,
+            args.input,
+            args.output,
+            args.split or (),
+            options=_options(args.option),
+            engine=engine_of(args),
+            on_progress=lambda split, done, total: told(done, total, f"{split}: {done:,} records" * (not total)),
+        )
+    for split, report in reports.items():
+        print(f"{split}: {report['samples']:,} samples, {report['licence']}")
+        for reason, count in report["skipped"].items():
+            print(f"  skipped, {reason}: {count:,}")
+    print(f"Outputs: {', '.join(f'{args.output / split}, {args.output / split}.json' for split in reports)}")
 
 
 def _options(given: list[str]) -> dict[str, str]:

@@ -1,0 +1,139 @@
+"""Data steps against what they cannot beat: ingest against reading and hashing the same files, packing against time.
+
+    python benchmarks/data.py ingest --work /tmp/bench_data
+    python benchmarks/data.py pack
+
+Each prints its table and writes it as JSON (`--output`). Rounds alternate, so that other load falls on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import shutil
+import statistics
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data_prep.engine import Engine
+from data_prep.pipeline import ingest
+from infimed_jax.data.bins import first_fit_decreasing, least_bins, minimum_bin_slack
+from infimed_jax.files import write_json
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("data_benchmark.json"))
+    steps = parser.add_subparsers(required=True)
+    p = steps.add_parser("ingest")
+    p.add_argument("--work", type=Path, required=True, help="a new folder, deleted at the end")
+    p.add_argument("--images", type=int, default=4000)
+    p.add_argument("--rounds", type=int, default=5)
+    p.set_defaults(run=measure_ingest)
+    p = steps.add_parser("pack")
+    p.add_argument("--samples", type=int, nargs="+", default=[1_000_000, 10_000_000])
+    p.set_defaults(run=measure_packing)
+    args = parser.parse_args()
+    rows = args.run(args)
+    for row in rows:
+        print(json.dumps(row))
+    write_json(args.output, rows)
+    print(f"Outputs: {args.output}")
+
+
+def measure_ingest(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """JPEGs of about 50 KB beside a JSON file, and the same in eight tars; seconds and ratio of the medians."""
+    folder, tars, out = args.work / "files", args.work / "tars", args.work / "out"
+    images = write_images(folder, args.images)
+    write_tars(tars, images, 8)
+    rows = []
+    for source, input, jobs in (("llava_json", folder, 1), ("datacomp", tars, 1), ("datacomp", tars, -1)):
+        files = images if source == "llava_json" else sorted(tars.iterdir())
+        reads, ingests = [], []
+        for _ in range(args.rounds):
+            reads.append(seconds(lambda files=files: [hashlib.sha256(file.read_bytes()).digest() for file in files]))
+            shutil.rmtree(out, ignore_errors=True)
+            ingests.append(
+                seconds(lambda: ingest(source, input, out, ["train"], engine=Engine(jobs=jobs)))  # noqa: B023
+            )
+        read, took = statistics.median(reads), statistics.median(ingests)
+        megabytes = sum(file.stat().st_size for file in files) / 1e6
+        rows.append({"source": source, "jobs": jobs, "samples": args.images, "megabytes": round(megabytes, 1),
+                     "read_and_hash_s": round(read, 3), "ingest_s": round(took, 3),
+                     "speed_of_reading_and_hashing": round(read / took, 3)})  # fmt: skip
+    shutil.rmtree(args.work)
+    return rows
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def write_images(folder: Path, count: int) -> list[Path]:
+    """Photographs' statistics do not matter here, their size does: each file is another one of 16, by a comment's
+    place in the scan's tables that is its own."""
+    rng = np.random.default_rng(0)
+    encoded = []
+    for _ in range(16):
+        grey = np.asarray(Image.fromarray(rng.integers(0, 256, (96, 96), np.uint8)).resize((640, 640)))
+        buffer = io.BytesIO()
+        Image.fromarray(grey).save(buffer, "JPEG", quality=90)
+        encoded.append(buffer.getvalue())
+    (folder / "images").mkdir(parents=True)
+    files, rows = [], []
+    for number in range(count):
+        files.append(folder / "images" / f"{number:06d}.jpg")
+        files[-1].write_bytes(encoded[number % 16])
+        turns = [{"from": "human", "value": "<image>\nWhat is seen?"}, {"from": "gpt", "value": f"Finding {number}."}]
+        rows.append({"id": str(number), "image": f"images/{files[-1].name}", "conversations": turns})
+    (folder / "train.json").write_text(json.dumps(rows))
+    return files
+
+
+def write_tars(folder: Path, images: list[Path], count: int) -> None:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        with tarfile.open(folder / f"{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for file in images[number::count]:
+                tar.add(file, file.name)
+                text = f"Finding of {file.stem}.".encode()
+                member = tarfile.TarInfo(f"{file.stem}.txt")
+                member.size = len(text)
+                tar.addfile(member, io.BytesIO(text))
+
+
+def measure_packing(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The paper's caption mix (144 image tokens and about 50 of text), and lengths that differ widely."""
+    rows = []
+    for count in args.samples:
+        rng = np.random.default_rng(0)
+        captions = 144 + np.clip(rng.lognormal(np.log(45), 0.45, count), 5, 1500).astype(int)
+        wide = np.clip(rng.lognormal(6, 0.8, count), 20, 4096).astype(int)
+        sets = {"captions": (captions, np.ones(count, int)), "wide": (wide, rng.integers(0, 9, count))}
+        for name, (lengths, images) in sets.items():
+            least = least_bins(lengths, images, 4096, 24)
+            for pack in (first_fit_decreasing, minimum_bin_slack):
+                began = time.perf_counter()
+                bins = len(pack(lengths, images, 4096, 24)[0]) - 1
+                took = time.perf_counter() - began
+                rows.append({"set": name, "samples": count, "packer": pack.__name__, "seconds": round(took, 2),
+                             "fill": round(lengths.sum() / 4096 / bins, 5),
+                             "bound": round(lengths.sum() / 4096 / least, 5)})  # fmt: skip
+    return rows
+
+
+if __name__ == "__main__":
+    main()
