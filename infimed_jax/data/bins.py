@@ -105,7 +105,7 @@ def minimum_bin_slack(lengths: np.ndarray, images: np.ndarray, context: int, ima
     left = np.diff(starts)
     placed: list[list[tuple[int, int, int]]] = [[] for _ in kinds]
     opened, copies = 0, max(1, len(order) // _SCALE)
-    while copies:
+    while copies and left.sum() <= 4 * _SCALE * copies:  # else the widely spread rest is not worth its time
         for members in _full_bins(kinds, left // copies, context, images_per_row):
             for kind in members:
                 placed[kind].append((opened, copies, 1))
