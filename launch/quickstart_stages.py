@@ -119,7 +119,8 @@ def _evaluation(
         params, _ = load_params(chain.run_folder(stage))
         config = chain.stage_config("grpo" if stage in ("grpo", "control") else stage)
         if sampled:
-            config = replace(config, sampling=replace(config.sampling, temperature=config.grpo.temperature))
+            temperature = chain.stage_config("grpo").grpo.temperature  # also of the stages before
+            config = replace(config, sampling=replace(config.sampling, temperature=temperature))
         evaluation = _evaluate(chain, config, params, samples, name, reasoning=stage in REASONING, image=image)
         summary = evaluation.summary()
         low, high = summary["interval"]
