@@ -8,7 +8,6 @@ the caller's JSON (configuration, fingerprint, stage history) and a checksum a l
 from __future__ import annotations
 
 import contextlib
-import functools
 import glob
 import math
 import shutil
@@ -18,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from infimed_jax.errors import UserError
 from infimed_jax.models import lora
+from infimed_jax.train.checksum import checksums, numpy_checksum
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run that holds its checkpoints, one folder a step."""
@@ -34,7 +33,6 @@ _PARAMETERS = ("trainable", "frozen", "params")
 _CHECKSUMS, _USER = "checksums", "metadata"
 READ_BYTES = 1 << 30
 """Parameters are read, and cast, in groups of at most so much."""
-_MIX = 0x9E3779B1
 _DISK_ERRORS = ("no space left", "file too large", "resource_exhausted", "disk quota", "permission denied")
 
 Metadata = dict[str, Any]
@@ -73,7 +71,7 @@ class Checkpoints:
         if self.latest_step() == step:
             return
         flat = _flatten(state)
-        custom = {_USER: metadata, _CHECKSUMS: _checksums(flat)}
+        custom = {_USER: metadata, _CHECKSUMS: checksums(flat)}
         with _disk_errors(self._describe(step)):
             self._pending = step, self._orbax.save_async(step, flat, custom_metadata=custom)
 
@@ -302,7 +300,7 @@ def _read(path: Path, stored: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} cannot be read, use an older one: {_one_line(error)}") from error
     leaves = {name: loaded[name] for name in wanted}
     expected = stored.custom_metadata[_CHECKSUMS]
-    for name, checksum in _checksums(leaves).items():
+    for name, checksum in checksums(leaves).items():
         if checksum != expected[name]:
             raise UserError(f"checkpoint {path} is damaged at {name} (its checksum differs): use an older one")
     return leaves
@@ -412,50 +410,6 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[last] = leaf
     return tree
-
-
-def _checksums(leaves: Mapping[str, Any]) -> dict[str, int]:
-    """Sum of every element's bits times an odd number drawn from its index, modulo 2^32.
-
-    An odd factor never loses a bit, so any single flip shows; integer sums do not depend on the order, so the value
-    is the same under every sharding, and each device reads only its own part.
-    """
-    on_device = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, jax.Array)}
-    sums = jax.device_get(_device_checksums(on_device))
-    return {name: int(sums[name] if name in sums else numpy_checksum(leaf)) for name, leaf in leaves.items()}
-
-
-@jax.jit
-def _device_checksums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: _device_checksum(leaf) for name, leaf in leaves.items()}
-
-
-def _device_checksum(x: jax.Array) -> jax.Array:
-    bits = jax.lax.bitcast_convert_type(x, _unsigned(x.dtype)).astype(jnp.uint32)
-    placed = jax.typeof(x).sharding
-    placed = None if placed.mesh.empty else placed  # each device numbers its own part
-
-    def add_axis(index: jax.Array, axis: int) -> jax.Array:
-        iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis, out_sharding=placed)
-        return index * jnp.uint32(x.shape[axis]) + iota
-
-    index = functools.reduce(add_axis, range(x.ndim), jnp.uint32(0))
-    return jnp.sum(bits * (index * jnp.uint32(_MIX) | jnp.uint32(1)), dtype=jnp.uint32)
-
-
-def numpy_checksum(x: np.ndarray) -> int:
-    """The same number on the host, a slab of at most 2^22 elements at a time."""
-    flat = np.ascontiguousarray(x).reshape(-1).view(_unsigned(x.dtype))
-    total = 0
-    for start in range(0, flat.size, 1 << 22):
-        slab = flat[start : start + (1 << 22)].astype(np.uint32)
-        index = np.arange(start, start + slab.size, dtype=np.uint64).astype(np.uint32)
-        total += int(np.sum(slab * (index * np.uint32(_MIX) | np.uint32(1)), dtype=np.uint64))
-    return total % (1 << 32)
-
-
-def _unsigned(dtype: Any) -> np.dtype:
-    return np.dtype({1: np.uint8, 2: np.uint16, 4: np.uint32}[np.dtype(dtype).itemsize])
 
 
 @contextlib.contextmanager

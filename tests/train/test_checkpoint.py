@@ -27,10 +27,10 @@ from infimed_jax.train.checkpoint import (
     Checkpoints,
     find_checkpoint,
     load_params,
-    numpy_checksum,
     open_params,
     save_params,
 )
+from infimed_jax.train.checksum import checksums, numpy_checksum
 from infimed_jax.train.optimizer import make_optimizer
 from infimed_jax.train.state import TrainState, abstract_like, init_state
 
@@ -254,7 +254,7 @@ def test_host_and_device_checksums_agree_and_every_flip_changes_them(x: np.ndarr
     bits = np.array(x, copy=True).reshape(-1).view(np.uint16 if half else np.uint32)
     # Bits go in as they are: jnp.asarray may quieten a signalling NaN on the way.
     device = jax.lax.bitcast_convert_type(jnp.asarray(bits), x.dtype).reshape(x.shape)
-    assert int(checkpoint._checksums({"x": device})["x"]) == numpy_checksum(x)
+    assert int(checksums({"x": device})["x"]) == numpy_checksum(x)
     flipped = bits.copy()
     flipped[data.draw(st.integers(0, bits.size - 1))] ^= bits.dtype.type(
         1 << data.draw(st.integers(0, 8 * bits.itemsize - 1))
