@@ -194,11 +194,3 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_process_local_data(sharding, x)
 
     return jax.tree.map(place, batch)
-
-
-def replicate(x: Any, mesh: Mesh) -> Any:
-    """Every leaf whole on every device; each process must give the same values."""
-    sharding = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(
-        lambda leaf: jax.make_array_from_callback(np.shape(leaf), sharding, np.asarray(leaf).__getitem__), x
-    )
