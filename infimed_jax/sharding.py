@@ -121,7 +121,16 @@ def gathered_spec(axes: LogicalAxes) -> PartitionSpec:
 
 def spec_of(x: jax.Array) -> tuple[Any, ...]:
     """The mesh axes of each dimension of `x`, as many entries as dimensions."""
-    return tuple(jax.typeof(x).sharding.spec)
+    return jax.typeof(x).sharding.spec.partitions
+
+
+def summed_once(x: jax.Array, axes: str | Sequence[str] | None) -> jax.Array:
+    """`x`, with its gradient kept as each device's own part of a sum over the mesh `axes` until all uses are added.
+
+    Where `x` meets operands that are split over `axes`, each use would else sum its gradient over the devices.
+    """
+    axes = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    return jax.sharding.reshard(x, PartitionSpec(*spec_of(x), reduced=frozenset(axes)))
 
 
 def reshape_rows(x: jax.Array, *shape: int) -> jax.Array:
@@ -185,11 +194,3 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_process_local_data(sharding, x)
 
     return jax.tree.map(place, batch)
-
-
-def replicate(x: Any, mesh: Mesh) -> Any:
-    """Every leaf whole on every device; each process must give the same values."""
-    sharding = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(
-        lambda leaf: jax.make_array_from_callback(np.shape(leaf), sharding, np.asarray(leaf).__getitem__), x
-    )

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="launch/run.py", description=__doc__.splitlines()[0])
     distributed.add_options(parser)
     commands.add_commands(parser.add_subparsers(dest="command", required=True, metavar="COMMAND"))
-    args = parser.parse_args(arguments)
+    args = parse(parser, arguments)
     configure_jax()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     for chatty in ("jax", "orbax", "tensorboardX", "matplotlib"):
@@ -62,6 +62,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {describe(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0
+
+
+def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """Settings may stand anywhere among the options; argparse takes the first group of them and leaves the rest."""
+    args, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(args, "settings") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.settings = [*args.settings, *rest]
+    return args
 
 
 def describe(error: Exception) -> str:

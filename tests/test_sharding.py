@@ -38,14 +38,6 @@ def test_a_batch_is_split_over_data_and_fsdp_and_keeps_its_values():
     np.testing.assert_array_equal(sharding.local_rows(4, mesh), np.arange(4))
 
 
-def test_replicate_keeps_values():
-    mesh = one_device_mesh()
-    tree = {"a": np.arange(3.0), "b": np.float32(2)}
-    placed = sharding.replicate(tree, mesh)
-    assert placed["a"].sharding.spec == PartitionSpec()
-    jax.tree.map(np.testing.assert_array_equal, placed, tree)
-
-
 def under(mesh, function, *arguments):
     with jax.sharding.use_abstract_mesh(mesh):
         return function(*arguments)

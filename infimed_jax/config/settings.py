@@ -141,7 +141,8 @@ class Data:
     threads: int = 2
     """Reader threads of this process."""
     max_bad_records: float = 0.01
-    """Share of unreadable records above which the run ends."""
+    """Share of unreadable records above which the run ends. Each process counts those of its own rows, and the first to
+    pass the limit ends the run for all."""
 
     def __post_init__(self) -> None:
         require(self.context >= 8, "data.context must be at least 8 tokens")

@@ -227,8 +227,9 @@ class Loader:
         if bad and self._bad_reads > limit * max(self._read, min(_PATIENCE, len(self._reader.index.samples))):
             name, reason = bad[-1]
             raise UserError(
-                f"{self._bad_reads} of {self._read} records of {self._reader.samples.folder} were bad (last: {name}, "
-                f"{reason}), more than data.max_bad_records={limit} allows: mend the dataset or raise the limit"
+                f"{self._bad_reads} of {self._read} records that this process read of {self._reader.samples.folder} "
+                f"were bad (last: {name}, {reason}), more than data.max_bad_records={limit} allows: "
+                "mend the dataset or raise the limit"
             )
 
     def report(self) -> dict[str, Any]:

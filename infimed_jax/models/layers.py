@@ -64,7 +64,8 @@ class Linear(nn.Module):
         out_axes = self.axes[contracted:]
         out = _contract(x, kernel, contracted, out_axes)
         if self.lora_scale and self.has_variable("params", "lora_a"):
-            low = _contract(x, self._adapter("lora_a", (*self.axes[:contracted], None)), contracted, (None,))
+            whole = jax.sharding.reshard(x, PartitionSpec(*spec_of(x)))  # the rank is not split as the outputs are
+            low = _contract(whole, self._adapter("lora_a", (*self.axes[:contracted], None)), contracted, (None,))
             out = out + self.lora_scale * _contract(low, self._adapter("lora_b", (None, *out_axes)), 1, out_axes)
         if self.bias:
             out = out + weight(self, "bias", self.outputs, out_axes, nn.initializers.zeros, self.dtype)

@@ -16,6 +16,7 @@ from infimed_jax.models.compute import Compute, scan_blocks
 from infimed_jax.models.layers import Linear, RMSNorm, normal_002, weight
 from infimed_jax.ops.attention import Mask, attention
 from infimed_jax.ops.rope import apply_rope, rope_tables
+from infimed_jax.sharding import summed_once
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 """(q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]), rotated and normed → (out [B,T,N,H], whatever the caller collects)."""
@@ -33,6 +34,7 @@ class SelfAttention(nn.Module):
         d, n, k, h = text.hidden_size, text.num_heads, text.num_kv_heads, text.head_dim
         linear = functools.partial(Linear, dtype=dtype, lora_scale=self.compute.lora_scale)
         axes = ("embed", "heads", None)
+        x = summed_once(x, "tensor")
         query = linear((d,), (n, h), axes, name="q_proj")(x)
         key = linear((d,), (k, h), axes, name="k_proj")(x)
         value = linear((d,), (k, h), axes, name="v_proj")(x)
@@ -52,6 +54,7 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         d, f, dtype = self.text.hidden_size, self.text.intermediate_size, jnp.dtype(self.compute.dtype)
         linear = functools.partial(Linear, dtype=dtype, lora_scale=self.compute.lora_scale)
+        x = summed_once(x, "tensor")
         gate = linear((d,), (f,), ("embed", "mlp"), name="gate_proj")(x)
         up = linear((d,), (f,), ("embed", "mlp"), name="up_proj")(x)
         return linear((f,), (d,), ("mlp", "embed"), name="down_proj")(jax.nn.silu(gate) * up)

@@ -11,7 +11,7 @@ from infimed_jax import config
 from infimed_jax.models.compute import Compute, scan_blocks
 from infimed_jax.models.layers import LayerNorm, Linear, fan_in_normal, weight
 from infimed_jax.ops.attention import Mask, attention
-from infimed_jax.sharding import reshape_rows
+from infimed_jax.sharding import reshape_rows, summed_once
 
 _POSITION_INIT = nn.initializers.normal(0.75)
 """For towers that learn from scratch: of the size of the patches' own embedding, where Hugging Face has 1/sqrt(D).
@@ -28,6 +28,7 @@ class SelfAttention(nn.Module):
         d, n = self.vision.hidden_size, self.vision.num_heads
         h = d // n
         dtype = jnp.dtype(self.compute.dtype)
+        x = summed_once(x, "tensor")
 
         def project(name: str) -> Float[Array, "B P N H"]:
             return Linear((d,), (n, h), ("embed", "heads", None), dtype, True, fan_in_normal(d), name=name)(x)

@@ -13,7 +13,8 @@ from infimed_jax.plan import collectives as network
 from infimed_jax.plan.compile import compile_step
 from infimed_jax.plan.flops import by_part, device_flops, products
 from infimed_jax.plan.memory import activation_estimate, state_bytes
-from infimed_jax.plan.program import for_tpu, rows_and_pieces, settled, train_program
+from infimed_jax.plan.program import for_tpu, is_grpo, rows_and_pieces, settled, train_program
+from infimed_jax.plan.rollout import rollout
 from infimed_jax.plan.roofline import roofline
 from infimed_jax.plan.topology import Topology
 
@@ -35,7 +36,7 @@ def counted(cfg: config.Config, topology: Topology, mesh: config.Mesh) -> Cell:
         cfg = settled(cfg, abstract, topology.chip.memory)
         program = train_program(cfg, abstract)
         rows, pieces = rows_and_pieces(cfg, abstract)
-    state = state_bytes(program)
+    state = state_bytes(program.state, program.batch)
     work, moved = products(cfg, rows), network.collectives(cfg, rows, sizes, pieces)
     learnt = state["gradients"]
     bound = roofline(cfg, topology, sizes, work, moved, learnt)
@@ -45,6 +46,7 @@ def counted(cfg: config.Config, topology: Topology, mesh: config.Mesh) -> Cell:
     tokens = rows * cfg.data.context
     return {
         "stage": cfg.train.stage,
+        "lora": cfg.train.lora.rank,
         "topology": topology.name,
         "devices": topology.devices,
         "mesh": sizes,
@@ -75,6 +77,8 @@ def counted(cfg: config.Config, topology: Topology, mesh: config.Mesh) -> Cell:
             "peak_share": bound.peak_share,
         },
         "chip": dataclasses.asdict(topology.chip),
+        # The reference is as large as the parameters, and stays like the state.
+        "rollout": rollout(cfg, topology, sizes, 2 * state["parameters"] + state["moments"]) if is_grpo(cfg) else None,
     }
 
 

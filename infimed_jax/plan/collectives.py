@@ -2,8 +2,8 @@
 
 What is counted is the program as it is: a weight is gathered over `fsdp` wherever it is used, and again in the backward
 pass of a checkpointed block; its gradient is reduced over all rows, then cut to the shard that is kept. A v5p compile
-of the 4B model, cut to two layers, has just these collectives and no reduce-scatter; tests/aot/test_aot.py compares
-the bytes on the tiny model.
+of the 4B model, cut to two layers, has just these collectives and no reduce-scatter: libtpu 0.0.42 makes an all-reduce
+even of an explicit `psum_scatter` over all devices. tests/aot/test_aot.py compares the bytes on the tiny model.
 """
 
 from __future__ import annotations
@@ -74,13 +74,12 @@ def _weight(cfg: config.Config, path: tuple[str, ...], leaf: Any, mesh: dict[str
     rows = mesh["data"] * mesh["fsdp"]
     learns = text_learns(cfg) if part == "text" else part in cfg.train.train
     fsdp = mesh["fsdp"] if "fsdp" in axes else 1
-    chunks = -(-cfg.data.context // min(cfg.train.logit_chunk, cfg.data.context))
     if part != "text" and cfg.data.images_per_row == 0:
         return []
     if name == "lm_head":
         return [
             Collective("weights", "head", GATHER, used, fsdp, 1),
-            Collective("gradients", "head", REDUCE, used, rows, pieces * chunks * learns),
+            Collective("gradients", "head", REDUCE, used, rows, pieces * learns),
         ]
     if name == "embed_tokens":
         whole = math.prod(leaf.shape) * width
@@ -89,8 +88,7 @@ def _weight(cfg: config.Config, path: tuple[str, ...], leaf: Any, mesh: dict[str
             Collective("weights", "text", GATHER, whole, fsdp * mesh["tensor"], 1),
             Collective("gradients", "text", REDUCE, whole, rows, pieces * learns),
             Collective("weights", "head", GATHER, used, fsdp, int(tied)),
-            # Reduced in every chunk of the loss: the sum over chunks is taken afterwards.
-            Collective("gradients", "head", REDUCE, used, rows, pieces * chunks * learns * tied),
+            Collective("gradients", "head", REDUCE, used, rows, pieces * learns * tied),
         ]
     stacked = "layers" in path or "blocks" in path
     # A block's last bias is no operand of its backward pass.
@@ -119,8 +117,8 @@ def _activations(cfg: config.Config, rows: int, tensor: int) -> list[Collective]
         return Collective("activations", part, REDUCE, elements * width, tensor, times)
 
     found = [
-        # Forward o_proj and down_proj; again o_proj; backward q, k, v, gate and up, each for itself.
-        summed("text", tokens * text.hidden_size, text.num_layers * (2 + again + 5)),
+        # Forward o_proj and down_proj; again o_proj; backward what enters q, k and v, and what enters gate and up.
+        summed("text", tokens * text.hidden_size, text.num_layers * (2 + again + 2)),
         summed("head", tokens * text.hidden_size, 1),
         # Float32, a number a position: the maximum and four sums, then the maximum and one sum again.
         Collective("loss", "head", REDUCE, tokens * 4, tensor, 7),
@@ -129,7 +127,7 @@ def _activations(cfg: config.Config, rows: int, tensor: int) -> list[Collective]
         patches = images * vision.num_patches * vision.hidden_size
         visual = images * cfg.model.projector.visual_tokens
         found += [
-            summed("vision", patches, vision.num_blocks * (2 + sees * (again + 4))),
+            summed("vision", patches, vision.num_blocks * (2 + sees * (again + 2))),
             summed("projector", visual * text.hidden_size, 1),
             summed("projector", visual * vision.hidden_size, sees),
         ]

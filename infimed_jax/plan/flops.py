@@ -1,20 +1,26 @@
 """Every matrix product of a step, counted from the configuration: FLOPs, and the bytes they move in HBM.
 
 The counts are of the largest batch: full rows, every image slot used, every chunk of the loss computed. They equal
-what the compiler makes of a small model, product by product (tests/plan/test_counts.py).
+what the compiler makes of a small model, product by product (tests/plan/test_counts.py). `step_flops` gives them a
+token, a query-key pair and an image, which is what a run multiplies by the counts of its batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from infimed_jax import config
+from infimed_jax.models import lora
+
+CONVENTION = "model FLOPs without recomputation, padding or masked pairs; a frozen tower counts its forward pass only"
 
 BF16 = 2
 """Bytes."""
 SPLASH_BLOCK = 512
 """Side of the blocks that `ops.attention_splash` computes or skips, where rows are a multiple of it."""
+_PAIRS = ("scores", "mix")
+"""Products that grow with the pairs of positions."""
 _BACKWARD = {"xla": 4, "rows": 5, "splash": 7}
 """Products of one attention's backward pass; the fused ones compute scores again (splash: in each of two kernels)."""
 
@@ -56,6 +62,11 @@ class Product:
         """Without recomputation and masked scores: what a share of peak is counted with."""
         needed = self.forward + min(self.backward, 2 * self.forward)  # kernels may compute more than two
         return 2 * self.rows * self.inner * self.outer * self.count * needed * self.needed
+
+    @property
+    def forward_flops(self) -> float:
+        """Of one forward pass, without masked scores."""
+        return 2 * self.rows * self.inner * self.outer * self.count * self.forward * self.needed
 
     def bytes(self, batch_shards: int, tensor: int) -> int:
         """Read and written in HBM by one device, operands and result once a run, in bfloat16."""
@@ -168,6 +179,54 @@ def _head(cfg: config.Config, rows: int) -> Product:
     text, tokens = cfg.model.text, rows * cfg.data.context
     back = 1 + text_learns(cfg)
     return Product("head", "logits", tokens, text.hidden_size, text.vocab_size, recomputed=1, backward=back)
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs, a unit of each count of `train.telemetry.batch_counts`."""
+
+    token: float
+    loss_token: float
+    pair: float
+    """A query and a key that the mask lets it see."""
+    image: float
+
+    def of(self, counts: Mapping[str, float]) -> float:
+        """FLOPs of a batch with these `tokens`, `loss_tokens`, `pairs` and `images`."""
+        return (
+            self.token * counts["tokens"]
+            + self.loss_token * counts["loss_tokens"]
+            + self.pair * counts["pairs"]
+            + self.image * counts["images"]
+        )
+
+
+def step_flops(model: config.Model, train: config.Train) -> StepFlops:
+    """Per unit, for the parts that `train` lets learn; adapters, which `products` leaves out, are counted."""
+    found = _units(model, train, lambda item: item.model_flops)
+    adapters = 6.0 * lora.param_count(model.text, train.lora) if train.lora.rank else 0.0
+    return replace(found, token=found.token + adapters)
+
+
+def forward_flops(model: config.Model) -> StepFlops:
+    """Per unit, of a forward pass alone, as in decoding."""
+    return _units(model, config.Train(), lambda item: item.forward_flops)
+
+
+def _units(model: config.Model, train: config.Train, cost: Callable[[Product], float]) -> StepFlops:
+    data = replace(config.Data(), context=8, images_per_row=1)
+    plain = replace(train, remat="none", attention="xla")
+    work = products(config.Config(model=model, data=data, train=plain), rows=1)
+
+    def of(*parts: str, pairs: bool = False) -> float:
+        return sum(cost(item) for item in work if item.part in parts and (item.name in _PAIRS) == pairs)
+
+    return StepFlops(
+        token=of("text") / data.context,
+        loss_token=of("head") / data.context,
+        pair=of("text", pairs=True) / (data.context * (data.context + 1) / 2),
+        image=of("projector") + of("vision") + of("vision", pairs=True),
+    )
 
 
 def by_part(items: Sequence[Product]) -> dict[str, int]:

@@ -1,62 +1,148 @@
-"""Bytes a device holds: exact for what the state is, estimated for what a step needs beside it."""
+"""Bytes a device holds: exact for what the state is, estimated for what a step needs beside it.
+
+The estimate is what `train.remat: auto` chooses by, in a run and in a plan.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
+import os
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
 from infimed_jax import config
-from infimed_jax.plan.flops import BF16, attention_kernel
-from infimed_jax.plan.program import Program
-from infimed_jax.train.memory import local_bytes
+from infimed_jax.ops.attention import platform_choice
+from infimed_jax.plan.flops import attention_kernel
+from infimed_jax.train.state import TrainState
 
 F32 = 4
+_USABLE = 0.8
+"""Share of a device's memory that the estimate may fill: it leaves out kernels' scratch and fragmentation."""
+_GIB = 2**30
+
+log = logging.getLogger(__name__)
 
 
-def state_bytes(program: Program) -> dict[str, int]:
+def choose_remat(
+    cfg: config.Config,
+    state: TrainState,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    rows: int,
+    shape: tuple[int, int],
+    available: float | None = None,
+) -> str:
+    """`train.remat`, or for `auto`: `dots` where about 80 % of a device's memory holds the step, else `full`.
+
+    `rows` of `shape` (tokens, images) are computed at once over all devices. Several processes choose the same where
+    their devices are the same. `available` is a device's memory in bytes where it is not here to be asked.
+    """
+    if cfg.train.remat != "auto":
+        return cfg.train.remat
+    attention = cfg.train.attention
+    if available is None:
+        available = device_bytes(mesh)
+        attention = platform_choice(mesh.devices.flat[0].platform) if attention == "auto" else attention
+    kept = replace(
+        cfg,
+        data=replace(cfg.data, context=shape[0], images_per_row=shape[1]),
+        train=replace(cfg.train, remat="dots", attention=attention),
+    )
+    sums = 2 if cfg.train.micro_batches > 1 or cfg.train.rows_per_device else 1  # a micro-batch's, and all so far
+    needed = (
+        local_bytes(state) + sums * local_bytes(state.trainable) + activation_estimate(kept, rows, dict(mesh.shape))
+    )
+    choice = "dots" if needed <= _USABLE * available else "full"
+    log.info(
+        "activations: %s (with every matrix product kept about %.1f of %.1f GiB a device)",
+        choice,
+        needed / _GIB,
+        available / _GIB,
+    )
+    return choice
+
+
+def state_bytes(state: TrainState, batch: Any) -> dict[str, int]:
     """Exact, a device: `parameters` (float32 masters and the frozen rest), `moments`, `batch`, and `gradients`.
 
     Gradients are as large as the masters; they live only inside the step, so a compiler's temporaries hold them.
     """
-    state = program.state
     trainable = local_bytes(state.trainable)
     return {
         "parameters": trainable + local_bytes(state.frozen),
         "moments": local_bytes(state.opt),
-        "batch": local_bytes(program.batch),
+        "batch": local_bytes(batch),
         "gradients": trainable,
     }
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes of a tree of placed (or abstract and placed) arrays on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def device_bytes(mesh: jax.sharding.Mesh) -> float:
+    """What one device of this process holds; the machine's memory divided by its devices where they are CPUs."""
+    device = mesh.local_devices[0]
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(mesh.local_devices)
 
 
 def activation_estimate(cfg: config.Config, rows: int, mesh: dict[str, int]) -> int:
     """Bytes a device, without a compiler: what is kept for the backward pass, and the largest thing beside it.
 
-    `rows` are those of one micro-batch. One ahead-of-time compile (4B, pretraining, v5p:2x4x4, full recomputation) is
-    what it was compared with: tests/plan/test_cell.py.
+    `rows` are those of one micro-batch. Ahead-of-time compiles of the 4B model for v5p are what it was compared with:
+    tests/plan/test_cell.py.
     """
     local, tensor = rows // (mesh["data"] * mesh["fsdp"]), mesh["tensor"]
-    text, length = cfg.model.text, cfg.data.context
+    text, length, width = cfg.model.text, cfg.data.context, _width(cfg)
     positions = local * length
     heads, kv, f = (n // tensor for n in (text.num_heads, text.num_kv_heads, text.intermediate_size))
     scores = local * heads * length**2 if attention_kernel(cfg) == "xla" else 0
-    stream = positions * text.hidden_size * BF16
-    attended = positions * text.head_dim * (2 * heads + 2 * kv) * BF16
-    hidden = 3 * positions * f * BF16
+    stream = positions * text.hidden_size * width
+    attended = positions * text.head_dim * (2 * heads + 2 * kv) * width
+    hidden = 3 * positions * f * width
     layer = 4 * stream + attended + hidden
-    kept = {"full": stream, "dots": 3 * stream + attended + 2 * positions * f * BF16}
+    kept = {"full": stream, "dots": stream + dots_bytes(cfg, local, tensor)}
     weights = 2 * text.hidden_size * (text.num_heads + text.num_kv_heads) * text.head_dim
-    weights = (weights + 3 * text.hidden_size * text.intermediate_size) // tensor * BF16
-    stored = text.num_layers * kept.get(cfg.train.remat, layer + weights + scores * (F32 + BF16))
+    weights = (weights + 3 * text.hidden_size * text.intermediate_size) // tensor * width
+    stored = text.num_layers * kept.get(cfg.train.remat, layer + weights + scores * (F32 + width))
     # The table whole for the lookup and for the head, and a gradient of each.
-    tables = 2 * text.vocab_size * text.hidden_size * BF16 * (1 + 1 / tensor)
-    logits = local * min(cfg.train.logit_chunk, length) * text.vocab_size // tensor * (2 * F32 + BF16)
-    backward = layer * 2 + scores * (2 * F32 + BF16) + 3 * weights
+    tables = 2 * text.vocab_size * text.hidden_size * width * (1 + 1 / tensor)
+    logits = local * min(cfg.train.logit_chunk, length) * text.vocab_size // tensor * (2 * F32 + width)
+    backward = layer * 2 + scores * (2 * F32 + width) + 3 * weights
     return int(stored + tables + max(backward, logits, _vision(cfg, local, tensor)))
+
+
+def dots_bytes(cfg: config.Config, local: int, tensor: int) -> int:
+    """A layer's products that `dots` keeps for `local` rows: q, k, v, the attention's output, gate and up.
+
+    The last product is the block's output, the next one's input. For 2 rows of 4096 tokens of the 4B model these are
+    15.5 GiB; an ahead-of-time compilation for v5p needed 15.2 GiB more with `dots` than with `full`.
+    """
+    text = cfg.model.text
+    split = (text.num_heads + 2 * text.num_kv_heads) * text.head_dim + 2 * text.intermediate_size
+    return local * cfg.data.context * (split // tensor + text.hidden_size) * _width(cfg)
+
+
+def _width(cfg: config.Config) -> int:
+    return 2 if cfg.train.compute_dtype == "bfloat16" else F32
 
 
 def _vision(cfg: config.Config, local: int, tensor: int) -> int:
     """One block's peak, and every block's where the tower learns."""
-    vision, images = cfg.model.vision, local * cfg.data.images_per_row
-    stream = images * vision.num_patches * vision.hidden_size * BF16
-    scores = images * (vision.num_heads // tensor) * vision.num_patches**2 * (F32 + BF16)
-    block = 6 * stream + images * vision.num_patches * (vision.intermediate_size // tensor) * BF16 + scores
+    vision, images, width = cfg.model.vision, local * cfg.data.images_per_row, _width(cfg)
+    stream = images * vision.num_patches * vision.hidden_size * width
+    scores = images * (vision.num_heads // tensor) * vision.num_patches**2 * (F32 + width)
+    block = 6 * stream + images * vision.num_patches * (vision.intermediate_size // tensor) * width + scores
     if "vision" not in cfg.train.train:
         return block
     kept = {"full": stream, "dots": 6 * stream}.get(cfg.train.remat, block)

@@ -18,13 +18,26 @@ def render(cells: Sequence[Cell]) -> str:
     """`cells` as lines; an estimate is marked with ~."""
     rows = [_COLUMNS, *map(_row, cells)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-    return "\n".join(
+    lines = [
         "  ".join(
             text.ljust(width) if i < 3 else text.rjust(width)
             for i, (text, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
-    )  # fmt: skip
+    ]  # fmt: skip
+    return "\n".join([*lines, *(_rollout(cell) for cell in cells if cell["rollout"])])
+
+
+def _rollout(cell: Cell) -> str:
+    """GRPO's other half in a line; its updates are the table's."""
+    found = cell["rollout"]
+    fits = "fits" if found["fits"] else "DOES NOT FIT"
+    return (
+        f"{cell['topology']} rollout of {found['completions']:,} completions: {fits} "
+        f"({_gib(found['needed'])} GiB with the state: sampler's weights {_gib(found['sampler_weights'])}, "
+        f"cache {_gib(found['cache'])}), {(found['prefill_flops'] + found['decode_flops']) / 1e15:.3g} PFLOP, "
+        f"{found['seconds']:.3g} s or more, bound by {found['bound_by']}"
+    )
 
 
 def _row(cell: Cell) -> tuple[str, ...]:
@@ -61,6 +74,8 @@ def heading(cell: Cell) -> str:
         f"{cell['stage']}: {counts['total']:,} parameters (text {counts['text']:,}, vision {counts['vision']:,}, "
         f"projector {counts['projector']:,}); {cell['rows_a_step']} rows, {cell['tokens_a_step']:,} tokens and "
         f"{cell['images_a_step']:,} images a step in {cell['micro_batches']} micro-batch(es)"
+        + (f"; LoRA of rank {cell['lora']}, whose adapters are not counted in FLOPs" if cell["lora"] else "")
+        + ("; two pieces of an update, the rollout below the table" if cell["rollout"] else "")
     )
 
 

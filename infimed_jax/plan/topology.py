@@ -49,7 +49,22 @@ CHIPS = {
 }
 """Device kind → its figures; memory as the vendor counts it."""
 
+_PEAKS = {
+    **{"TPU v5 lite": CHIPS["v5e"].flops, "TPU v5e": CHIPS["v5e"].flops},
+    **{"TPU v5": CHIPS["v5p"].flops, "TPU v6 lite": CHIPS["v6e"].flops, "TPU v6e": CHIPS["v6e"].flops},
+    **{"TPU7x": CHIPS["tpu7x"].flops, "TPU v4": 275e12},
+    **{"A100": CHIPS["a100"].flops, "H800": CHIPS["h800"].flops, "H200": CHIPS["h200"].flops},
+    **{"H100": CHIPS["h100"].flops, "H100 PCIe": 756e12, "B200": 2250e12},
+}
+"""JAX's name of a device → its peak in dense bfloat16, FLOPs a second."""
+
 _FORM = re.compile(r"(?P<kind>[a-z0-9]+?)(:(?P<shape>\d+(x\d+){1,2})|x(?P<count>\d+))")
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Of one device as JAX names it; None where no figure is known. The longest name that occurs decides."""
+    known = [name for name in _PEAKS if name in device_kind]
+    return _PEAKS[max(known, key=len)] if known else None
 
 
 @dataclass(frozen=True)

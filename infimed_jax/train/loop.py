@@ -27,11 +27,11 @@ from infimed_jax.files import write_json
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.infimed import abstract_params, init_params
 from infimed_jax.models.lora import merge_lora, scale_of
+from infimed_jax.plan.memory import choose_remat
 from infimed_jax.train import telemetry
 from infimed_jax.train.checkpoint import CHECKPOINTS, Checkpoints, Metadata, load_params
 from infimed_jax.train.curve import CURVE, draw_curve
 from infimed_jax.train.line import progress_line
-from infimed_jax.train.memory import choose_remat
 from infimed_jax.train.meter import Meter, averaged
 from infimed_jax.train.optimizer import learning_rate, make_optimizer
 from infimed_jax.train.state import Params, TrainState, abstract_state, init_state, on_mesh

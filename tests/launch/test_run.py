@@ -1,5 +1,6 @@
 """The one entry: what a user's mistake looks like, and what `--help` may not import."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -7,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from launch import commands
+from launch.run import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,6 +39,31 @@ def test_help_needs_no_heavy_import(command):
     )
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("train", "a=1 --config F --init-from R b=2 --profile 3 c=3"),
+        ("grpo", "--config F a=1 b=2 --init-from R c=3"),
+        ("plan", "--topology v5p:2x2x1 a=1 --config F b=2 --mesh data=1 c=3"),
+        ("evaluate", "--checkpoint R a=1 --dataset D b=2 --output O c=3"),
+    ],
+)
+def test_settings_stand_anywhere_among_the_options(command, arguments):
+    parser = argparse.ArgumentParser()
+    commands.add_commands(parser.add_subparsers())
+    assert parse(parser, [command, *arguments.split()]).settings == ["a=1", "b=2", "c=3"]
+
+
+@pytest.mark.parametrize("arguments", ["train a=1 --no-such-option 3 b=2", "doctor a=1"])
+def test_what_no_command_knows_is_refused(arguments, capsys):
+    parser = argparse.ArgumentParser()
+    commands.add_commands(parser.add_subparsers())
+    with pytest.raises(SystemExit) as stop:
+        parse(parser, arguments.split())
+    assert stop.value.code == 2
+    assert "unrecognized" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def merge_collectives(shape: tuple[int, int, int]) -> dict[str, list[str]]:
     with jax.set_mesh(mesh):
         batch = sharding.place_batch(random_batch(), mesh)
         visual = sharding.place_batch(np.ones((8, 8, 32), np.float32), mesh)
-        table = sharding.replicate(np.ones((96, 32), np.float32), mesh)
+        table = jax.device_put(np.ones((96, 32), np.float32), jax.NamedSharding(mesh, jax.P()))
 
         def ours(visual, batch):
             params = {"text": {"embed_tokens": table}}

@@ -117,6 +117,6 @@ def test_state_bytes_are_those_of_real_arrays():
         program = train_program(cfg, mesh)
         state = init_state(init_params(jax.random.key(0), cfg.model), cfg, make_optimizer(cfg.optimizer))
     held = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
-    found = state_bytes(program)
+    found = state_bytes(program.state, program.batch)
     assert found["parameters"] == held(state.trainable) + held(state.frozen)
     assert found["moments"] == held(state.opt)

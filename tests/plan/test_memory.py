@@ -10,7 +10,7 @@ import pytest
 from infimed_jax import config, sharding
 from infimed_jax.data.batch import Batch
 from infimed_jax.models.compute import Compute
-from infimed_jax.train import memory
+from infimed_jax.plan import memory
 from infimed_jax.train.optimizer import make_optimizer
 from infimed_jax.train.state import abstract_state, merge_params
 from infimed_jax.train.step import next_token_loss
@@ -50,7 +50,8 @@ def test_a_frozen_tower_leaves_nothing_for_the_backward_pass(model, remat):
 
 def test_dots_bytes_are_what_an_ahead_of_time_compilation_showed():
     """4B, 2 rows of 4096 a chip: 23.8 GiB with dots, 8.6 with full remat (design notes, compiled for v5p)."""
-    found = memory.dots_bytes(config.Config(), 1, 2, (4096, 24)) / 2**30
+    cfg = config.Config()
+    found = cfg.model.text.num_layers * memory.dots_bytes(cfg, 2, 1) / 2**30
     assert found == pytest.approx(23.8 - 8.6, rel=0.05)
 
 
