@@ -42,6 +42,7 @@ from infimed_jax.train.state import Params, TrainState, abstract_like, init_stat
 from infimed_jax.train.step import make_train_step
 from infimed_jax.train.stopping import stop_requests
 from infimed_jax.train.telemetry import MetricsLog, Row
+from infimed_jax.train.watchdog import Watchdog
 
 REPLIES = "replies.jsonl"
 RESULT = "result.json"
@@ -182,13 +183,19 @@ def _steps(
 ) -> TrainState:
     """The loop proper: from step `start` (from 0) to the last, saving as it goes."""
     cfg, total = plan.cfg, plan.cfg.grpo.steps
-    with _open_replies(Path(cfg.train.output), start) as replies_file, stop_requests() as asked_to_stop:
+    with (
+        _open_replies(Path(cfg.train.output), start) as replies_file,
+        stop_requests() as asked_to_stop,
+        Watchdog(cfg.train.step_timeout) as watchdog,
+    ):
         for step in range(start, total):
             begin = time.perf_counter()
             places = prompt_order(len(found.numbers), cfg.grpo.prompts, cfg.train.seed, step)
             asked = [samples[int(number)] for number in found.numbers[places]]
-            state, metrics, replies = grpo_step(plan, state, step, asked)
             done = step + 1
+            state, metrics, replies = grpo_step(
+                plan, state, step, asked, lambda doing, done=done: watchdog.beat(f"step {done}: {doing}")
+            )
             seconds = time.perf_counter() - begin
             row = {
                 "step": done,
@@ -205,6 +212,7 @@ def _steps(
                 log.info(progress_line(done, total, row))
             if on_step is not None:
                 on_step(done, total, row)
+            watchdog.beat(f"step {done}: saving")
             stop = asked_to_stop(done)
             if stop or done == total or done % cfg.train.checkpoint_every == 0:
                 checkpoints.save(done, state, metadata)

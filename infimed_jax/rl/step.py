@@ -61,11 +61,17 @@ class Reply:
     finish: str
 
 
-def grpo_step(plan: Plan, state: TrainState, step: int, asked: Sequence[Sample]) -> tuple[TrainState, Row, list[Reply]]:
-    """One rollout of `asked` (`grpo.prompts` samples) and its updates; `state` is donated."""
+def grpo_step(
+    plan: Plan, state: TrainState, step: int, asked: Sequence[Sample], on_phase: Callable[[str], None] = lambda _: None
+) -> tuple[TrainState, Row, list[Reply]]:
+    """One rollout of `asked` (`grpo.prompts` samples) and its updates; `state` is donated.
+
+    `on_phase` hears what begins, and each burst of a rollout, so that a watchdog can name what hangs.
+    """
     cfg, settings, tokenizer, mesh = plan.cfg, plan.cfg.grpo, plan.tokenizer, jax.sharding.get_mesh()
     clock = [time.perf_counter()]
 
+    on_phase("rollout")
     # Rollout. A group is `group_size` times the same object, side by side: its prompt is prefilled once.
     prompts = [p for p in render_prompts(asked, tokenizer, cfg) for _ in range(settings.group_size)]
     dtype = cfg.train.compute_dtype
@@ -80,11 +86,13 @@ def grpo_step(plan: Plan, state: TrainState, step: int, asked: Sequence[Sample])
         key=jax.random.fold_in(jax.random.key(cfg.train.seed), step),
         compute=Compute.of(cfg.train),
         max_prompt=plan.longest_prompt,
+        on_progress=lambda done, total, _: on_phase(f"rollout, {done} of {total} completions"),
     )
     del weights  # with the caches, which died with `generate`: the update gets the memory
     clock.append(time.perf_counter())
 
     # Score.
+    on_phase("scoring")
     replies = []
     for number, completion in enumerate(completions):
         sample, text = asked[number // settings.group_size], tokenizer.decode(completion.text_tokens)
@@ -116,6 +124,7 @@ def grpo_step(plan: Plan, state: TrainState, step: int, asked: Sequence[Sample])
     total = settings.steps * len(batches)
     updates = []
     for number, batch in enumerate(batches):
+        on_phase(f"update {number + 1} of {len(batches)}")
         rate = learning_rate(cfg.optimizer, step * len(batches) + number, total)
         state, sums = plan.update(state, batch, rate)
         updates.append(jax.device_get(sums) | {"learning_rate": rate})

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from dataclasses import replace
 
 import jax
@@ -79,6 +80,17 @@ def test_a_constant_reward_moves_nothing(tiny, tmp_path):
         assert row["reward"] == 1 and row["no_variance"] == 1 and row["loss"] == 0 and row["grad_norm"] == 0
         assert row["skipped"] == 0 and row["accuracy"] == 0 and row["computed"] == 0 and row["entropy"] > 0
     leaves_equal(result.params, tiny.params)
+
+
+def test_a_phase_that_hangs_is_named(tiny, tmp_path, caplog):
+    """A reward that waits until it hears the watchdog speak of it: without one, pytest's own limit ends this."""
+
+    def waits(reply, finished, sample, settings):
+        while "hung: step 1: scoring" not in caplog.text:
+            time.sleep(0.01)
+        return Reward(1.0, 1.0, 0.0)
+
+    align(tiny, configure(tiny, tmp_path, train={"step_timeout": 0.2}, steps=1, **ON_POLICY), reward=waits)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
