@@ -242,7 +242,11 @@ async def _ask(client: ChatClient, sample: Sample, plan: Plan, sparse: bool) -> 
         except CallFailed as failure:
             return f"{_BY_ENDPOINT}{failure.kind}"
 
-    replies = await asyncio.gather(*(draw(number) for number in range(plan.draws)))
+    # All are waited for, also where the budget ends one: what is sent is paid, so its reply must reach the cache.
+    replies = await asyncio.gather(*(draw(number) for number in range(plan.draws)), return_exceptions=True)
+    for reply in replies:
+        if isinstance(reply, BaseException):
+            raise reply
     right, wrong, reasons = [], [], []
     for number, reply in enumerate(replies):
         if isinstance(reply, str):

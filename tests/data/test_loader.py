@@ -79,9 +79,12 @@ def stream(config, start=0, steps=None):
     """[(fields as NumPy, ids)]"""
     mesh = make_mesh(Mesh())
     loader = make_loader(config, mesh=mesh, start_step=start, steps=steps)
-    return [
-        ({f.name: np.asarray(getattr(batch, f.name)) for f in dataclasses.fields(batch)}, ids) for batch, ids in loader
-    ]
+    found = []
+    for batch, ids in loader:
+        assert batch.prefix_ids is None  # no sample continues another
+        names = [f.name for f in dataclasses.fields(batch) if f.name != "prefix_ids"]
+        found.append(({name: np.asarray(getattr(batch, name)) for name in names}, ids))
+    return found
 
 
 def assert_same(a, b):
