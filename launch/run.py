@@ -27,8 +27,10 @@ def configure_jax() -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "infimed_jax" / "compiled"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-    if (virtual := os.environ.get("JAX_NUM_CPU_DEVICES", "1")) != "1":  # a waiting collective holds a thread,
-        os.environ.setdefault("NPROC", str(8 * int(virtual)))  # and XLA's pool has one a device: two could deadlock
+    virtual = os.environ.get("JAX_NUM_CPU_DEVICES", "")
+    if virtual.isdigit() and int(virtual) > 1:
+        # A waiting collective holds a thread: with one thread a device, two of them could hold all for ever.
+        os.environ.setdefault("NPROC", str(8 * int(virtual)))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every folder is given by path: nothing is looked up
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -1,10 +1,6 @@
 """An import read onto a mesh of two processes over loopback: each reads its part of the file and holds nothing else."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +9,8 @@ import pytest
 from infimed_jax import config
 from infimed_jax.hf import names
 from infimed_jax.train import checkpoint
+from tests import two_processes
 
-ROOT = Path(__file__).resolve().parents[2]
 MODEL = config.Model(
     config.Vision(image_size=8, patch_size=4, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2),
     config.Projector(visual_tokens=4),
@@ -28,7 +24,7 @@ _CHILD = """
 import json, sys
 import jax
 import numpy as np
-folder, expected, values, number, port = *sys.argv[1:4], *map(int, sys.argv[4:])
+number, port, folder, expected, values = *map(int, sys.argv[1:3]), *sys.argv[3:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.config.update("jax_num_cpu_devices", 1)
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
@@ -78,28 +74,10 @@ def test_each_process_reads_its_own_part(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "_chunked", small_chunks)
     values = config.to_dict(config.Config(model=MODEL))
     checkpoint.save_params(tmp_path / "ckpt", leaves.items(), {"config": values, "history": [{"stage": "import"}]})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     arguments = [str(tmp_path / "ckpt"), str(tmp_path / "expected.npy"), json.dumps(values)]
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", _CHILD, *arguments, str(number), str(port)],
-            cwd=ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    try:
-        outputs = [child.communicate(timeout=280) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    assert [child.returncode for child in children] == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
-    results = [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+    children = two_processes.run(_CHILD, tmp_path / "cache", *arguments)
+    assert [code for code, *_ in children] == [0, 0], children[0][2][-2000:] + children[1][2][-2000:]
+    results = [json.loads(output.splitlines()[-1]) for _, output, _ in children]
     size = leaves[EMBEDDING].size  # all else is small
     assert results[0]["first"] != results[1]["first"]
     for result in results:

@@ -4,9 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +14,12 @@ from infimed_jax.config import Config
 from infimed_jax.train.checkpoint import load_params
 from infimed_jax.train.loop import train
 from infimed_jax.train.telemetry import read_metrics
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests import two_processes
 
 _CHILD = """
 import json, os, signal, sys, time
 import jax
-cfg, number, port, stop_at = json.loads(sys.argv[1]), *map(int, sys.argv[2:])
+number, port, stop_at, cfg = *map(int, sys.argv[1:4]), json.loads(sys.argv[4])
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
@@ -47,26 +43,7 @@ except Interrupted as stop:
 
 def _two_processes(cfg: Config, cache: Path, stop_at: int = 0) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", _CHILD, json.dumps(config.to_dict(cfg)), str(number), str(port), str(stop_at)],
-            cwd=ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    try:
-        outputs = [child.communicate(timeout=280) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    return [(child.returncode, *output) for child, output in zip(children, outputs, strict=True)]
+    return two_processes.run(_CHILD, cache, str(stop_at), json.dumps(config.to_dict(cfg)))
 
 
 @pytest.mark.timeout(600)
