@@ -23,6 +23,7 @@ from infimed_jax.data.packing import PackingIndex
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import Samples
 from infimed_jax.errors import UserError
+from infimed_jax.files import open_whole
 
 VERSION = 1
 _LONGEST = 2**30
@@ -31,16 +32,14 @@ _LONGEST = 2**30
 
 def export_json(samples: Samples, index: PackingIndex, file: Path, on_progress: Progress | None = None) -> int:
     """Write a packed dataset's rows, and return their number. The file appears whole or not at all."""
-    part = file.with_name(f".{file.name}.part")
     file.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("w", encoding="utf-8") as out:
+    with open_whole(file) as out:
         for row in range(index.rows):
             numbers, lengths = index.row(row)
             data = [_to_json(samples[int(number)]) for number in numbers]
             out.write(json.dumps({"data": data, "lengths": lengths.tolist()}, ensure_ascii=False) + "\n")
             if on_progress is not None:
                 on_progress(row + 1, index.rows)
-    part.replace(file)
     return index.rows
 
 

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+
+@contextmanager
+def open_whole(path: Path) -> Iterator[TextIO]:
+    """A UTF-8 file to write, in its place only after the block ended well.
+
+    Whatever ends the block otherwise (a full disk, Ctrl-C) leaves the old file, and nothing beside it.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            yield file
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8; a reader sees the old file or the new one. Raises OSError, and then the old one stays."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    """Write `text` as UTF-8, whole or not at all, as `open_whole` does."""
+    with open_whole(path) as file:
+        file.write(text)
 
 
 def write_json(path: Path, value: Any) -> None:

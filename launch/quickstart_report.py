@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import platform
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from infimed_jax.evaluation.report import Report, Stage, write_report
 from infimed_jax.evaluation.run import Record
 from infimed_jax.evaluation.statistics import Comparison, accuracy, compare, majority_baseline
 from infimed_jax.files import write_json
-from infimed_jax.hf.card import Card, DataSource
 from infimed_jax.hf.export import to_hf
+from infimed_jax.hf.provenance import checkpoint_card, stages
 from infimed_jax.hf.verify import verify
 from infimed_jax.sharding import make_mesh
 from infimed_jax.train.checkpoint import load_params
@@ -30,7 +31,7 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers",
 
 def finish(chain: Chain, results: dict[str, Any], seconds: float, memory: int) -> dict[str, Any]:
     """Export, then write both files. `seconds` and `memory` (bytes) are of this process."""
-    export = chain.step("export", "Hugging Face export", lambda: _export(chain, results))
+    export = chain.step("export", "Hugging Face export", lambda: _export(chain))
     records = {name: read_records(chain.folder / "evaluation" / name) for name in results["evaluation"]}
     start = LAST_SUPERVISED
     gain = compare(records["grpo" + SAMPLED], records[start + SAMPLED])
@@ -64,22 +65,13 @@ def read_records(folder: Path) -> list[Record]:
     return [Record(**json.loads(line)) for line in lines]
 
 
-def _export(chain: Chain, results: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def _export(chain: Chain) -> tuple[dict[str, Any], str]:
     config = chain.stage_config("grpo")
     params, _ = load_params(chain.run_folder("grpo"))
-    sources = sorted({name.split("/")[0] for parts in chain.plan["mixtures"].values() for name in parts})
-    scores = {name: results["evaluation"][name] for name in ("sft_cross_distribution", LAST_SUPERVISED, "grpo")}
-    card = Card(
-        title=chain.plan["title"],
-        stages=tuple(f"{title}: {results[name]['steps']} steps" for name, title in {**STAGES, "grpo": "GRPO"}.items()),
-        sources=tuple(DataSource(SOURCES[s].name, SOURCES[s].licence, SOURCES[s].commercial_use) for s in sources),
-        results={
-            f"{chain.plan['test']} after {name}": "{:.1%} [{:.1%}, {:.1%}], n = {}".format(
-                s["accuracy"], *s["interval"], s["n"]
-            )
-            for name, s in scores.items()
-        },
-    )
+    commercial = {name: source.commercial_use for name, source in SOURCES.items()}
+    scored = [chain.folder / "evaluation" / name for name in ("sft_cross_distribution", LAST_SUPERVISED, "grpo")]
+    card = checkpoint_card(stages(chain.run_folder("grpo")), scored, commercial)
+    card = replace(card, title=chain.plan["title"])
     shutil.rmtree(chain.folder / "export", ignore_errors=True)  # of a run that was stopped before its proof
     with jax.set_mesh(make_mesh(config.mesh)):
         path = to_hf(params, config.model, chain.tokenizer_folder, chain.folder / "export", card=card)

@@ -23,7 +23,7 @@ from infimed_jax import config
 from infimed_jax.data.chat import Tokenizer
 from infimed_jax.data.sample import Sample
 from infimed_jax.errors import Interrupted, UserError
-from infimed_jax.files import write_json
+from infimed_jax.files import write_json, write_text
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.infimed import abstract_params
 from infimed_jax.models.lora import merge_lora, scale_of
@@ -283,7 +283,7 @@ def _open_replies(folder: Path, start: int) -> TextIO:
     lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] <= start]
     if jax.process_index() == 0:
-        file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_text(file, "".join(line + "\n" for line in kept))
     return file.open("a", encoding="utf-8", buffering=1)
 
 

@@ -22,6 +22,7 @@ from infimed_jax import config
 from infimed_jax.data.batch import NO_IMAGE, Batch
 from infimed_jax.data.chat import Tokenizer
 from infimed_jax.errors import UserError
+from infimed_jax.files import write_text
 
 Row = dict[str, Any]
 """One step's line of metrics.jsonl."""
@@ -98,9 +99,7 @@ class MetricsLog:
         self._wandb = _wandb_run(folder, cfg) if cfg.train.wandb else None
         from tensorboardX import SummaryWriter  # imports torch where it is installed: seconds
 
-        part = folder / (METRICS + ".part")
-        part.write_text("".join(map(_line, self.rows)), encoding="utf-8")
-        part.replace(folder / METRICS)
+        write_text(folder / METRICS, "".join(map(_line, self.rows)))
         self._file = (folder / METRICS).open("a", encoding="utf-8", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
