@@ -34,7 +34,7 @@ CAPTIONED = ("pretrain", "alignment")
 _PIECE = 400
 """Images that one process draws at a time, about a second of work."""
 RECIPE = "recipe.json"
-VERSION = 4
+VERSION = 5
 """Of the drawings and wordings; raise it when they change, so that old folders are not taken for new ones."""
 
 

@@ -162,8 +162,7 @@ def _yes(truth: bool) -> str:
 def think(scene: Shapes, question: Question, rng: np.random.Generator) -> Question:
     """The question with reasoning that names the item it is about, or says what there is none of."""
     values = {"number": NUMBERS, "content": THINGS}.get(question.template, question.options or ("yes", "no"))
-    others = [value for value in values if value != question.answer]
-    return reflect(question, question.answer, others, evidence(scene, question), rng)
+    return reflect(question, question.answer, values[0], evidence(scene, question))
 
 
 def evidence(scene: Shapes, question: Question) -> str:

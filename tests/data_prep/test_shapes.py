@@ -76,15 +76,17 @@ def test_captions_name_every_item(folder):
             assert f"a {item['colour']} {item['form']} in the {item['place']}" in row["caption"]
 
 
-def test_reasoning_ends_in_the_answer_and_its_evidence_is_true(folder):
+def test_reasoning_guesses_unseen_and_its_evidence_is_true(folder):
     """The second look names an item that is there, the right number, or something that is not there."""
-    reflections = Counter()
+    reflections, guesses = Counter(), {}
     for row in json.loads((folder / "train.json").read_text()):
         items = row["scene"]["items"]
         named = {f"there is a {item['colour']} {item['form']} in the {item['place']}" for item in items}
         for question in row["questions"]:
-            guess, look, ending = question["reasoning"].split(". ", 2)
-            evidence = look.split(": ")[1]
+            first, look = question["reasoning"].removesuffix(".").split(". ", 1)
+            guess, evidence = first.split(": ")[1], look.split(": ")[1]
+            alike = question["template"], tuple(question["options"])
+            assert guesses.setdefault(alike, guess) == guess
             if question["template"] == "number":
                 count = re.search(r"one|\d", evidence)[0].replace("one", "1")
                 assert int(count) == len(items)
@@ -92,8 +94,6 @@ def test_reasoning_ends_in_the_answer_and_its_evidence_is_true(folder):
                 assert question["answer"] in ("nothing", "no")
             else:
                 assert evidence in named, question
-            assert ending.startswith(f"So {question['answer']}")
-            corrected = question["reflection"] == "corrected"
-            assert guess.endswith(question["answer"]) != corrected
+            assert question["reflection"] == ("confirmed" if guess == question["answer"] else "corrected")
             reflections[question["reflection"]] += 1
-    assert min(reflections.values()) > 0.4 * reflections.total()
+    assert min(reflections.values()) > 0.2 * reflections.total()

@@ -9,26 +9,24 @@ from data_prep.sources.phantom.scene import COUNT_CHANCES, INTENSITIES, SIDES, S
 from data_prep.sources.procedural import Question
 from data_prep.sources.second_look import reflect
 
-_WRONG = {"side": SIDES, "size": SIZES, "intensity": INTENSITIES, "count": tuple(map(str, range(len(COUNT_CHANCES))))}
+_VALUES = {"side": SIDES, "size": SIZES, "intensity": INTENSITIES, "count": tuple(map(str, range(len(COUNT_CHANCES))))}
 
 
 def think(scene: Scene, question: Question, rng: np.random.Generator) -> Question:
     """The question with its reasoning, and in `reflection` whether the first guess was corrected or confirmed."""
-    answer, alternatives = _short_answer(scene, question)
-    return reflect(question, answer, alternatives, evidence(scene, question.template), rng)
+    answer, guess = _short_answer(scene, question)
+    return reflect(question, answer, guess, evidence(scene, question.template))
 
 
-def _short_answer(scene: Scene, question: Question) -> tuple[str, list[str]]:
-    """What is guessed at first (for a description only the size), and what it might be instead."""
+def _short_answer(scene: Scene, question: Question) -> tuple[str, str]:
+    """What is guessed at (for a description only the size), and the guess."""
     if question.template == "describe":
-        answer, values = scene.size, SIZES
-    elif question.template == "place":
-        answer, values = scene.only.side, SIDES
-    elif question.kind == "yes_no":
-        answer, values = question.answer, ("yes", "no")
-    else:
-        answer, values = question.answer, question.options or _WRONG[question.template]
-    return answer, [value for value in values if value != answer]
+        return scene.size, SIZES[0]
+    if question.template == "place":
+        return scene.only.side, SIDES[0]
+    if question.kind == "yes_no":
+        return question.answer, "yes"
+    return question.answer, (question.options or _VALUES[question.template])[0]
 
 
 def evidence(scene: Scene, template: str) -> str:
