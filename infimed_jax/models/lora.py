@@ -111,10 +111,15 @@ def _merge_on_host(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, scale: floa
     return merged.astype(jnp.dtype(dtype))
 
 
+def dimensions(text: config.Text, lora: config.Lora) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each adapted linear; empty without adapters."""
+    found = {}
+    for target in lora.targets if lora.rank else ():
+        shape, contracted = _kernel_shape(text, target), _AXES[target][2]
+        found[target] = math.prod(shape[:contracted]), math.prod(shape[contracted:])
+    return found
+
+
 def param_count(text: config.Text, lora: config.Lora) -> int:
     """Elements of all adapters."""
-    total = 0
-    for target in lora.targets:
-        shape, contracted = _kernel_shape(text, target), _AXES[target][2]
-        total += lora.rank * (math.prod(shape[:contracted]) + math.prod(shape[contracted:]))
-    return total * text.num_layers
+    return text.num_layers * lora.rank * sum(map(sum, dimensions(text, lora).values()))

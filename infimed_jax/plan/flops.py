@@ -136,6 +136,21 @@ def _text(cfg: config.Config, rows: int) -> list[Product]:
         Product("text", "o_proj", tokens, heads * width, d, **block),
         Product("text", "gate_proj up_proj", tokens, d, 2 * f, **block),
         Product("text", "down_proj", tokens, f, d, **block | {"recomputed": 0}),
+        *_adapters(cfg, tokens),
+    ]
+
+
+def _adapters(cfg: config.Config, tokens: int) -> list[Product]:
+    """Both factors of each LoRA adapter, which learn where the kernels beside them do not."""
+    rank, text = cfg.train.lora.rank, cfg.model.text
+    both = {"count": text.num_layers, "recomputed": int(cfg.train.remat == "full"), "backward": 2}
+    return [
+        product
+        for target, (inputs, outputs) in lora.dimensions(text, cfg.train.lora).items()
+        for product in (
+            Product("text", f"{target} lora_a", tokens, inputs, rank, split=False, **both),
+            Product("text", f"{target} lora_b", tokens, rank, outputs, **both),
+        )
     ]
 
 
@@ -159,7 +174,7 @@ def _self_attention(cfg: config.Config, rows: int) -> list[Product]:
 
 
 def text_learns(cfg: config.Config) -> bool:
-    """Whether the text model's own weights do; LoRA's adapters are below a hundredth of them, and are not counted."""
+    """Whether the text model's own weights do, beside which LoRA's adapters are counted for themselves."""
     return "text" in cfg.train.train and not cfg.train.lora.rank
 
 
@@ -202,10 +217,8 @@ class StepFlops:
 
 
 def step_flops(model: config.Model, train: config.Train) -> StepFlops:
-    """Per unit, for the parts that `train` lets learn; adapters, which `products` leaves out, are counted."""
-    found = _units(model, train, lambda item: item.model_flops)
-    adapters = 6.0 * lora.param_count(model.text, train.lora) if train.lora.rank else 0.0
-    return replace(found, token=found.token + adapters)
+    """Per unit, for the parts that `train` lets learn, adapters included."""
+    return _units(model, train, lambda item: item.model_flops)
 
 
 def forward_flops(model: config.Model) -> StepFlops:

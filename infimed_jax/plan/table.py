@@ -74,7 +74,7 @@ def heading(cell: Cell) -> str:
         f"{cell['stage']}: {counts['total']:,} parameters (text {counts['text']:,}, vision {counts['vision']:,}, "
         f"projector {counts['projector']:,}); {cell['rows_a_step']} rows, {cell['tokens_a_step']:,} tokens and "
         f"{cell['images_a_step']:,} images a step in {cell['micro_batches']} micro-batch(es)"
-        + (f"; LoRA of rank {cell['lora']}, whose adapters are not counted in FLOPs" if cell["lora"] else "")
+        + (f"; LoRA of rank {cell['lora']}" if cell["lora"] else "")
         + ("; two pieces of an update, the rollout below the table" if cell["rollout"] else "")
     )
 
