@@ -18,10 +18,11 @@ from infimed_jax.evaluation.run import Record
 from infimed_jax.evaluation.statistics import Comparison, accuracy, compare, majority_baseline
 from infimed_jax.files import write_json
 from infimed_jax.hf.export import to_hf
-from infimed_jax.hf.provenance import checkpoint_card, stages
+from infimed_jax.hf.provenance import checkpoint_card
 from infimed_jax.hf.verify import verify
 from infimed_jax.sharding import make_mesh
 from infimed_jax.train.checkpoint import load_params
+from infimed_jax.train.history import history_of
 from launch.progress import clock
 from launch.quickstart import LAST_SUPERVISED, SAMPLED, STAGES, Chain
 from launch.quickstart_data import test_samples
@@ -70,7 +71,7 @@ def _export(chain: Chain) -> tuple[dict[str, Any], str]:
     params, _ = load_params(chain.run_folder("grpo"))
     commercial = {name: source.commercial_use for name, source in SOURCES.items()}
     scored = [chain.folder / "evaluation" / name for name in ("sft_cross_distribution", LAST_SUPERVISED, "grpo")]
-    card = checkpoint_card(stages(chain.run_folder("grpo")), scored, commercial)
+    card = checkpoint_card(history_of(chain.run_folder("grpo")), scored, commercial)
     card = replace(card, title=chain.plan["title"])
     shutil.rmtree(chain.folder / "export", ignore_errors=True)  # of a run that was stopped before its proof
     with jax.set_mesh(make_mesh(config.mesh)):

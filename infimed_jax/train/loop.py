@@ -31,6 +31,7 @@ from infimed_jax.plan.memory import choose_remat
 from infimed_jax.train import telemetry
 from infimed_jax.train.checkpoint import CHECKPOINTS, Checkpoints, Metadata, load_params
 from infimed_jax.train.curve import CURVE, draw_curve
+from infimed_jax.train.history import history_of, stage_entry
 from infimed_jax.train.line import progress_line
 from infimed_jax.train.meter import Meter, averaged
 from infimed_jax.train.optimizer import learning_rate, make_optimizer
@@ -169,12 +170,12 @@ def _open_state(
     if cfg.train.init_from:
         params, before = load_params(cfg.train.init_from, on_mesh(abstract))
         check_tokenizer(cfg, before, tokenizer)
-        metadata["history"] = before.get("history", [])
+        metadata["history"] = history_of(cfg.train.init_from)
     elif params is None:
         params = init_params(jax.random.key(cfg.train.seed), cfg.model)
     else:
         params = jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), params, on_mesh(abstract))
-    metadata["history"] = [*metadata["history"], {"stage": cfg.train.stage, "fingerprint": fingerprint}]
+    metadata["history"] = [*metadata["history"], stage_entry(cfg, fingerprint)]
     return init_state(params, cfg, optimizer), metadata
 
 

@@ -93,6 +93,7 @@ def to_hf(args: argparse.Namespace) -> None:
     from infimed_jax.hf import provenance
     from infimed_jax.hf.export import to_hf as write_hf
     from infimed_jax.train.checkpoint import open_params, open_stored
+    from infimed_jax.train.history import history_of
     from launch.progress import ByteProgress
 
     apart = args.lora == "peft"
@@ -100,7 +101,7 @@ def to_hf(args: argparse.Namespace) -> None:
     config = from_dict(Config, metadata["config"])
     if apart and not config.train.lora.rank:
         raise UserError(f"{args.checkpoint} holds no adapters (train.lora.rank is 0): leave out --lora peft")
-    history = provenance.stages(args.checkpoint)
+    history = history_of(args.checkpoint)
     positions = provenance.max_positions(history)
     commercial = {name: source.commercial_use for name, source in SOURCES.items()}
     with ByteProgress("to-hf") as progress:
