@@ -91,7 +91,9 @@ class Chain:
             CONFIGS / f"stages/{PUBLISHED.get(stage, stage)}.yaml",
             CONFIGS / f"runs/quickstart/{stage}.yaml",
         ]
-        config = configuration.load(files, [*self.plan.get("settings", ()), *self.options.settings])
+        steps = self.plan.get("steps", {})
+        own = [*self.plan.get("settings", ()), *([f"train.steps={steps[stage]}"] if stage in steps else [])]
+        config = configuration.load(files, [*own, *self.options.settings])
         dataset = str(self.folder / "data/mixtures" / stage)
         data = replace(config.data, dataset=dataset, tokenizer=str(self.tokenizer_folder))
         train = replace(config.train, seed=self.options.seed, output=str(self.run_folder(stage)))
@@ -185,14 +187,14 @@ def prepare_folder(options: Options) -> None:
 
 def planned_steps() -> dict[str, float]:
     """Title of each step -> its usual seconds on two cores, the shares of the time-left estimate."""
-    seconds = (90.0, 25.0, 30.0, 150.0, 40.0, 70.0)
+    seconds = (60.0, 22.0, 22.0, 80.0, 16.0, 35.0)
     steps = {"Data": 25.0}
     for title, share in zip(STAGES.values(), seconds, strict=True):
         steps |= {title: share, f"Evaluation: {title}": 5.0}
     steps |= {"Evaluation without images": 4.0}
-    steps |= {f"Sampled replies: {STAGES[LAST_SUPERVISED]}": 4.0, "GRPO": 140.0}
+    steps |= {f"Sampled replies: {STAGES[LAST_SUPERVISED]}": 4.0, "GRPO": 115.0}
     steps |= {"Evaluation: GRPO": 4.0, "Sampled replies: GRPO": 4.0}
-    steps |= {"GRPO control (constant reward)": 50.0, "Evaluation: GRPO control": 4.0}
+    steps |= {"GRPO control (constant reward)": 55.0, "Evaluation: GRPO control": 4.0}
     steps |= {"Sampled replies: GRPO control": 4.0}
     return steps | {"Hugging Face export": 15.0, "Report": 4.0}
 
