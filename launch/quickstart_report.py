@@ -190,7 +190,7 @@ def _report(chain: Chain, results: dict[str, Any], records: dict[str, list[Recor
         title=chain.plan["title"],
         subtitle=f"Seed {summary['seed']}. The whole recipe on a tiny model, in one process on {platform.machine()} "
         f"({jax.device_count()} {jax.devices()[0].platform} device), {clock(summary['seconds_total'])} minutes.",
-        questions=f"{n:,} questions of {chain.plan['test']}",
+        questions=f"{n:,} questions of {chain.plan['test']}, greedy replies",
         warnings=[chain.plan["warning"]] if "warning" in chain.plan else [],
         stages=[_stage(chain, results, records, name, title) for name, title in STAGES.items()],
         samples=test_samples(chain),
