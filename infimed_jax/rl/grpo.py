@@ -216,7 +216,7 @@ def _steps(
             watchdog.beat(f"step {done}: saving")
             stop = asked_to_stop(done)
             if stop or done == total or done % cfg.train.checkpoint_every == 0:
-                checkpoints.save(done, state, metadata)
+                checkpoints.save(done, state, metadata | {"step": done})
             if stop and done < total:
                 checkpoints.wait()
                 raise Interrupted(

@@ -12,7 +12,7 @@ from typing import Any
 
 from infimed_jax import config
 from infimed_jax.data.storage import MANIFEST
-from infimed_jax.train.checkpoint import find_checkpoint, read_metadata
+from infimed_jax.train.checkpoint import read_metadata
 
 Entry = dict[str, Any]
 UNKNOWN = "not stated"
@@ -23,10 +23,10 @@ def history_of(checkpoint: str | Path) -> list[Entry]:
 
     Empty for parameters that were saved without one. UserError: there is no checkpoint.
     """
-    path = find_checkpoint(checkpoint)
-    stages: list[Entry] = read_metadata(path).get("history", [])
+    metadata = read_metadata(checkpoint)
+    stages: list[Entry] = metadata.get("history", [])
     if stages:
-        stages[-1] |= {"step": int(path.name) if path.name.isdigit() else 0}
+        stages[-1] |= {"step": metadata.get("step", 0)}
     return stages
 
 

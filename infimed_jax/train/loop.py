@@ -288,7 +288,7 @@ def _steps(
                 pending = None
                 bad = metadata["bad_records"] | loader.report()["bad_record_ids"]
                 watchdog.beat(f"step {step}: saving")
-                checkpoints.save(step, state, metadata | {"bad_records": bad})
+                checkpoints.save(step, state, metadata | {"bad_records": bad, "step": step})
             if stop and step < total:
                 checkpoints.wait()
                 raise Interrupted(

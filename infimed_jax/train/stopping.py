@@ -11,6 +11,8 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
+from infimed_jax.errors import Interrupted
+
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[int], bool]]:
@@ -18,6 +20,7 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
 
     In one process the first Ctrl-C or SIGTERM asks, a second Ctrl-C stops at once. In several, JAX's preemption
     service carries one process's SIGTERM to all and chooses the step; its own handler must stay in place.
+    A request that came too late for any step raises Interrupted at the end of the block, so that none is lost.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
@@ -38,3 +41,5 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if received:
+        raise Interrupted("stopped after the last step, which is saved: the same command ends the run")

@@ -25,9 +25,9 @@ def test_only_known_licences_allow_commercial_use(licence, allowed):
     assert allows_commercial_use(licence) is allowed
 
 
-def checkpoint(folder, history):
+def checkpoint(folder, history, **more):
     values = to_dict(Config(train=Train(stage=history[-1]["stage"])))
-    save_params(folder, [("text.norm.scale", np.ones(2, np.float32))], {"config": values, "history": history})
+    save_params(folder, [("text.norm.scale", np.ones(2, np.float32))], {"config": values, "history": history, **more})
     return folder
 
 
@@ -44,7 +44,7 @@ def test_a_checkpoint_tells_its_history_where_runs_and_data_are_gone(tmp_path):
     (tmp_path / "data/manifest.json").write_text(json.dumps(manifest))
     first = checkpoint(tmp_path / "first", [start])
     cfg = Config(data=Data(dataset=str(tmp_path / "data")), train=Train(stage="sft"))
-    sft = checkpoint(tmp_path / "sft/checkpoints/70", [*history_of(first), stage_entry(cfg, "")])
+    sft = checkpoint(tmp_path / "sft", [*history_of(first), stage_entry(cfg, "")], step=70)
     shutil.rmtree(tmp_path / "data")
     shutil.rmtree(first)
     history = history_of(sft)

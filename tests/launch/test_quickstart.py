@@ -17,7 +17,7 @@ import yaml
 
 from infimed_jax.config import Mesh
 from launch import quickstart_stages
-from launch.quickstart import CONFIGS, STAGES, planned_steps
+from launch.quickstart import CONFIGS, STAGES, Chain, Options, planned_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 START = """
@@ -43,6 +43,13 @@ def test_every_step_that_runs_has_its_share_of_the_time_left(monkeypatch):
     monkeypatch.setattr(quickstart_stages, "param_count", lambda model: {"total": 0})
     quickstart_stages.run(chain)
     assert [*titles, "Hugging Face export", "Report"] == list(planned_steps())
+
+
+@pytest.mark.parametrize(("settings", "steps"), [((), (3, 150)), (("train.steps=4",), (4, 4))])
+def test_a_source_sets_the_steps_of_a_stage_and_the_user_those_of_all(tmp_path, settings, steps):
+    chain = Chain(Options(tmp_path, settings=settings), {"steps": {"warmup": 3}}, None)
+    vars(chain)["vocabulary"] = 128  # of a tokenizer that this test does not make
+    assert tuple(chain.stage_config(stage).train.steps for stage in ("warmup", "pretrain")) == steps
 
 
 def quickstart(folder: Path, *options: str) -> subprocess.Popen:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -65,13 +63,3 @@ def test_two_processes_train_stop_and_resume_as_one_does(stage, tmp_path: Path):
     assert counts[0] == counts[1]
     params, _ = load_params(together.train.output)
     np.testing.assert_allclose(params["text"]["embed_tokens"], expected.params["text"]["embed_tokens"], atol=5e-4)
-
-
-def test_a_sigterm_reaches_a_lone_process_too():
-    """The handlers of `stop_requests` need the main thread; this is it."""
-    from infimed_jax.train.stopping import stop_requests
-
-    with stop_requests() as asked:
-        assert not asked(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert asked(2)
