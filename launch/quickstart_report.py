@@ -68,10 +68,10 @@ def read_records(folder: Path) -> list[Record]:
 
 def _export(chain: Chain) -> tuple[dict[str, Any], str]:
     config = chain.stage_config("grpo")
-    params, _ = load_params(chain.run_folder("grpo"))
+    params, metadata = load_params(chain.run_folder("grpo"))
     commercial = {name: source.commercial_use for name, source in SOURCES.items()}
     scored = [chain.folder / "evaluation" / name for name in ("sft_cross_distribution", LAST_SUPERVISED, "grpo")]
-    card = checkpoint_card(history_of(chain.run_folder("grpo")), scored, commercial)
+    card = checkpoint_card(history_of(metadata), scored, commercial)
     card = replace(card, title=chain.plan["title"])
     shutil.rmtree(chain.folder / "export", ignore_errors=True)  # of a run that was stopped before its proof
     with jax.set_mesh(make_mesh(config.mesh)):

@@ -66,7 +66,7 @@ class Procedure(Generic[SceneT]):
     caption: Callable[[SceneT, np.random.Generator], str]
     ask: Callable[[SceneT, np.random.Generator], list[Question]]
     """One question of each template that fits the scene."""
-    think: Callable[[SceneT, Question, np.random.Generator], Question]
+    think: Callable[[SceneT, Question], Question]
     """The question with reasoning."""
     meta: Callable[[SceneT], dict[str, str]]
 
@@ -120,7 +120,7 @@ def _write_split(procedure: Procedure, folder: Path, seed: int, split: str, coun
     rng = np.random.default_rng([seed, stream, count, 1])
     records = []
     for number, questions in enumerate(balance(asked, rng)):
-        questions = [procedure.think(scenes[number], question, rng) for question in questions]
+        questions = [procedure.think(scenes[number], question) for question in questions]
         record = {
             "image": f"images/{split}_{number:06d}.png",
             "meta": procedure.meta(scenes[number]),

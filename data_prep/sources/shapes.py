@@ -159,7 +159,7 @@ def _yes(truth: bool) -> str:
     return "yes" if truth else "no"
 
 
-def think(scene: Shapes, question: Question, rng: np.random.Generator) -> Question:
+def think(scene: Shapes, question: Question) -> Question:
     """The question with reasoning that names the item it is about, or says what there is none of."""
     values = {"number": NUMBERS, "content": THINGS}.get(question.template, question.options or ("yes", "no"))
     return reflect(question, question.answer, values[0], evidence(scene, question))

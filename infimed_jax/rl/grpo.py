@@ -32,7 +32,7 @@ from infimed_jax.rl.rewards import score
 from infimed_jax.rl.rollout import Questions, plan_layout, prompt_order, questions
 from infimed_jax.rl.step import Plan, Reply, RewardFn, grpo_step
 from infimed_jax.sharding import micro_batches, run_mesh
-from infimed_jax.train.checkpoint import CHECKPOINTS, Checkpoints, Metadata
+from infimed_jax.train.checkpoint import CHECKPOINTS, Checkpoints, Metadata, read_metadata
 from infimed_jax.train.curve import CURVE, draw_curve
 from infimed_jax.train.history import history_of, stage_entry
 from infimed_jax.train.line import progress_line
@@ -232,7 +232,7 @@ def _metadata(cfg: config.Config, found: Questions, tokenizer: Tokenizer) -> Met
     bound = {f"{part}.{key}": value for part in ("model", "optimizer", "grpo") for key, value in values[part].items()}
     bound |= {f"{part}.{key}": values[part][key] for part, keys in _BOUND.items() for key in keys}
     bound |= {"the questions": found.fingerprint, "the tokenizer": tokenizer.fingerprint}
-    before = history_of(cfg.train.init_from) if cfg.train.init_from else []
+    before = history_of(read_metadata(cfg.train.init_from)) if cfg.train.init_from else []
     return {
         "config": values,
         "fingerprint": found.fingerprint,

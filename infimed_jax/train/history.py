@@ -12,22 +12,19 @@ from typing import Any
 
 from infimed_jax import config
 from infimed_jax.data.storage import MANIFEST
-from infimed_jax.train.checkpoint import read_metadata
+from infimed_jax.train.checkpoint import Metadata
 
 Entry = dict[str, Any]
 UNKNOWN = "not stated"
 
 
-def history_of(checkpoint: str | Path) -> list[Entry]:
-    """Every stage behind a run or checkpoint, the first one first, each with the `step` that it ended at.
+def history_of(metadata: Metadata) -> list[Entry]:
+    """Every stage behind a checkpoint with this metadata, the first one first, each with the `step` that it ended at.
 
-    Empty for parameters that were saved without one. UserError: there is no checkpoint.
+    Empty for parameters that were saved without one.
     """
-    metadata = read_metadata(checkpoint)
-    stages: list[Entry] = metadata.get("history", [])
-    if stages:
-        stages[-1] |= {"step": metadata.get("step", 0)}
-    return stages
+    *before, last = metadata.get("history") or [{}]
+    return [*before, last | {"step": metadata.get("step", 0)}] if last else []
 
 
 def stage_entry(cfg: config.Config, fingerprint: str, *, grpo: bool = False) -> Entry:

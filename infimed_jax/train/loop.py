@@ -170,7 +170,7 @@ def _open_state(
     if cfg.train.init_from:
         params, before = load_params(cfg.train.init_from, on_mesh(abstract))
         check_tokenizer(cfg, before, tokenizer)
-        metadata["history"] = history_of(cfg.train.init_from)
+        metadata["history"] = history_of(before)
     elif params is None:
         params = init_params(jax.random.key(cfg.train.seed), cfg.model)
     else:

@@ -101,7 +101,7 @@ def to_hf(args: argparse.Namespace) -> None:
     config = from_dict(Config, metadata["config"])
     if apart and not config.train.lora.rank:
         raise UserError(f"{args.checkpoint} holds no adapters (train.lora.rank is 0): leave out --lora peft")
-    history = history_of(args.checkpoint)
+    history = history_of(metadata)
     positions = provenance.max_positions(history)
     commercial = {name: source.commercial_use for name, source in SOURCES.items()}
     with ByteProgress("to-hf") as progress:

@@ -250,7 +250,7 @@ def test_the_second_look_states_facts():
     for number, scene in enumerate(scenes(150)):
         rng = np.random.default_rng(number)
         for question in ask(scene, rng):
-            look = think(scene, question, rng).reasoning.split("look again:")[1]
+            look = think(scene, question).reasoning.split("look again:")[1]
             if question.template == "modality":
                 continue  # speaks of how bone and cells look
             for attribute, words in vocabulary.items():

@@ -152,5 +152,5 @@ def test_the_module_makes_the_tokenizer_of_the_procedural_sources(tmp_path):
     for number in range(300):
         rng = np.random.default_rng([8, number])
         scene = draw_scene(rng)
-        lengths += [len(small(think(scene, question, rng).reasoning).input_ids) for question in ask(scene, rng)]
+        lengths += [len(small(think(scene, question).reasoning).input_ids) for question in ask(scene, rng)]
     assert max(lengths) <= 40

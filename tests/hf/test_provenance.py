@@ -9,7 +9,7 @@ import pytest
 from infimed_jax.config import Config, Data, Train, to_dict
 from infimed_jax.errors import UserError
 from infimed_jax.hf.provenance import allows_commercial_use, checkpoint_card, max_positions
-from infimed_jax.train.checkpoint import save_params
+from infimed_jax.train.checkpoint import read_metadata, save_params
 from infimed_jax.train.history import history_of, licences_of, stage_entry
 
 
@@ -44,10 +44,10 @@ def test_a_checkpoint_tells_its_history_where_runs_and_data_are_gone(tmp_path):
     (tmp_path / "data/manifest.json").write_text(json.dumps(manifest))
     first = checkpoint(tmp_path / "first", [start])
     cfg = Config(data=Data(dataset=str(tmp_path / "data")), train=Train(stage="sft"))
-    sft = checkpoint(tmp_path / "sft", [*history_of(first), stage_entry(cfg, "")], step=70)
+    sft = checkpoint(tmp_path / "sft", [*history_of(read_metadata(first)), stage_entry(cfg, "")], step=70)
     shutil.rmtree(tmp_path / "data")
     shutil.rmtree(first)
-    history = history_of(sft)
+    history = history_of(read_metadata(sft))
     assert [entry["stage"] for entry in history] == ["import", "sft"]
     assert max_positions(history) == 262_144
     card = checkpoint_card(history, commercial={"b": False})
@@ -69,7 +69,7 @@ def test_steps_that_only_take_samples_away_keep_the_licences(tmp_path):
 def test_what_is_not_known_is_not_claimed(tmp_path):
     """Neither settings of another version, nor licences of data that the run was given without its folder."""
     history = [{"stage": "sft"}, stage_entry(Config(train=Train(stage="grpo")), "", grpo=True)]
-    card = checkpoint_card(history_of(checkpoint(tmp_path / "grpo", history)))
+    card = checkpoint_card(history_of(read_metadata(checkpoint(tmp_path / "grpo", history))))
     assert card.stages[0] == "sft (its settings are not known)"
     assert card.stages[1].startswith("grpo: 0 steps, GRPO, ")
     assert all(not source.commercial_use for source in card.sources) and len(card.sources) == 2

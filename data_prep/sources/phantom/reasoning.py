@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from data_prep.sources.phantom.captions import findings, look, view
 from data_prep.sources.phantom.scene import COUNT_CHANCES, INTENSITIES, SIDES, SIZES, Scene
 from data_prep.sources.procedural import Question
@@ -12,7 +10,7 @@ from data_prep.sources.second_look import reflect
 _VALUES = {"side": SIDES, "size": SIZES, "intensity": INTENSITIES, "count": tuple(map(str, range(len(COUNT_CHANCES))))}
 
 
-def think(scene: Scene, question: Question, rng: np.random.Generator) -> Question:
+def think(scene: Scene, question: Question) -> Question:
     """The question with its reasoning, and in `reflection` whether the first guess was corrected or confirmed."""
     answer, guess = _short_answer(scene, question)
     return reflect(question, answer, guess, evidence(scene, question.template))
