@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from infimed_jax import config as configuration
-from infimed_jax.errors import Interrupted, UserError
+from infimed_jax.errors import Interrupted, UserError, describe
 from infimed_jax.files import write_json
 from launch.progress import ChainProgress
 
@@ -132,6 +132,8 @@ def quickstart(options: Options) -> dict[str, Any]:
             summary = quickstart_report.finish(chain, results, time.monotonic() - started, peak_memory())
     except (Interrupted, KeyboardInterrupt) as stop:
         raise Interrupted(f"Stopped. Give --resume to continue the run in {options.output}.") from stop
+    except (UserError, OSError) as error:
+        raise UserError(f"{describe(error)}; --resume continues the run in {options.output}") from error
     print(f"Report:  {options.output / 'report.html'}")
     print(f"Export:  {summary['export']['path']}")
     print(f"Outputs: {options.output}/summary.json")

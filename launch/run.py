@@ -7,7 +7,6 @@ resumed ends with exit code 75. Heavy imports happen inside the commands, so `--
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from infimed_jax.errors import Interrupted, UserError
+from infimed_jax.errors import Interrupted, UserError, describe
 from launch import accelerator, commands, distributed
 
 EXIT_USER_ERROR = 2
@@ -74,13 +73,6 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argpa
     if rest:
         args.settings = [*args.settings, *rest]
     return args
-
-
-def describe(error: Exception) -> str:
-    """One line for an error that is the user's to mend."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"no space left on the disk of {error.filename or 'the output'}: free some and run it again"
-    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

@@ -93,21 +93,28 @@ def _answer(prompt: Prompt, processor: Any, model: Any, file: Path) -> Reference
     inputs = processor(images=images or None, text=[text], return_tensors="pt")
     reference = Reference(file, inputs["input_ids"][0].tolist())
     if images:
-        np.save(file.with_suffix(".pixels.npy"), inputs["pixel_values"].numpy())
+        _save(file.with_suffix(".pixels.npy"), inputs["pixel_values"])
     if reference.tokens != prompt.tokens:
         return reference
 
     def keep(_: Any, arguments: tuple[Any, ...], projected: Any) -> None:
-        np.save(file.with_suffix(".vision.npy"), arguments[0].numpy())
-        np.save(file.with_suffix(".projector.npy"), projected.numpy())
+        _save(file.with_suffix(".vision.npy"), arguments[0])
+        _save(file.with_suffix(".projector.npy"), projected)
 
     hook = model.model.multi_modal_projector.register_forward_hook(keep)
     hidden = model.model(**inputs, use_cache=False).last_hidden_state[0]
     hook.remove()
     with open(file.with_suffix(".logits"), "wb") as out:
         for piece in hidden.split(POSITIONS):
-            model.lm_head(piece).numpy().tofile(out)
+            out.write(model.lm_head(piece).numpy().data)
     return reference
+
+
+def _save(file: Path, tensor: Any) -> None:
+    """As `np.save(file, …)`, which on a full disk says how much it wrote, but not that the disk is full."""
+    buffer = io.BytesIO()
+    np.save(buffer, tensor.numpy())
+    file.write_bytes(buffer.getbuffer())
 
 
 def widen_as_they_run(model: Any) -> None:
