@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from infimed_jax import config as configuration
+from infimed_jax.data.chat import load_tokenizer
 from infimed_jax.errors import Interrupted, UserError, describe
 from infimed_jax.files import write_json
 from launch.progress import ChainProgress
@@ -110,14 +111,14 @@ class Chain:
     @cached_property
     def vocabulary(self) -> int:
         """Rows of the embedding that the tokenizer needs, rounded up as Qwen3 does, so that a mesh can split them."""
-        from infimed_jax.data.chat import load_tokenizer
-
         return -(-len(load_tokenizer(self.tokenizer_folder)) // 128) * 128
 
 
 def quickstart(options: Options) -> dict[str, Any]:
     """Run the chain and return what `summary.json` holds. Raises UserError for a folder that holds another run."""
     plan = load_plan(options)
+    if options.tokenizer is not None:
+        load_tokenizer(options.tokenizer)  # refuses what is no Qwen3 tokenizer, before there is a folder
     prepare_folder(options)
     log_to(options.output / "run.log")
     # Imported only now, so that a mistake in the arguments is answered at once.

@@ -43,14 +43,17 @@ def make_data(chain: Chain) -> tuple[dict[str, Any], str]:
         listed = [Part(folder / "prepared" / name, cap=cap) for name, cap in parts.items()]
         counts[stage] = mix(listed, folder / "mixtures" / stage, chain.options.seed)["samples"]
     for name, reasons in skipped.items():
-        listed = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
-        progress.say(f"        skipped in {name}: {listed} (listed in {folder / 'prepared' / name}.json)")
+        progress.say(f"        skipped in {name}: {by_reason(reasons)} (listed in {folder / 'prepared' / name}.json)")
     progress.say("        assess: skipped, no LLM endpoint is configured; every source is kept unrated")
     result = {"tokens": len(tokenizer), "samples": counts, "skipped": skipped}
     return (
         result,
         f"{images:,} images drawn, {sum(counts.values()):,} samples, {len(tokenizer):,} tokens in the vocabulary",
     )
+
+
+def by_reason(counts: dict[str, int]) -> str:
+    return ", ".join(f"{reason}: {count}" for reason, count in counts.items())
 
 
 def _splits(plan: dict[str, Any]) -> dict[str, list[str]]:

@@ -25,7 +25,7 @@ from infimed_jax.train.checkpoint import load_params
 from infimed_jax.train.history import history_of
 from launch.progress import clock
 from launch.quickstart import LAST_SUPERVISED, SAMPLED, STAGES, Chain
-from launch.quickstart_data import test_samples
+from launch.quickstart_data import by_reason, test_samples
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "torch", "numpy")
 
@@ -231,7 +231,7 @@ def _report(chain: Chain, results: dict[str, Any], records: dict[str, list[Recor
             ("against transformers", _export_fact(export)),
             ("peak memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"),
             ("versions", ", ".join(f"{k} {v}" for k, v in summary["versions"].items() if v)),
-            ("skipped records", json.dumps(summary["skipped"]) if summary["skipped"] else "none"),
+            ("skipped records", "; ".join(f"{n} ({by_reason(r)})" for n, r in summary["skipped"].items()) or "none"),
             ("assess", "skipped: no LLM endpoint is configured"),
         ],
         seed=chain.options.seed,

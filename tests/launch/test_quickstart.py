@@ -109,12 +109,18 @@ def test_ctrl_c_keeps_what_is_done_and_resume_ends_the_chain(interrupted):
 
 def test_a_folder_that_holds_a_run_is_neither_overwritten_nor_mixed(interrupted):
     folder, *_ = interrupted
+    plain = shutil.copytree(folder / "run/tokenizer", folder / "plain", dirs_exist_ok=True)
+    file = plain / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<|im_start|>"]
+    file.write_text(json.dumps(content))
     before = sorted(file.name for file in (folder / "run").rglob("*"))
     for options, message in (
         ([], "give --resume to continue it or --overwrite"),
         (["--resume", "--seed", "1"], "seed was 0, is 1"),
         (["--source", "vqa_rad"], "give --input DIR"),
         (["--tokenizer", str(folder / "none")], "none is no folder"),
+        (["--tokenizer", str(plain)], "lacks <|im_start|>"),
     ):
         process = quickstart(folder, *options)
         _, error = process.communicate(timeout=60)
