@@ -1,7 +1,9 @@
 """transformers' side of a proof: the same numbers in another process and with weights widened as they are used."""
 
+import errno
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,6 +68,12 @@ def test_pieces_are_all_the_logits(model, tokenizer_folder, folder, tmp_path, mo
     with torch.no_grad():
         expected = whole(input_ids=torch.tensor([tokens])).logits[0].numpy()
     np.testing.assert_allclose(np.concatenate(pieces), expected, atol=1e-5)  # a product of other shapes
+
+
+def test_a_full_disk_is_known_as_one():
+    with pytest.raises(OSError, match="No space left") as raised:
+        reference._save(Path("/dev/full"), torch.zeros(3))
+    assert raised.value.errno == errno.ENOSPC
 
 
 def test_a_process_that_is_killed_is_one_line():
