@@ -6,7 +6,6 @@ counts and the fingerprint. It appears whole or not at all.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import itertools
@@ -17,8 +16,7 @@ import shutil
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -40,8 +38,6 @@ TFDS_SPLIT = "samples"
 SHARD_SIZE = 4096
 """Samples a shard: about 200 MB at the usual 50 KB an image."""
 
-_HASHED_AT_ONCE = 16
-"""Records that are handed to the hashing thread together: each change of threads costs as much as hashing one."""
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _TEXT_FIELDS = ("id", "source", "split", "kind", "question", "answer")
 _DESCRIPTION = (
@@ -91,21 +87,19 @@ def write_samples(
 def write_shard(folder: Path, shard: str, samples: Iterable[Sample]) -> int:
     """Write one shard of a dataset in the making, and its facts, which appear last and whole; return its samples.
 
-    Shards may be written by many processes at once and in any order. None of the samples is kept in memory.
+    Shards may be written by many processes at once and in any order. Two or three samples are in memory, not all.
+    UserError: an id occurs twice, or a sample contradicts itself. OSError: the disk is full, or fails.
     """
     # A part of its own: a worker that was taken for dead may still write the same shard.
     file, part = folder / shard, folder / f".{shard}.{uuid.uuid4().hex}.part"
     kinds: Counter[str] = Counter()
     origins: Counter[str] = Counter()
     ids: dict[str, None] = {}
-    digests: list[Future[bytes]] = []
-    waiting: list[bytes] = []
+    digests: list[bytes] = []
     images = size = 0
     # group_size 1: each record is found and read alone, as random access wants. snappy: images do not compress, and
-    # zstd, the default, took four times as long on VQA-RAD's for 2 % less.
+    # zstd, the default, took four times as long on VQA-RAD's for 2 % less; without any it is hardly faster.
     writer = ArrayRecordWriter(str(part), "group_size:1,snappy")
-    # hashing is half of the work beside reading, and lets other threads run
-    hasher = ThreadPoolExecutor(1)
     try:
         for sample in samples:
             check_sample(sample)
@@ -113,22 +107,21 @@ def write_shard(folder: Path, shard: str, samples: Iterable[Sample]) -> int:
                 raise UserError(f"sample id {sample.id!r} occurs twice: ids must be unique in a dataset")
             ids[sample.id] = None
             record = _to_record(sample)
-            with _disk_errors():
+            try:
                 writer.write(record)
-            waiting.append(record)
-            if len(waiting) == _HASHED_AT_ONCE:
-                if digests:
-                    digests[-1].result()  # or records would pile up in memory
-                digests.append(hasher.submit(_digests, waiting))
-                waiting = []
+            except RuntimeError as error:
+                raise _disk_error(error) from error
+            # Not in a thread of its own: what that gained on two free cores, changes of threads cost.
+            digests.append(hashlib.sha256(record).digest())
             kinds[sample.kind] += 1
             origins[f"{sample.source}/{sample.split}"] += 1
             images += len(sample.images)
             size += len(record)
     finally:
-        with _disk_errors():
+        try:
             writer.close()
-        hasher.shutdown()
+        except RuntimeError as error:
+            raise _disk_error(error) from error
     if ids:
         os.replace(part, file)
     else:
@@ -140,25 +133,16 @@ def write_shard(folder: Path, shard: str, samples: Iterable[Sample]) -> int:
         "kinds": kinds,
         "origins": origins,
         "ids": list(ids),
-        "digests": b"".join((*(some.result() for some in digests), _digests(waiting))).hex(),
+        "digests": b"".join(digests).hex(),
     }
     write_json(folder / f"{shard}.json", facts)
     return len(ids)
 
 
-@contextlib.contextmanager
-def _disk_errors() -> Iterator[None]:
-    """The writer's RuntimeErrors as what they are: a disk that is full, or fails."""
-    try:
-        yield
-    except RuntimeError as error:
-        code = errno.ENOSPC if "No space left" in str(error) else errno.EIO
-        raise OSError(code, f"{os.strerror(code)}: {_one_line(error)}") from error
-
-
-def _digests(records: list[bytes]) -> bytes:
-    """Their SHA-256s, one after the other."""
-    return b"".join(hashlib.sha256(record).digest() for record in records)
+def _disk_error(error: RuntimeError) -> OSError:
+    """The writer's error as what it is: a disk that is full, or fails."""
+    code = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+    return OSError(code, f"{os.strerror(code)}: {_one_line(error)}")
 
 
 def join_shards(

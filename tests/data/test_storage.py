@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,15 @@ def test_every_field_comes_back_exactly(tmp_path_factory, written, shard_size):
 def test_a_samples_record_never_changes(changes, digest):
     """Fingerprints of all datasets so far are of these bytes: another protobuf must not give others."""
     assert hashlib.sha256(storage._to_record(make_sample(0, **changes))).hexdigest() == digest
+
+
+def test_few_of_many_images_are_in_memory(tmp_path):
+    rows = (make_sample(i, images=(bytes(2**22), b"")) for i in range(20))
+    tracemalloc.start()
+    write_samples(tmp_path / "d", rows, name="toy")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5 * 2**22  # the first sample, two others, a record
 
 
 def test_shards_written_apart_and_in_any_order_are_the_same_dataset(tmp_path):
@@ -241,7 +251,10 @@ def test_survives_pickling_for_worker_processes(tmp_path):
     assert pickle.loads(pickle.dumps(read))[2] == make_sample(2)
 
 
-def test_a_disk_that_fills_is_told_as_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fails", ["write", "close"])
+def test_a_disk_that_fills_is_told_as_one(tmp_path, monkeypatch, fails):
+    written = []
+
     class Full:
         """What ArrayRecord's writer does where nothing can be written."""
 
@@ -249,12 +262,18 @@ def test_a_disk_that_fills_is_told_as_one(tmp_path, monkeypatch):
             pass
 
         def write(self, record):
-            pass
+            written.append(record)
+            self._does("write")
 
         def close(self):
-            raise RuntimeError("write() failed: No space left on device; writing shard")
+            self._does("close")
+
+        def _does(self, call):
+            if call == fails:
+                raise RuntimeError("write() failed: No space left on device; writing shard")
 
     monkeypatch.setattr(storage, "ArrayRecordWriter", Full)
     with pytest.raises(OSError, match="No space left") as error:
-        write_samples(tmp_path / "set", [make_sample(0)], name="toy")
+        write_samples(tmp_path / "set", (make_sample(i) for i in range(1000)), name="toy")
     assert error.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
+    assert len(written) == (1 if fails == "write" else 1000)  # the first failure ends it
