@@ -76,12 +76,14 @@ def _adapter(source: str) -> Source:
 def _fingerprint(folder: Path) -> str:
     """SHA-256 of the names, sizes and times of all files: reading terabytes to skip work would be no gain."""
     digest = hashlib.sha256()
+    prefix = len(os.path.join(folder, ""))
     for parent, folders, files in os.walk(folder):
         folders.sort()
         for name in sorted(files):
-            state = os.stat(os.path.join(parent, name))
-            relative = os.path.relpath(os.path.join(parent, name), folder)
-            digest.update(f"{relative}\0{state.st_size}\0{state.st_mtime_ns}\n".encode(errors="surrogateescape"))
+            file = os.path.join(parent, name)
+            state = os.stat(file)
+            line = f"{file[prefix:]}\0{state.st_size}\0{state.st_mtime_ns}\n"
+            digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

@@ -158,6 +158,14 @@ def test_done_work_is_kept_until_its_inputs_change(hostile, tmp_path, monkeypatc
     assert len(open_samples(tmp_path / "out" / "train")) == second["train"]["samples"]
 
 
+def test_the_same_folder_by_another_path_is_not_prepared_again(hostile, tmp_path, monkeypatch):
+    first = ingest("vqa_rad", hostile, tmp_path / "out", ["train"])
+    monkeypatch.setattr(pipeline, "write_shard", lambda *_: pytest.fail("written again"))
+    monkeypatch.chdir(hostile)
+    for path in (".", f"../{hostile.name}", f"{hostile}/"):
+        assert ingest("vqa_rad", path, tmp_path / "out", ["train"]) == first
+
+
 def lose_report(out: Path) -> None:
     (out / "train.json").unlink()
 
