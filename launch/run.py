@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(parser, arguments)
     configure_jax()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    for chatty in ("jax", "orbax", "tensorboardX", "matplotlib"):
+    for chatty in ("jax", "orbax", "tensorboardX", "matplotlib", "py4j"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     for second in ("absl", "asyncio"):  # Orbax raises what its threads log here: a full disk would take a page to say
         logging.getLogger(second).setLevel(logging.CRITICAL)
@@ -76,4 +76,6 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argpa
 
 
 if __name__ == "__main__":
+    # A script's own folder is in the path: there our distributed.py would hide dask's package of that name.
+    sys.path = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
     sys.exit(main())

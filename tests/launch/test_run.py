@@ -41,6 +41,21 @@ def test_help_needs_no_heavy_import(command):
     assert done.returncode == 0, done.stderr
 
 
+def test_no_module_beside_the_script_hides_an_installed_package():
+    """`launch/distributed.py` has the name of dask's package."""
+    code = (
+        "import importlib.util, runpy, sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'launch')!r})  # as `python launch/run.py` does\n"
+        "sys.argv = ['run.py', '--help']\n"
+        f"try: runpy.run_path({str(ROOT / 'launch/run.py')!r}, run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "found = importlib.util.find_spec('distributed')\n"
+        f"assert not found or not found.origin.startswith({str(ROOT / 'launch')!r}), found"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("command", "arguments"),
     [
