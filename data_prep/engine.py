@@ -1,5 +1,8 @@
 """Runs a step over the pieces of its input: in this process, in local ones, or on a cluster, by joblib.
 
+Of joblib's own backends those of loky and ray serve. Dask's waits for ever when workers die, and Spark's turns every
+exception into a TypeError (joblib 1.6, joblibspark 0.6): there, joblib's threads run their pieces on the cluster.
+
 A piece that is done has its facts beside its shards, written last and whole. So a step that was stopped goes on where
 it was, and when a worker dies the pieces are simply run again: done ones return at once. On a cluster the output
 folder must be on a disk that all machines share.
@@ -9,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,10 +31,15 @@ Work = Callable[[T, Path, str], dict[str, Any]]
 Progress = Callable[[int, int], None]
 """Called with the pieces that are done and all pieces."""
 Name = Literal["loky", "ray", "dask", "spark"]
+Call = Callable[..., None]
+"""Calls its first argument on the others, in a worker of the cluster, and raises what that raises."""
+_PACKAGES = {"ray": "ray", "dask": "distributed", "spark": "pyspark"}
 _ATTEMPTS = 4
 """Times that dead workers are replaced before the step gives up."""
-_DEATHS = {"TerminatedWorkerError", "BrokenProcessPool", "RayError", "KilledWorker"}
+_DEATHS = {"TerminatedWorkerError", "BrokenProcessPool", "RayError", "KilledWorker", "LostSparkWorker"}
 """Exceptions (or their bases, by name, since most engines are not installed) that mean: a worker died, not the work."""
+_PATIENCE = 30
+"""Seconds that a cluster's first worker may take."""
 _POLL = 0.5
 """Seconds between looks at what workers have finished."""
 
@@ -70,8 +80,8 @@ def run_pieces(
             if on_progress is not None:
                 on_progress(done, len(pieces))
     else:
-        with _cluster(engine) as options, _watch(folder, names, on_progress):
-            _run_parallel(task, list(zip(names, pieces, strict=True)), folder, options)
+        with _cluster(engine) as (options, call), _watch(folder, names, on_progress):
+            _run_parallel(partial(call, task), list(zip(names, pieces, strict=True)), folder, options)
     return [json.loads(_facts_file(folder, name).read_text(encoding="utf-8")) for name in names]
 
 
@@ -108,30 +118,30 @@ def _is_works_own(error: Exception) -> bool:
     return any(kind.__name__ == "RayTaskError" for kind in type(error).__mro__)
 
 
+def _here(function: Callable[..., None], *args: Any) -> None:
+    function(*args)
+
+
 @contextlib.contextmanager
-def _cluster(engine: Engine) -> Iterator[dict[str, Any]]:
-    """joblib's arguments for this engine, its cluster connected meanwhile."""
+def _cluster(engine: Engine) -> Iterator[tuple[dict[str, Any], Call]]:
+    """joblib's arguments for this engine and how it is to call the work, its cluster connected meanwhile."""
     try:
         if engine.name == "ray":
             with _ray(engine):
-                yield {"n_jobs": engine.jobs, "backend": "ray"}
+                yield {"n_jobs": engine.jobs, "backend": "ray"}, _here
         elif engine.name == "dask":
-            from distributed import Client
-
-            workers = None if engine.jobs == -1 else engine.jobs
-            here = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None, "host": "127.0.0.1"}
-            with Client(engine.address) if engine.address else Client(**here):
-                yield {"n_jobs": engine.jobs, "backend": "dask"}
+            with _dask(engine) as client:
+                jobs = sum(client.ncores().values()) if engine.jobs == -1 else engine.jobs
+                yield {"n_jobs": jobs, "backend": "threading"}, partial(_on_dask, client)
         elif engine.name == "spark":
-            from joblibspark import register_spark
-
-            register_spark()
-            yield {"n_jobs": engine.jobs, "backend": "spark"}
+            spark = _spark()
+            jobs = spark.defaultParallelism if engine.jobs == -1 else engine.jobs
+            yield {"n_jobs": jobs, "backend": "threading"}, partial(_on_spark, spark)
         else:
-            yield {"n_jobs": engine.jobs, "backend": "loky"}
+            yield {"n_jobs": engine.jobs, "backend": "loky"}, _here
     except ImportError as error:
-        package = {"ray": "ray", "dask": "distributed", "spark": "joblibspark"}.get(engine.name)
-        if package is None or error.name is None or error.name.partition(".")[0] not in (package, "pyspark"):
+        package = _PACKAGES.get(engine.name)
+        if package is None or (error.name or "").partition(".")[0] != package:
             raise
         raise UserError(f"engine {engine.name} needs the package {package}: pip install {package}") from error
 
@@ -149,14 +159,82 @@ def _ray(engine: Engine) -> Iterator[None]:
         local |= {} if engine.jobs == -1 else {"num_cpus": engine.jobs}
         try:
             ray.init(log_to_driver=False, **({"address": engine.address} if engine.address else local))
-        except ConnectionError as error:
-            raise UserError(f"no ray cluster answers at {engine.address}: check the address") from error
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise _unreachable(engine, error) from error
     register_ray()
     try:
         yield
     finally:
         if ours:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _dask(engine: Engine) -> Iterator[Any]:
+    """A `distributed.Client`."""
+    from distributed import Client
+
+    logging.getLogger("distributed").setLevel(logging.WARNING)  # else each worker's comings and goings are told
+    workers = None if engine.jobs == -1 else engine.jobs
+    here = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None, "host": "127.0.0.1"}
+    try:
+        client = Client(**({"address": engine.address} if engine.address else here))
+        client.wait_for_workers(1, _PATIENCE)
+    except (OSError, ValueError) as error:
+        raise _unreachable(engine, error) from error
+    with client:
+        yield client
+
+
+def _unreachable(engine: Engine, error: Exception) -> Exception:
+    if not engine.address:
+        return error
+    return UserError(f"no {engine.name} cluster answers at {engine.address}: check the address ({error})")
+
+
+def _on_dask(client: Any, *call: Any) -> None:
+    client.submit(*call, pure=False).result()
+
+
+def _spark() -> Any:
+    """The `SparkContext` of the session that there is, or of a new one by Spark's own settings."""
+    # else it starts its workers with the PATH's python3, which may have none of our packages
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    from pyspark.errors import PySparkRuntimeError
+    from pyspark.sql import SparkSession
+
+    # its progress is drawn on the terminal, over ours
+    session = SparkSession.builder.appName("infimed-jax").config("spark.ui.showConsoleProgress", "false")
+    try:
+        return session.getOrCreate().sparkContext
+    except PySparkRuntimeError as error:
+        raise UserError(f"Spark does not start; does `java -version` run? ({error})") from error
+
+
+class LostSparkWorker(Exception):
+    pass
+
+
+def _on_spark(spark: Any, function: Callable[..., None], *args: Any) -> None:
+    from py4j.protocol import Py4JJavaError
+
+    try:
+        raised = spark.parallelize([args], 1).map(partial(_raised, function)).first()
+    except Py4JJavaError as error:
+        if any(sign in str(error) for sign in ("Python worker exited unexpectedly", "ExecutorLostFailure")):
+            raise LostSparkWorker from error
+        raise
+    if raised is not None:
+        raise raised
+
+
+def _raised(function: Callable[..., None], args: tuple[Any, ...]) -> Exception | None:
+    """What the call raises, as a value: Spark would make text of it."""
+    try:
+        function(*args)
+    except Exception as error:
+        return error
+    return None
 
 
 @contextlib.contextmanager

@@ -21,6 +21,16 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.
 sys.path.insert(0, str(HERE))  # workers of every engine must find the work by its module's name
 from engine_worker import dying_work, failing_work, sample  # noqa: E402
 
+ENGINES = [
+    "loky",
+    *(
+        pytest.param(
+            name,
+            marks=pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed"),
+        )
+        for name, package in (("ray", "ray"), ("dask", "distributed"), ("spark", "pyspark"))
+    ),
+]
 PIECES = [range(start, start + 30) for start in range(0, 180, 30)]
 
 
@@ -43,21 +53,7 @@ def here(tmp_path) -> dict:
     return report
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "loky",
-        *(
-            pytest.param(
-                name,
-                marks=pytest.mark.skipif(
-                    importlib.util.find_spec(package) is None, reason=f"{package} is not installed"
-                ),
-            )
-            for name, package in (("ray", "ray"), ("dask", "distributed"))
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", ENGINES)
 def test_a_worker_killed_in_the_middle_of_a_shard_loses_and_doubles_nothing(name, here, tmp_path):
     seen = []
     report, tries = made(tmp_path / name, Engine(name, jobs=2), 1, lambda *at: seen.append(at))
@@ -69,10 +65,11 @@ def test_a_worker_killed_in_the_middle_of_a_shard_loses_and_doubles_nothing(name
     assert sorted(file.name for file in (tmp_path / name / "set").iterdir()) == files
 
 
-def test_workers_that_always_die_end_the_step_and_finished_pieces_stay(here, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ENGINES)
+def test_workers_that_always_die_end_the_step_and_finished_pieces_stay(name, here, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "_ATTEMPTS", 2)
     with pytest.raises(UserError, match=r"workers died 2 times .* fewer --jobs"):
-        made(tmp_path / "out", Engine(jobs=2), 99)
+        made(tmp_path / "out", Engine(name, jobs=2), 99)
     assert not (tmp_path / "out" / "set").exists()
     done = sorted(file.name for file in (tmp_path / "out" / ".set.new").glob("piece-*.json"))
     assert done and "piece-000002.json" not in done
@@ -84,10 +81,15 @@ def test_workers_that_always_die_end_the_step_and_finished_pieces_stay(here, tmp
     assert report == here
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_what_the_work_raises_is_raised_at_once(jobs, tmp_path):
+def test_what_the_work_raises_here_is_raised_at_once(tmp_path):
     with pytest.raises(UserError, match="piece 1 is bad"):
-        run_pieces(failing_work, range(3), tmp_path, Engine(jobs=jobs))
+        run_pieces(failing_work, range(3), tmp_path, Engine())
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_what_the_work_raises_in_a_worker_is_raised_at_once(name, tmp_path):
+    with pytest.raises(UserError, match="piece 1 is bad"):
+        run_pieces(failing_work, range(3), tmp_path, Engine(name, jobs=2))
 
 
 def test_user_errors(tmp_path, monkeypatch):
@@ -95,6 +97,6 @@ def test_user_errors(tmp_path, monkeypatch):
         Engine("flink")
     with pytest.raises(UserError, match="jobs must be at least 1"):
         Engine(jobs=0)
-    monkeypatch.setitem(sys.modules, "joblibspark", None)
-    with pytest.raises(UserError, match="engine spark needs the package joblibspark"):
-        run_pieces(failing_work, range(1), tmp_path, Engine("spark"))
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(UserError, match="engine dask needs the package distributed"):
+        run_pieces(failing_work, range(1), tmp_path, Engine("dask"))

@@ -13,7 +13,7 @@ _EVERY = 0.1
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=("loky", "ray", "dask", "spark"), default="loky",
-                        help="processes of this machine, or a cluster through joblib [%(default)s]")  # fmt: skip
+                        help="processes of this machine (loky), or a cluster [%(default)s]")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=-1, help="processes [one a processor]")
     parser.add_argument("--address", default="", help="of a ray or dask cluster that runs [one is started here]")
 
