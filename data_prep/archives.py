@@ -51,21 +51,20 @@ def safe_name(name: str) -> bool:
     )
 
 
-def read_tar(file: Path, max_member: int | None = None) -> Iterator[Member | Unusable]:
+def read_tar(file: Path, max_member: int = MAX_MEMBER) -> Iterator[Member | Unusable]:
     """The files of a `.tar`, `.tar.gz` or `.tgz` in order; folders are passed over.
 
     A damaged archive gives the members before the damage, then an `Unusable` that names it.
     """
-    limit = MAX_MEMBER if max_member is None else max_member
     number = 0
     try:
-        with file.open("rb") as raw, tarfile.open(fileobj=(stream := _bounded(raw, limit)), mode="r:") as tar:
+        with file.open("rb") as raw, tarfile.open(fileobj=(stream := _bounded(raw, max_member)), mode="r:") as tar:
             while (info := tar.next()) is not None:
                 number += 1
                 tar.members.clear()  # it would keep every header of a long archive
                 if info.isdir():
                     continue
-                yield _tar_member(stream, info, f"{file.name} member {number}", limit)
+                yield _tar_member(stream, info, f"{file.name} member {number}", max_member)
             if stream.last != bytes(tarfile.BLOCKSIZE):  # tarfile takes a broken header for the end
                 raise tarfile.ReadError("no end mark")
     except _Bomb:
@@ -143,13 +142,12 @@ def _bounded(raw: IO[bytes], limit: int) -> _Bounded:
     return _Bounded(GzipFile(fileobj=raw, mode="rb"), raw, limit) if packed else _Bounded(raw, None, limit)
 
 
-def read_webdataset(file: Path, max_member: int | None = None) -> Iterator[dict[str, bytes] | Unusable]:
+def read_webdataset(file: Path, max_member: int = MAX_MEMBER) -> Iterator[dict[str, bytes] | Unusable]:
     """The samples of a WebDataset tar: neighbouring members of one key, as `{"__key__": …, "jpg": …, "json": …}`.
 
     The key is the path up to the first dot of the file's name. A key that comes again is refused, as is a sample of
     more than 64 members or of more bytes than one member may have.
     """
-    limit = MAX_MEMBER if max_member is None else max_member
     seen: set[str] = set()
     group: dict[str, bytes] = {}
     key = ""
@@ -170,7 +168,7 @@ def read_webdataset(file: Path, max_member: int | None = None) -> Iterator[dict[
         suffix = suffix.lower()
         if suffix in group:
             yield Unusable(DUPLICATE, f"{file.name}: a second .{suffix} of one key")
-        elif len(group) == _MAX_GROUP or sum(map(len, group.values())) + len(member.data) > limit:
+        elif len(group) == _MAX_GROUP or sum(map(len, group.values())) + len(member.data) > max_member:
             yield Unusable(MEMBER_TOO_LARGE, f"{file.name}: a sample of too many members or bytes")
         else:
             group[suffix] = member.data
@@ -188,9 +186,9 @@ def _group(file: Path, key: str, group: dict[str, bytes], seen: set[str]) -> dic
 class ZipFiles:
     """Random access to the files of a zip archive, by name or by the end of it (`a/b.jpg` for `images/a/b.jpg`)."""
 
-    def __init__(self, file: Path, max_member: int | None = None) -> None:
+    def __init__(self, file: Path, max_member: int = MAX_MEMBER) -> None:
         self.file = file
-        self.limit = MAX_MEMBER if max_member is None else max_member
+        self.max_member = max_member
         try:
             self._zip = zipfile.ZipFile(file)
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
@@ -222,7 +220,7 @@ class ZipFiles:
             raise Unusable(NOT_A_FILE, self.file.name)
         if info.flag_bits & 1:
             raise Unusable(ENCRYPTED, self.file.name)
-        if info.file_size > self.limit:
+        if info.file_size > self.max_member:
             raise Unusable(MEMBER_TOO_LARGE, self.file.name)
         if info.file_size > max(_RATIO_FROM, MAX_RATIO * info.compress_size):
             raise Unusable(BOMB, self.file.name)

@@ -69,7 +69,7 @@ def assess(
     folders: Sequence[Path],
     output: Path,
     endpoint: Endpoint,
-    plan: Plan | None = None,
+    plan: Plan,
     *,
     cache: Path | None = None,
     on_progress: Progress | None = None,
@@ -83,7 +83,6 @@ def assess(
     UserError: a source may not be sent to the endpoint, the budget is reached, the endpoint is of no use, or a source
     has too few ratings for a decision.
     """
-    plan = plan or Plan()
     datasets = [open_samples(folder) for folder in folders]
     if len({dataset.fingerprint for dataset in datasets}) < len(datasets):
         raise UserError("a dataset is given twice: its samples would be rated twice")

@@ -82,7 +82,7 @@ def read_chain(reply: Reply, draw: int, sample: Sample) -> tuple[Chain | None, s
     text = reply.whole
     if not well_formed(text):
         return None, "not in the asked form"
-    parsed: Parsed = parse_answer(text, sample.kind, sample.options)
+    parsed = parse_answer(text, sample.kind, sample.options)
     if parsed.value is None:
         return None, "no answer of the question's kind"
     thoughts = text[text.index(OPEN_TAG) + len(OPEN_TAG) : text.index(CLOSE_TAG)].strip()

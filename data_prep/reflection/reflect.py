@@ -340,7 +340,7 @@ def _count(asked: dict[int, str], outcomes: dict[int, Outcome]) -> dict[str, Any
     rejected, failed, patterns = Counter(), Counter(), Counter()
     for number, source in asked.items():
         outcome = outcomes[number]
-        rejected.update(reason for reason in outcome.reasons)
+        rejected.update(outcome.reasons)
         patterns.update(made.pattern for made in outcome.made)
         if outcome.failed:
             failed[outcome.failed] += 1

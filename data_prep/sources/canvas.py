@@ -77,7 +77,7 @@ def blob(x: float, y: float, radius: float, angle: float, blur: float = 1.0) -> 
     return edge(np.hypot(u, v) - radius * wave, blur)
 
 
-def star(x: float, y: float, radius: float, depth: float, points: int, angle: float, blur: float = 1.0) -> np.ndarray:
+def star(x: float, y: float, radius: float, depth: float, points: int, angle: float) -> np.ndarray:
     """A star with straight edges: its radius falls by the share `depth` between the points; angle 0 points right."""
     u, v = _turned(x, y, angle)
     inner, half = radius * (1 - depth), np.pi / points
@@ -85,15 +85,15 @@ def star(x: float, y: float, radius: float, depth: float, points: int, angle: fl
     along, across = np.hypot(u, v) * np.cos(turn), np.hypot(u, v) * np.sin(turn)
     # signed distance from the line between the outer and the inner corner
     ex, ey = inner * np.cos(half) - radius, inner * np.sin(half)
-    return edge((across * -ex + (along - radius) * ey) / np.hypot(ex, ey), blur)
+    return edge((across * -ex + (along - radius) * ey) / np.hypot(ex, ey))
 
 
-def polygon(x: float, y: float, radius: float, corners: int, angle: float = 0.0, blur: float = 1.0) -> np.ndarray:
+def polygon(x: float, y: float, radius: float, corners: int, angle: float = 0.0) -> np.ndarray:
     """A regular polygon with a corner at the top when `angle` is 0."""
     u, v = _turned(x, y, angle)
     normals = np.pi / 2 + 2 * np.pi * (np.arange(corners) + 0.5) / corners
     sides = [-u * np.float32(np.cos(n)) - v * np.float32(np.sin(n)) for n in normals]
-    return edge(np.max(sides, axis=0) - radius * np.cos(np.pi / corners), blur)
+    return edge(np.max(sides, axis=0) - radius * np.cos(np.pi / corners))
 
 
 def paint(image: np.ndarray, coverage: np.ndarray, value: float | np.ndarray) -> None:

@@ -5,8 +5,8 @@ Left and right are the image's, as a viewer sees them, not the patient's.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -131,11 +131,3 @@ def draw_scene(rng: np.random.Generator) -> Scene:
 def _short(value: float) -> float:
     """Four decimals: a hundredth of a pixel, and readable annotations."""
     return round(float(value), 4)
-
-
-def scene_to_json(scene: Scene) -> dict[str, Any]:
-    return asdict(scene)
-
-
-def scene_from_json(values: dict[str, Any]) -> Scene:
-    return Scene(**{**values, "lesions": tuple(Lesion(**lesion) for lesion in values["lesions"])})
