@@ -13,6 +13,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from data_prep.faults import IMAGE_MISSING
 from data_prep.sources.files import read_image, read_json, read_rows
+from data_prep.sources.source import Source
 from infimed_jax.data.prompts import LETTERS, question_sample
 from infimed_jax.data.sample import Kind, Sample, Skipped, Turn
 from infimed_jax.errors import UserError
@@ -188,6 +190,21 @@ def read_folder(name: str, folder: Path, split: str) -> Iterator[Sample | Skippe
         else:
             for q, question in enumerate(questions):
                 yield _sample(f"{id}-{q}", name, split, image, question, meta)
+
+
+def procedural_source(name: str, title: str) -> Source:
+    """The source of such a folder, which `write_NAME` of its module draws."""
+    return Source(
+        name=name,
+        title=title,
+        licence="Apache-2.0",
+        commercial_use=True,
+        allow_external_api=True,
+        splits=SPLITS,
+        layout="images/*.png, SPLIT.json for each split",
+        obtain=f"data_prep.sources.{name}.write_{name}(folder, seed, sizes) draws them",
+        read=partial(read_folder, name),
+    )
 
 
 def _question(values: dict[str, Any]) -> Question:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
-from data_prep.sources import procedural
 from data_prep.sources.canvas import SIDE, box, ellipse, encode_png, paint, polygon, star
-from data_prep.sources.procedural import Question
+from data_prep.sources.procedural import Procedure, Question, procedural_source, write_folder
 from data_prep.sources.second_look import reflect
-from data_prep.sources.source import Source
 
 COLOURS = {
     "red": (0.86, 0.15, 0.15),
@@ -186,25 +182,11 @@ def _no_meta(scene: Shapes) -> dict[str, str]:
     return {}
 
 
-SHAPES: procedural.Procedure[Shapes] = procedural.Procedure(
+SHAPES: Procedure[Shapes] = Procedure(
     name="shapes", draw=draw_shapes, png=render_png, caption=caption, ask=ask, think=think, meta=_no_meta
 )
 
+write_shapes = partial(write_folder, SHAPES, per_image=3)
+"""(folder, seed, sizes) draws `sizes[split]` images for each split, as `procedural.write_folder` says."""
 
-def write_shapes(folder: str | Path, seed: int, sizes: Mapping[str, int], per_image: int = 3) -> Path:
-    """Draw `sizes[split]` images for each split into `folder`, as `procedural.write_folder` says."""
-    return procedural.write_folder(SHAPES, folder, seed, sizes, per_image)
-
-
-SOURCE = Source(
-    name="shapes",
-    title="Shapes: procedural images of coloured geometric shapes",
-    licence="Apache-2.0",
-    commercial_use=True,
-    allow_external_api=True,
-    training_allowed=True,
-    splits=procedural.SPLITS,
-    layout="images/*.png, SPLIT.json for each split",
-    obtain="data_prep.sources.shapes.write_shapes(folder, seed, sizes) draws them",
-    read=partial(procedural.read_folder, "shapes"),
-)
+SOURCE = procedural_source("shapes", "Shapes: procedural images of coloured geometric shapes")
