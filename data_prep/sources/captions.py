@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.faults import DUPLICATE, NO_TEXT, Unusable
+from data_prep.faults import NO_TEXT, Unusable
 from data_prep.sources.files import (
     Images,
     all_files,
@@ -19,7 +19,7 @@ from data_prep.sources.files import (
     shard_name,
     shards_of,
 )
-from data_prep.sources.source import Row, Source, caption_sample, filled, need, records, text
+from data_prep.sources.source import Row, Source, caption_sample, filled, need, once, records, text
 from infimed_jax.data.sample import Sample, Skipped
 
 
@@ -33,6 +33,11 @@ def _sample(images: Images, image: str, caption: str, source_id: str, id: str, r
     return caption_sample(id, (images.cell(cell),), words, meta)
 
 
+def _sample_by_id(images: Images, caption: str, source_id: str, id: str, row: Row) -> Sample:
+    """Of a table that does not name the images: they are called as its rows."""
+    return _sample(images, "image", caption, source_id, id, row | {"image": f"{text(row[source_id])}.jpg"})
+
+
 def read_roco(folder: Path, split: str) -> Iterator[Sample | Skipped]:
     """The table that `name`s the image files where there is one, else the repository's tab-separated captions."""
     short = {"train": "train", "validation": "val", "test": "test"}[split]
@@ -40,11 +45,11 @@ def read_roco(folder: Path, split: str) -> Iterator[Sample | Skipped]:
     names = (f"radiology{short}data.csv", f"radiology{split}data.csv", "radiology/captions.txt")
     found = find_files(folder, *(f"{split}/{name}" for name in names))[0]
     if found.suffix == ".csv":
-        rows: Iterable[Any] = csv_rows(found, ("id", "name", "caption"))
+        rows, make = csv_rows(found, ("id", "name", "caption")), partial(_sample, images, "name", "caption", "id")
     else:
-        table = csv_rows(found, ("id", "caption"), delimiter="\t", header=False, quoted=False)
-        rows = (row if isinstance(row, Unusable) else row | {"name": f"{text(row['id'])}.jpg"} for row in table)
-    yield from records(f"roco/{split}", rows, partial(_sample, images, "name", "caption", "id"))
+        rows = csv_rows(found, ("id", "caption"), delimiter="\t", header=False, quoted=False)
+        make = partial(_sample_by_id, images, "caption", "id")
+    yield from records(f"roco/{split}", rows, make)
 
 
 def _rocov2_files(folder: Path, split: str) -> list[Path]:
@@ -57,17 +62,11 @@ def read_rocov2(folder: Path, split: str, shard: str | None = None) -> Iterator[
     images = Images(folder / short, folder / f"{short}_images", folder / short / short, folder / f"{short}_images.zip")
     for file in [folder / shard] if shard else _rocov2_files(folder, split):
         if file.suffix == ".csv":
-            table = csv_rows(file, ("ID", "Caption"))
-            rows: Iterable[Any] = (
-                row
-                if isinstance(row, Unusable)
-                else {"image": f"{text(row['ID'])}.jpg", "image_id": row["ID"], "caption": row["Caption"]}
-                for row in table
-            )
+            rows, make = csv_rows(file, ("ID", "Caption")), partial(_sample_by_id, images, "Caption", "ID")
         else:
-            rows = parquet_rows(file, ("image", "image_id", "caption"))
-        prefix = f"rocov2/{split}/{shard_name(folder, file)}"
-        yield from records(prefix, rows, partial(_sample, images, "image", "caption", "image_id"))
+            columns = ("image", "image_id", "caption")
+            rows, make = parquet_rows(file, columns), partial(_sample, images, "image", "caption", "image_id")
+        yield from records(f"rocov2/{split}/{shard_name(folder, file)}", rows, make)
 
 
 def read_pmc_oa(folder: Path, split: str) -> Iterator[Sample | Skipped]:
@@ -99,22 +98,15 @@ def read_fig_captions(folder: Path, split: str) -> Iterator[Sample | Skipped]:
     name = "llava_med_instruct_fig_captions.json"
     file = find_files(folder, name, f"instruct/{name}")[0]
     images = Images(folder / "images", folder / "images.zip")
-    rows = _once(read_json(file, dict))
+    rows = once(_figures(read_json(file, dict)), "pair_id")
     yield from records(f"llava_med_fig_caption/{split}", rows, partial(_figure, images))
 
 
-def _once(domains: dict[str, Any]) -> Iterator[Row | Unusable]:
-    seen: set[str] = set()
+def _figures(domains: dict[str, Any]) -> Iterator[Row | Unusable]:
     for domain, figures in domains.items():
         for figure in figures if isinstance(figures, list) else [figures]:
-            pair = text(figure.get("pair_id")) if isinstance(figure, dict) else ""
-            if not pair:
-                yield Unusable(NO_TEXT, "a figure without pair_id")
-            elif pair in seen:
-                yield Unusable(DUPLICATE, pair)
-            else:
-                seen.add(pair)
-                yield figure | {"modality": domain}
+            named = isinstance(figure, dict) and text(figure.get("pair_id"))
+            yield figure | {"modality": domain} if named else Unusable(NO_TEXT, "a figure without pair_id")
 
 
 def _figure(images: Images, id: str, row: Row) -> Sample:

@@ -59,10 +59,8 @@ def _sample(images: Images, document: bool, captioning: bool, id: str, row: Row)
     )
     if not document:
         return Sample(id, source, split, "chat", encoded, turns, meta=meta)
-    if captioning:
-        return caption_sample(id, encoded, _words(turns[-1]), meta)
-    whole = "\n".join(_words(turn) for turn in turns)
-    return caption_sample(id, encoded, whole, meta)
+    words = [_words(turn) for turn in (turns[-1:] if captioning else turns)]
+    return caption_sample(id, encoded, "\n".join(words), meta)
 
 
 def _words(turn: Turn) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
-from data_prep.faults import DUPLICATE, IMAGE_MISSING, NO_TEXT, Unusable
+from data_prep.faults import IMAGE_MISSING, NO_TEXT, Unusable
 from data_prep.sources.files import Images, csv_rows
-from data_prep.sources.source import Row, Source, caption_sample, filled, records, text
+from data_prep.sources.source import Row, Source, caption_sample, filled, once, records, text
 from infimed_jax.data.sample import Sample, Skipped
 
 NAME = "iu_xray"
@@ -26,20 +27,8 @@ def read(folder: Path, split: str) -> Iterator[Sample | Skipped]:
             projections[text(row["uid"])].append((text(row["projection"]), text(row["filename"])))
     images = Images(folder / "images" / "images_normalized", folder / "images", folder / "images.zip")
     reports = csv_rows(folder / "indiana_reports.csv", ("uid", "findings", "impression"))
-    rows = _once(reports, broken)
+    rows = chain(once(reports, "uid"), broken)
     yield from records(f"{NAME}/{split}", rows, partial(_sample, images, projections))
-
-
-def _once(reports: Iterator[Row | Unusable], broken: list[Unusable]) -> Iterator[Row | Unusable]:
-    seen: set[str] = set()
-    for row in reports:
-        if isinstance(row, dict) and (uid := text(row["uid"])) in seen:
-            yield Unusable(DUPLICATE, uid)
-            continue
-        if isinstance(row, dict):
-            seen.add(uid)
-        yield row
-    yield from broken
 
 
 def _sample(images: Images, projections: dict[str, list[tuple[str, str]]], id: str, row: Row) -> Sample:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.faults import NO_ANSWER, NO_QUESTION, NO_TEXT, NOT_AN_OPTION, Unusable
+from data_prep.faults import DUPLICATE, NO_ANSWER, NO_QUESTION, NO_TEXT, NOT_AN_OPTION, Unusable
 from infimed_jax.data.prompts import LETTERS, question_sample
 from infimed_jax.data.sample import Kind, Sample, Skipped, Turn
 from infimed_jax.errors import UserError
@@ -144,6 +144,16 @@ def records(prefix: str, rows: Iterable[Any], sample: Callable[[str, Any], Sampl
         except Unusable as fault:
             record = Skipped(id, fault.reason, fault.detail)
         yield record
+
+
+def once(rows: Iterable[Row | Unusable], field: str) -> Iterator[Row | Unusable]:
+    """The rows; where the field's text has come before, an Unusable that names it."""
+    seen: set[str] = set()
+    for row in rows:
+        key = None if isinstance(row, Unusable) else text(row[field])
+        yield Unusable(DUPLICATE, key) if key in seen else row
+        if key is not None:
+            seen.add(key)
 
 
 def text(value: Any) -> str:
