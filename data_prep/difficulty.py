@@ -21,12 +21,13 @@ from data_prep.steps import (
     finished_report,
     make_from_stream,
     open_for_training,
+    readable,
     refuse_other_files,
 )
 from infimed_jax import config
 from infimed_jax.data.chat import Tokenizer
 from infimed_jax.data.sample import Sample
-from infimed_jax.data.storage import CorruptRecord, Samples
+from infimed_jax.data.storage import Samples
 from infimed_jax.errors import UserError
 from infimed_jax.files import write_json
 from infimed_jax.models.compute import Compute
@@ -105,7 +106,7 @@ def measure(
         "settings": config.to_dict(rollout_sampling(cfg)) | {"image_size": cfg.model.vision.image_size},
     }
     recipe = measured | {"plan": vars(plan)}
-    finished = finished_report(output, output.with_name(f"{output.name}.json"), recipe)
+    finished = finished_report(output, recipe)
     if finished is not None:
         return finished
     refuse_other_files(output)
@@ -161,13 +162,7 @@ class _Candidates(Sequence[Sample]):
 
 
 def _readable(dataset: Samples) -> tuple[_Candidates, int]:
-    numbers = []
-    for number in range(len(dataset)):
-        try:
-            dataset[number]
-        except CorruptRecord:
-            continue
-        numbers.append(number)
+    numbers = [number for number, sample in readable(dataset, range(len(dataset))) if sample is not None]
     return _Candidates(dataset, numbers), len(dataset) - len(numbers)
 
 

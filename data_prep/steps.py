@@ -79,6 +79,16 @@ def read_samples(samples: Samples, numbers: Sequence[int]) -> Iterator[Sample]:
             raise UserError(f"{error}: prepare that dataset again") from error
 
 
+def readable(samples: Samples, numbers: Iterable[int]) -> Iterator[tuple[int, Sample | None]]:
+    """(number, sample); None for a record that is damaged."""
+    for number in numbers:
+        try:
+            sample = samples[number]
+        except CorruptRecord:
+            sample = None
+        yield number, sample
+
+
 def write_stream(folder: Path, name: str, samples: Iterable[Sample]) -> int:
     """Write a piece that is one stream as shards of the usual size; return its samples."""
     rest, written = iter(samples), 0
@@ -107,13 +117,14 @@ def make_dataset(
     `work` writes shards whose names begin with the piece's. UserError: the folder holds something else. NoSamples: no
     piece gave a sample.
     """
-    file = output.with_name(f"{output.name}.json")
-    finished = finished_report(output, file, recipe)
+    finished = finished_report(output, recipe)
     if finished is not None:
         return finished
+    file = _report_file(output)
     refuse_other_files(output)
     fresh = _work_folder(output, recipe)
-    whole = _finished(fresh, file)
+    # there, where a run was killed after writing the report and before the folder was renamed
+    whole = _report_of(fresh, file) if (fresh / MANIFEST).is_file() else None
     if whole is None:
         facts = run_pieces(work, pieces, fresh, engine, on_progress)
         if not (fresh / MANIFEST).is_file():
@@ -209,14 +220,13 @@ def _work_folder(output: Path, recipe: dict[str, Any]) -> Path:
     return fresh
 
 
-def _finished(fresh: Path, file: Path) -> dict[str, Any] | None:
-    """The report, where a run was killed after writing it and before the folder was renamed."""
-    return _report_of(fresh, file) if (fresh / MANIFEST).is_file() else None
-
-
-def finished_report(folder: Path, file: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
+def finished_report(output: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
     """The report of a dataset that is done already; None where it or its report is missing, old or broken."""
-    return _report_of(folder, file) if prepared_by(folder, recipe) else None
+    return _report_of(output, _report_file(output)) if prepared_by(output, recipe) else None
+
+
+def _report_file(output: Path) -> Path:
+    return output.with_name(f"{output.name}.json")
 
 
 def _report_of(folder: Path, file: Path) -> dict[str, Any] | None:

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from data_prep.engine import HERE, Engine, Progress
 from data_prep.privacy.patterns import KINDS, PATTERNS
-from data_prep.steps import NoSamples, Slice, make_dataset, slices
+from data_prep.steps import NoSamples, Slice, make_dataset, readable, slices
 from infimed_jax.data.sample import Sample, Turn
-from infimed_jax.data.storage import CorruptRecord, open_samples, write_shard
+from infimed_jax.data.storage import open_samples, write_shard
 from infimed_jax.errors import UserError
 
 VERSION = 1
@@ -109,10 +109,8 @@ def _scrub_shard(mode: Mode, piece: Slice, folder: Path, name: str) -> dict[str,
     unreadable: list[int] = []
 
     def scrubbed() -> Iterator[Sample]:
-        for number in range(piece.start, piece.stop):
-            try:
-                sample = dataset[number]
-            except CorruptRecord:
+        for number, sample in readable(dataset, range(piece.start, piece.stop)):
+            if sample is None:
                 unreadable.append(number)
                 continue
             for key, value in sample.meta.items():

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from infimed_jax.data.storage import CorruptRecord, Samples
+from data_prep.steps import readable
+from infimed_jax.data.storage import Samples
 
 Place = tuple[int, int]
 """(dataset, number in it)."""
@@ -41,9 +42,9 @@ def _places(datasets: Sequence[Samples]) -> tuple[dict[str, list[Place]], int]:
         if len(sources) == 1:
             places[sources.pop()] += [(number, i) for i in range(len(dataset))]
             continue
-        for i in range(len(dataset)):
-            try:
-                places[dataset[i].source].append((number, i))
-            except CorruptRecord:  # of which source, nobody can tell
+        for i, sample in readable(dataset, range(len(dataset))):
+            if sample is None:  # of which source, nobody can tell
                 unreadable += 1
+            else:
+                places[sample.source].append((number, i))
     return places, unreadable

@@ -45,12 +45,13 @@ from data_prep.steps import (
     finished_report,
     make_from_stream,
     open_for_training,
+    readable,
     refuse_other_files,
 )
 from infimed_jax.data.images import ImageError
 from infimed_jax.data.prompts import LETTERS, QUESTION_KINDS, prompt_for
 from infimed_jax.data.sample import Sample, Turn
-from infimed_jax.data.storage import CorruptRecord, Samples
+from infimed_jax.data.storage import Samples
 from infimed_jax.errors import UserError
 from infimed_jax.rl.rewards import well_formed
 
@@ -136,7 +137,7 @@ def reflect(
         "image_side": endpoint.image_side,
         "plan": vars(plan),
     }
-    finished = finished_report(output, output.with_name(f"{output.name}.json"), recipe)
+    finished = finished_report(output, recipe)
     if finished is not None and not any(reason.startswith(_BY_ENDPOINT) for reason in finished["rejected"]):
         return finished  # else what the endpoint failed at is asked again
     refuse_other_files(output)
@@ -186,13 +187,8 @@ def reflect(
 def _questions(dataset: Samples) -> tuple[dict[int, str], dict[str, int], dict[str, list[int]]]:
     """Numbers of what can be asked with their sources, the rest by reason, and the words of each source's answers."""
     asked, left_out, words = {}, Counter(), defaultdict(list)
-    for number in range(len(dataset)):
-        try:
-            sample = dataset[number]
-        except CorruptRecord:
-            left_out["unreadable record"] += 1
-            continue
-        reason = _problem(sample)
+    for number, sample in readable(dataset, range(len(dataset))):
+        reason = "unreadable record" if sample is None else _problem(sample)
         if reason:
             left_out[reason] += 1
             continue
