@@ -94,8 +94,10 @@ def measure(
     UserError: nothing can be asked, or nothing is kept.
     """
     dataset = open_for_training(folder)
-    candidates, unreadable = _readable(dataset)
-    found = questions(candidates, tokenizer, cfg)
+    numbers = [number for number, sample in readable(dataset, range(len(dataset))) if sample is not None]
+    unreadable = len(dataset) - len(numbers)
+    found = questions((dataset[number] for number in numbers), tokenizer, cfg)
+    found = replace(found, numbers=np.array(numbers)[found.numbers])  # their places in the dataset again
     measured = {
         "version": VERSION,
         "from": dataset.fingerprint,
@@ -110,7 +112,7 @@ def measure(
     if finished is not None:
         return finished
     refuse_other_files(output)
-    right = _measure_all(candidates, found, output, plan, cfg, weights, tokenizer, measured, on_progress)
+    right = _measure_all(dataset, found, output, plan, cfg, weights, tokenizer, measured, on_progress)
     kept = choose(right, plan)
     report = {
         "from": str(folder),
@@ -122,7 +124,7 @@ def measure(
         f"pass_at_{plan.draws}": float((right > 0).mean()),
         "histogram": np.bincount(right, minlength=plan.draws + 1).tolist(),
         "kept_of": np.bincount(right[kept], minlength=plan.draws + 1).tolist(),
-        "right": {candidates[int(n)].id: int(r) for n, r in zip(found.numbers, right, strict=True)},
+        "right": {dataset[n].id: int(r) for n, r in zip(found.numbers, right, strict=True)},
     }
     if jax.process_index() != 0:
         return report
@@ -134,7 +136,7 @@ def measure(
             name="difficulty",
             recipe=recipe,
             origin=dataset,
-            samples=_marked(candidates, found, right, kept, plan),
+            samples=_marked(dataset, found, right, kept, plan),
             report=report,
         )
     except NoSamples as error:
@@ -148,26 +150,8 @@ def fingerprint(params: Params) -> str:
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
 
 
-class _Candidates(Sequence[Sample]):
-    """The readable samples of a dataset."""
-
-    def __init__(self, dataset: Samples, numbers: Sequence[int]) -> None:
-        self.dataset, self.numbers = dataset, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.dataset[self.numbers[index]]
-
-
-def _readable(dataset: Samples) -> tuple[_Candidates, int]:
-    numbers = [number for number, sample in readable(dataset, range(len(dataset))) if sample is not None]
-    return _Candidates(dataset, numbers), len(dataset) - len(numbers)
-
-
 def _measure_all(
-    candidates: Sequence[Sample],
+    dataset: Samples,
     found: Questions,
     output: Path,
     plan: Plan,
@@ -183,7 +167,7 @@ def _measure_all(
     parts.mkdir(parents=True, exist_ok=True)
     counts: list[int] = []
     for start in range(0, len(found.numbers), CHUNK):
-        asked = [candidates[int(number)] for number in found.numbers[start : start + CHUNK]]
+        asked = [dataset[number] for number in found.numbers[start : start + CHUNK]]
         file = parts / f"{identity[:16]}-{start:09d}.json"
         chunk = _finished(file, asked)
         if chunk is None:
@@ -250,11 +234,9 @@ def choose(right: np.ndarray, plan: Plan) -> np.ndarray:
     return np.sort(np.concatenate(kept))
 
 
-def _marked(
-    candidates: Sequence[Sample], found: Questions, right: np.ndarray, kept: np.ndarray, plan: Plan
-) -> Iterator[Sample]:
+def _marked(dataset: Samples, found: Questions, right: np.ndarray, kept: np.ndarray, plan: Plan) -> Iterator[Sample]:
     for place in kept:
-        sample = candidates[int(found.numbers[place])]
+        sample = dataset[found.numbers[place]]
         yield replace(sample, meta=sample.meta | {"right_of_draws": f"{right[place]}/{plan.draws}"})
 
 

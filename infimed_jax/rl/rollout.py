@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +38,7 @@ class Questions:
     """SHA-256 of prompts, images and gold answers, in order."""
 
 
-def questions(samples: Sequence[Sample], tokenizer: Tokenizer, cfg: config.Config) -> Questions:
+def questions(samples: Iterable[Sample], tokenizer: Tokenizer, cfg: config.Config) -> Questions:
     """Look at every sample once, its images included: nothing unreadable may turn up in the middle of a run.
 
     Raises UserError where nothing is left to ask.
