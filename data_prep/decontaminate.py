@@ -110,12 +110,7 @@ def _same_images(image: bytes, tests: Tests, seen: dict[str, list[int]]) -> list
 
 
 def decontaminate(
-    input: Path,
-    tests: Sequence[Path],
-    output: Path,
-    *,
-    engine: Engine = HERE,
-    on_progress: Progress | None = None,
+    input: Path, tests: Sequence[Path], output: Path, *, engine: Engine = HERE, on_progress: Progress | None = None
 ) -> dict[str, Any]:
     """Write what no test set has to `output`, and `output.json`, which is returned.
 

@@ -124,6 +124,7 @@ def mix(
         "parts": [{key: row[key] for key in ("fingerprint", "taken")} for row in rows],
     }
     licences = _licences(rows)
+    order = _order(datasets, counts, seed)
     known = {"seed": seed, "balance": dict(balance or {}), "licences": licences, "parts": rows}
     return make_dataset(
         Path(output),
@@ -131,7 +132,7 @@ def mix(
         recipe=recipe,
         info={"licences": licences},
         work=partial(_write_slice, [part.folder for part in parts]),
-        pieces=_slices(_order(datasets, counts, seed)),
+        pieces=[order[start : start + SHARD_SIZE] for start in range(0, len(order), SHARD_SIZE)],
         report=lambda manifest, _: {key: manifest[key] for key in ("images", "origins")} | known,
         engine=engine,
         on_progress=on_progress,
@@ -169,10 +170,6 @@ def _order(datasets: Sequence[Samples], counts: Sequence[int], seed: int) -> np.
 def _draw(count: int, samples: int, seed: int, number: int) -> np.ndarray:
     """Numbers of the samples taken from a part; a larger count keeps those of a smaller one."""
     return np.random.default_rng([seed, number]).permutation(samples)[:count]
-
-
-def _slices(order: np.ndarray) -> list[np.ndarray]:
-    return [order[start : start + SHARD_SIZE] for start in range(0, len(order), SHARD_SIZE)]
 
 
 def _write_slice(folders: Sequence[Path], order: np.ndarray, folder: Path, name: str) -> dict[str, Any]:

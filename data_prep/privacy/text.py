@@ -66,12 +66,7 @@ def mask(text: str) -> tuple[str, Counter[str]]:
 
 
 def scrub(
-    folder: Path,
-    output: Path,
-    mode: Mode = "mask",
-    *,
-    engine: Engine = HERE,
-    on_progress: Progress | None = None,
+    folder: Path, output: Path, mode: Mode = "mask", *, engine: Engine = HERE, on_progress: Progress | None = None
 ) -> dict[str, Any]:
     """Write the dataset `output` with identifiers flagged or masked, and the report `output.json`, which is returned.
 

@@ -18,17 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from data_prep.endpoint import (
-    CallFailed,
-    ChatClient,
-    Endpoint,
-    Message,
-    Reply,
-    check_sources,
-    parts,
-    run_jobs,
-    speech,
-)
+from data_prep.endpoint import CallFailed, ChatClient, Endpoint, Message, Reply, check_sources, parts, run_jobs, speech
 from data_prep.reflection.chains import (
     REFLECTIVE,
     Chain,

@@ -86,13 +86,7 @@ def write_folder(
         if split not in SPLITS:
             raise UserError(f"{procedure.name} has no split {split!r}: its splits are {', '.join(SPLITS)}")
     folder = Path(folder)
-    recipe = {
-        "source": procedure.name,
-        "version": VERSION,
-        "seed": seed,
-        "sizes": dict(sizes),
-        "per_image": per_image,
-    }
+    recipe = {"source": procedure.name, "version": VERSION, "seed": seed, "sizes": dict(sizes), "per_image": per_image}
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if (folder / RECIPE).is_file() and read_json(folder / RECIPE, dict) == recipe:
             return folder
