@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from data_prep.engine import NotedProgress
 from data_prep.steps import (
     NoSamples,
     finished_report,
@@ -41,9 +42,6 @@ from infimed_jax.train.state import Params
 VERSION = 1
 CHUNK = 256
 """Questions whose answers are drawn and kept together: what a stopped run loses at most."""
-
-Progress = Callable[[int, int, str], None]
-"""(questions done, questions, a note)."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def measure(
     weights: dict[str, Any],
     checkpoint: str,
     tokenizer: Tokenizer,
-    on_progress: Progress | None = None,
+    on_progress: NotedProgress | None = None,
 ) -> dict[str, Any]:
     """Answer every candidate `plan.draws` times, write the dataset `output` of those kept, and return the report.
 
@@ -159,7 +157,7 @@ def _measure_all(
     weights: dict[str, Any],
     tokenizer: Tokenizer,
     measured: dict[str, Any],
-    on_progress: Progress | None,
+    on_progress: NotedProgress | None,
 ) -> np.ndarray:
     """i64[n]: right answers of each question; a chunk that an earlier run has measured is read back."""
     identity = hashlib.sha256(json.dumps([measured, found.fingerprint, CHUNK], sort_keys=True).encode()).hexdigest()

@@ -30,6 +30,8 @@ Work = Callable[[T, Path, str], dict[str, Any]]
 """(piece, folder, name) → the piece's facts, JSON values; it writes its shards into the folder, named `name…`."""
 Progress = Callable[[int, int], None]
 """Called with the pieces that are done and all pieces."""
+NotedProgress = Callable[[int, int, str], None]
+"""The same of questions or samples, with a note."""
 Name = Literal["loky", "ray", "dask", "spark"]
 Call = Callable[..., None]
 """Calls its first argument on the others, in a worker of the cluster, and raises what that raises."""

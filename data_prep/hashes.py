@@ -25,13 +25,8 @@ _N = 8
 """Words of a question's n-grams."""
 
 
-def _cosines() -> np.ndarray:
-    """f32[16, 64]: the lowest frequencies of the discrete cosine transform (II), without the constant one."""
-    frequency, place = np.arange(1, _BITS + 1)[:, None], np.arange(_SIDE) + 0.5
-    return np.cos(np.pi * frequency * place / _SIDE).astype(np.float32)
-
-
-_COSINES = _cosines()
+_COSINES = np.cos(np.pi * np.arange(1, _BITS + 1)[:, None] * (np.arange(_SIDE) + 0.5) / _SIDE).astype(np.float32)
+"""f32[16, 64]: the lowest frequencies of the discrete cosine transform (II), without the constant one."""
 
 
 def exact_hash(data: bytes) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep.endpoint import CallFailed, ChatClient, Endpoint, check_sources, parts, run_jobs, speech
+from data_prep.engine import NotedProgress
 from data_prep.quality.parse import BadReply, Rating, parse_rating
 from data_prep.quality.report import summarise, write_page
 from data_prep.quality.rubric import instructions
@@ -24,9 +25,6 @@ TRIES = 3
 MAX_CHARACTERS = 12_000
 """Of a sample's text that the rater sees, and of a bad reply that it is shown again; cut samples are counted."""
 _CUT = "\n[The sample goes on; it was cut here for this rating.]"
-
-Progress = Callable[[int, int, str], None]
-"""(rated or given up, to rate, a note)."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def assess(
     plan: Plan,
     *,
     cache: Path | None = None,
-    on_progress: Progress | None = None,
+    on_progress: NotedProgress | None = None,
 ) -> dict[str, Any]:
     """Rate the datasets' sources; `output` gets assessment.json, ratings.jsonl, report.html, and decision.json.
 

@@ -12,13 +12,14 @@ import asyncio
 import hashlib
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from data_prep.endpoint import CallFailed, ChatClient, Endpoint, Message, Reply, check_sources, parts, run_jobs, speech
+from data_prep.engine import NotedProgress
 from data_prep.reflection.chains import (
     REFLECTIVE,
     Chain,
@@ -61,8 +62,6 @@ LOOK_AGAIN = {
     "zh": "请再看一遍影像。在<think>和</think>之间描述影像中与该问题有关的所见，无论其是否支持你之前的说法，"
     "然后仅在\\boxed{}中给出你的答案。",
 }
-Progress = Callable[[int, int, str], None]
-"""(questions done, questions, a note)."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def reflect(
     plan: Plan | None = None,
     *,
     cache: Path | None = None,
-    on_progress: Progress | None = None,
+    on_progress: NotedProgress | None = None,
 ) -> dict[str, Any]:
     """Write the dataset `output` of questions with reasoning and the report `output.json`, which is returned.
 

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -56,6 +56,17 @@ class Question:
     def letter(self) -> str:
         """Of a choice's right option."""
         return LETTERS[self.options.index(self.answer)]
+
+
+def reflect(question: Question, answer: str, guess: str, evidence: str) -> Question:
+    """The question with its reasoning, and in `reflection` whether the first guess was corrected or confirmed.
+
+    What one would say unseen, then a second look at the image. The guess is the same for every image, so it is right
+    by chance alone and no short cut to the answer. `answer` is what is guessed at, `evidence` the true statement that
+    settles it, without a full stop.
+    """
+    reasoning = f"At first glance: {guess}. Wait, let me look again: {evidence}."
+    return replace(question, reasoning=reasoning, reflection="confirmed" if guess == answer else "corrected")
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from functools import partial
 import numpy as np
 
 from data_prep.sources.canvas import SIDE, box, ellipse, encode_png, paint, polygon, star
-from data_prep.sources.procedural import Procedure, Question, procedural_source, write_folder
-from data_prep.sources.second_look import reflect
+from data_prep.sources.procedural import Procedure, Question, procedural_source, reflect, write_folder
 
 COLOURS = {
     "red": (0.86, 0.15, 0.15),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from data_prep.sources.phantom.captions import findings, look, view
 from data_prep.sources.phantom.scene import COUNT_CHANCES, INTENSITIES, SIDES, SIZES, Scene
-from data_prep.sources.procedural import Question
-from data_prep.sources.second_look import reflect
+from data_prep.sources.procedural import Question, reflect
 
 _VALUES = {"side": SIDES, "size": SIZES, "intensity": INTENSITIES, "count": tuple(map(str, range(len(COUNT_CHANCES))))}
 
