@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from data_prep.engine import HERE, Engine, Progress
-from data_prep.filters import text
 from data_prep.hashes import THRESHOLD, distances, exact_hash, ngrams, normalised, perceptual_hashes
 from data_prep.steps import Slice, make_dataset, read_samples, removed_report, slices, write_kept
 from infimed_jax.data.sample import Sample
@@ -83,7 +82,7 @@ def read_tests(folders: Sequence[Path]) -> Tests:
 
 def _question(sample: Sample) -> str:
     """The bare question; of a chat or document, all that is not the assistant's."""
-    return sample.question or "\n".join(text(turn.content) for turn in sample.turns if turn.role != "assistant")
+    return sample.question or "\n".join(turn.text for turn in sample.turns if turn.role != "assistant")
 
 
 def matches(sample: Sample, tests: Tests, seen: dict[str, list[int]]) -> dict[str, set[str]]:

@@ -118,12 +118,12 @@ def why_left_out(sample: Sample, rules: Rules) -> str:
     """The first reason against a sample, or the empty string."""
     if sample.source in rules.excluded:
         return SOURCE_EXCLUDED
-    replies = [text(turn.content) for turn in sample.turns if turn.role in ("assistant", "document")]
+    replies = [turn.text for turn in sample.turns if turn.role in ("assistant", "document")]
     if not replies or not all(reply.strip() for reply in replies):
         return EMPTY
     if rules.refusals and any(is_refusal(reply) for reply in replies):
         return REFUSAL
-    whole = [text(turn.content) + "\n" + turn.reasoning for turn in sample.turns]
+    whole = [turn.text + "\n" + turn.reasoning for turn in sample.turns]
     if sample.kind in ("document", "chat") and any(is_degenerate(reply) for reply in replies):
         return DEGENERATE
     if any(is_repeating(part, rules.max_compression) for part in whole):
@@ -133,10 +133,6 @@ def why_left_out(sample: Sample, rules: Rules) -> str:
     if any(shorter_side(image) < rules.min_image_side for image in sample.images):
         return SMALL_IMAGE
     return ""
-
-
-def text(content: tuple[str | int, ...]) -> str:
-    return "".join(piece for piece in content if isinstance(piece, str))
 
 
 def is_refusal(reply: str) -> bool:

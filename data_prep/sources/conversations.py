@@ -59,12 +59,8 @@ def _sample(images: Images, document: bool, captioning: bool, id: str, row: Row)
     )
     if not document:
         return Sample(id, source, split, "chat", encoded, turns, meta=meta)
-    words = [_words(turn) for turn in (turns[-1:] if captioning else turns)]
+    words = [turn.text.strip() for turn in (turns[-1:] if captioning else turns)]
     return caption_sample(id, encoded, "\n".join(words), meta)
-
-
-def _words(turn: Turn) -> str:
-    return "".join(piece for piece in turn.content if isinstance(piece, str)).strip()
 
 
 def conversation(turns: Any, images: int) -> tuple[Turn, ...]:

@@ -20,6 +20,11 @@ class Turn:
     reasoning: str = ""
     """What stands inside `<think>`; assistant turns only."""
 
+    @property
+    def text(self) -> str:
+        """The content's pieces of text, joined."""
+        return "".join(piece for piece in self.content if isinstance(piece, str))
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -141,8 +141,7 @@ def _prompt_turns(sample: Sample) -> tuple[Turn, ...]:
 
 def _content(turn: Turn) -> dict[str, Any]:
     if turn.role != "user":
-        text = "".join(piece for piece in turn.content if isinstance(piece, str))
-        return {"content": text} | ({"reasoning_content": turn.reasoning} if turn.reasoning else {})
+        return {"content": turn.text} | ({"reasoning_content": turn.reasoning} if turn.reasoning else {})
     parts = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in turn.content]
     return {"content": parts}
 
