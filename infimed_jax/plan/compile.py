@@ -34,7 +34,9 @@ ENVIRONMENT = {
     "TPU_MIN_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+_SIZE = r"([\d.]+)([KMGT])"
+_MEMORY = re.compile(rf"Used {_SIZE} of {_SIZE} hbm|temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)")
+"""How libtpu says that a program does not fit: it differs with how far the compiler came."""
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -145,17 +147,26 @@ def _main() -> None:
     print(json.dumps(answer))
 
 
+def does_not_fit(said: str) -> dict[str, Any] | None:
+    """What libtpu's refusal says: `needed` and `available` bytes of a chip; None where it is about something else."""
+    found = _MEMORY.search(said)
+    if not found:
+        return None
+    used, used_unit, available, unit = (group for group in found.groups() if group)
+    bytes_ = int(float(used) * _UNITS[used_unit]), int(float(available) * _UNITS[unit])
+    return {"fits": False, "needed": bytes_[0], "available": bytes_[1]}
+
+
 def _compiled(lowered: Any) -> dict[str, Any]:
     import jax
 
     try:
         stats = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        said = _MEMORY.search(str(error))
-        if not said:
+        refusal = does_not_fit(str(error))
+        if refusal is None:
             raise
-        used, available = (int(float(said[i]) * _UNITS[said[i + 1]]) for i in (1, 3))
-        return {"fits": False, "needed": used, "available": available}
+        return refusal
     # Outputs that take over an argument's place (the donated state) need none of their own.
     fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
     return {

@@ -87,6 +87,25 @@ def test_an_answer_is_kept_until_something_changes(monkeypatch, tmp_path):
     assert not ahead.compile_step(cfg, "v5p:2x2x1", mesh, str(library)).kept
 
 
+@pytest.mark.parametrize(
+    ("said", "needed", "available"),
+    [
+        ("It would have used too much: Used 44.41G of 31.25G hbm. Exceeded hbm capacity by 13.16G.", 44.41, 31.25),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (44.41G) "
+            "exceeds available HBM (31.25G).",
+            44.41,
+            31.25,
+        ),
+    ],
+)
+def test_a_step_that_does_not_fit_is_a_cell_and_no_error(said, needed, available):
+    """libtpu 0.0.42 says it in two ways."""
+    gib = 2**30
+    assert ahead.does_not_fit(said) == {"fits": False, "needed": int(needed * gib), "available": int(available * gib)}
+    assert ahead.does_not_fit("INTERNAL: a kernel does not tile, 2.0G of it") is None
+
+
 def test_a_compiler_that_dies_is_one_line(monkeypatch):
     dead = subprocess.CompletedProcess([], -9, stdout="", stderr="")
     monkeypatch.setattr(ahead.subprocess, "run", lambda *_, **__: dead)

@@ -64,12 +64,29 @@ def test_flops_follow_the_rule_of_six(pretrain):
     assert 1.15 < pretrain["flops_a_step"]["total"] / model < 1.4
 
 
-def test_the_4b_estimate_agrees_with_a_v5p_compile(pretrain):
-    """libtpu 0.0.42.1 found 21.0 GiB of temporaries and 1.5 GiB of state and batch for this very cell."""
+@pytest.mark.parametrize(
+    ("model", "name", "topology", "tensor", "remat", "needed"),
+    [
+        ("foundation_4b", "pretrain", "v5p:2x4x4", 1, "full", 22.59),
+        ("foundation_4b", "sft_medical", "v5p:2x4x4", 1, "dots", 45.70),
+        ("foundation_4b", "sft_medical", "v5p:2x4x4", 2, "dots", 49.71),
+        ("foundation_4b", "grpo", "v5p:2x4x4", 1, "full", 12.39),
+        ("foundation_1p7b", "pretrain", "v6e:8x8", 1, "full", 9.96),
+        ("foundation_1p7b", "sft_medical", "v6e:8x8", 1, "dots", 15.56),
+        ("foundation_1p7b", "grpo", "v6e:8x8", 1, "full", 6.56),
+    ],
+)
+def test_the_estimate_agrees_with_compilations(model, name, topology, tensor, remat, needed):
+    """`needed`: GiB a chip that libtpu 0.0.42.1 found for these cells (`make test-aot`, `plan`)."""
+    cell = counted(stage(model, name, f"train.remat={remat}"), parse_topology(topology), Mesh(1, -1, tensor))
+    np.testing.assert_allclose(cell["memory"]["needed"], needed * GIB, rtol=0.05)
+
+
+def test_the_state_agrees_with_a_compilation(pretrain):
+    """libtpu 0.0.42.1 found so many bytes of state and batch; the device's layout pads."""
     memory = pretrain["memory"]
-    np.testing.assert_allclose(memory["gradients"] + memory["activations_and_temporaries"], 21.0 * GIB, rtol=0.15)
     state = memory["parameters"] + memory["moments"] + memory["batch"]
-    np.testing.assert_allclose(state, 1_634_747_904, rtol=0.02)  # the device's layout pads
+    np.testing.assert_allclose(state, 1_634_747_904, rtol=0.02)
 
 
 def test_more_devices_hold_and_compute_less():
