@@ -36,7 +36,7 @@ from infimed_jax.rl.rewards import score
 from infimed_jax.rl.rollout import Questions, questions, render_prompts
 from infimed_jax.rl.step import rollout_sampling
 from infimed_jax.sampling.generate import generate
-from infimed_jax.train.checkpoint import numpy_checksum
+from infimed_jax.train.checksum import numpy_checksum
 from infimed_jax.train.state import Params
 
 VERSION = 1

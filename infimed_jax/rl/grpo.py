@@ -32,7 +32,7 @@ from infimed_jax.rl.rewards import score
 from infimed_jax.rl.rollout import Questions, plan_layout, prompt_order, questions
 from infimed_jax.rl.step import Plan, Reply, RewardFn, grpo_step
 from infimed_jax.sharding import micro_batches, run_mesh
-from infimed_jax.train.checkpoint import CHECKPOINTS, Checkpoints, Metadata, read_metadata
+from infimed_jax.train.checkpoint import Checkpoints
 from infimed_jax.train.curve import CURVE, draw_curve
 from infimed_jax.train.history import history_of, stage_entry
 from infimed_jax.train.line import progress_line
@@ -42,6 +42,7 @@ from infimed_jax.train.optimizer import make_optimizer
 from infimed_jax.train.state import Params, TrainState, abstract_like, init_state, split_params
 from infimed_jax.train.step import make_train_step
 from infimed_jax.train.stopping import stop_requests
+from infimed_jax.train.stored import CHECKPOINTS, Metadata, read_metadata
 from infimed_jax.train.telemetry import MetricsLog, Row
 from infimed_jax.train.watchdog import Watchdog
 

@@ -29,15 +29,17 @@ from infimed_jax.models.infimed import abstract_params, init_params
 from infimed_jax.models.lora import merge_lora, scale_of
 from infimed_jax.plan.memory import choose_remat
 from infimed_jax.train import telemetry
-from infimed_jax.train.checkpoint import CHECKPOINTS, Checkpoints, Metadata, load_params
+from infimed_jax.train.checkpoint import Checkpoints
 from infimed_jax.train.curve import CURVE, draw_curve
 from infimed_jax.train.history import history_of, stage_entry
 from infimed_jax.train.line import progress_line
 from infimed_jax.train.meter import Meter, averaged
 from infimed_jax.train.optimizer import learning_rate, make_optimizer
+from infimed_jax.train.parameters import load_params
 from infimed_jax.train.state import Params, TrainState, abstract_state, init_state, on_mesh
 from infimed_jax.train.step import Metrics, TrainStep, make_train_step, next_token_loss
 from infimed_jax.train.stopping import stop_requests
+from infimed_jax.train.stored import CHECKPOINTS, Metadata
 from infimed_jax.train.telemetry import MetricsLog, Row
 from infimed_jax.train.trace import Trace
 from infimed_jax.train.watchdog import Watchdog

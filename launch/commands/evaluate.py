@@ -31,7 +31,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from infimed_jax.models.compute import Compute
     from infimed_jax.sampling.weights import sampler_weights
     from infimed_jax.sharding import make_mesh
-    from infimed_jax.train.checkpoint import load_params
+    from infimed_jax.train.parameters import load_params
     from launch.progress import StepProgress
 
     params, metadata = load_params(args.checkpoint)

@@ -100,7 +100,7 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any]:
     from infimed_jax.hf.import_ import open_llava
     from infimed_jax.hf.weights import read_json
     from infimed_jax.sharding import make_mesh
-    from infimed_jax.train.checkpoint import open_params
+    from infimed_jax.train.parameters import open_params
 
     if args.hf:
         written = read_json(args.hf / "config.json")

@@ -8,7 +8,7 @@ import pytest
 
 from infimed_jax import config
 from infimed_jax.hf import names
-from infimed_jax.train import checkpoint
+from infimed_jax.train import parameters
 from tests import two_processes
 
 MODEL = config.Model(
@@ -31,7 +31,7 @@ jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
 from infimed_jax import config
 from infimed_jax.models.infimed import abstract_params
 from infimed_jax.sharding import make_mesh
-from infimed_jax.train.checkpoint import load_params
+from infimed_jax.train.parameters import load_params
 from infimed_jax.train.state import on_mesh
 
 def bytes_read():
@@ -64,16 +64,16 @@ def test_each_process_reads_its_own_part(tmp_path, monkeypatch):
     shapes = {path.replace("/", "."): shape for path, shape in names.leaf_shapes(MODEL).items()}
     leaves = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     np.save(tmp_path / "expected.npy", leaves[EMBEDDING])
-    chunked = checkpoint._chunked
+    chunked = parameters._chunked
 
     def small_chunks():  # as a leaf of a real model has many
         context = chunked()
         context.array.saving.storage_options.chunk_byte_size = 1 << 20
         return context
 
-    monkeypatch.setattr(checkpoint, "_chunked", small_chunks)
+    monkeypatch.setattr(parameters, "_chunked", small_chunks)
     values = config.to_dict(config.Config(model=MODEL))
-    checkpoint.save_params(tmp_path / "ckpt", leaves.items(), {"config": values, "history": [{"stage": "import"}]})
+    parameters.save_params(tmp_path / "ckpt", leaves.items(), {"config": values, "history": [{"stage": "import"}]})
     arguments = [str(tmp_path / "ckpt"), str(tmp_path / "expected.npy"), json.dumps(values)]
     children = two_processes.run(_CHILD, tmp_path / "cache", *arguments)
     assert [code for code, *_ in children] == [0, 0], children[0][2][-2000:] + children[1][2][-2000:]

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipVisionModel
 
 from infimed_jax.errors import UserError
-from infimed_jax.train.checkpoint import find_checkpoint, load_params, read_metadata
+from infimed_jax.train.parameters import load_params
+from infimed_jax.train.stored import find_checkpoint, read_metadata
 from tests.hf.reading import from_hf
 from tests.launch.hf_sources import PATCHES, command, write_datasets, write_sources
 
@@ -302,10 +303,10 @@ def test_what_to_read_must_be_said(tmp_path, capsys, arguments, words):
 
 CHILD = """
 import os, resource, signal, sys
-from infimed_jax.train import checkpoint
+from infimed_jax.train import parameters
 from launch import run
 
-mode, save, count = sys.argv[1], checkpoint.ocp.partial.save, 0
+mode, save, count = sys.argv[1], parameters.ocp.partial.save, 0
 
 def slow(*arguments, **options):
     global count
@@ -317,7 +318,7 @@ def slow(*arguments, **options):
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
     return save(*arguments, **options)
 
-checkpoint.ocp.partial.save = slow
+parameters.ocp.partial.save = slow
 sys.exit(run.main(sys.argv[2:]))
 """
 

@@ -14,7 +14,7 @@ from infimed_jax.config import ConfigError, Lora
 from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.rl.grpo import grpo
 from infimed_jax.rl.rewards import Reward
-from infimed_jax.train.checkpoint import load_params
+from infimed_jax.train.parameters import load_params
 
 
 def configure(tiny, folder, *, train=None, optimizer=None, **settings):

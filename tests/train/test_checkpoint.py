@@ -22,17 +22,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from infimed_jax import config, sharding
 from infimed_jax.errors import UserError
-from infimed_jax.train import checkpoint
-from infimed_jax.train.checkpoint import (
-    Checkpoints,
-    find_checkpoint,
-    load_params,
-    open_params,
-    save_params,
-)
+from infimed_jax.train import stored
+from infimed_jax.train.checkpoint import Checkpoints
 from infimed_jax.train.checksum import checksums, numpy_checksum
 from infimed_jax.train.optimizer import make_optimizer
+from infimed_jax.train.parameters import load_params, open_params, save_params
 from infimed_jax.train.state import TrainState, abstract_like, init_state
+from infimed_jax.train.stored import find_checkpoint
 
 CONFIG = config.Config(train=config.Train(train=("head",)))
 OPTIMIZER = make_optimizer(CONFIG.optimizer)
@@ -225,7 +221,7 @@ def test_a_flipped_bit_raises_or_lies_where_nothing_is_read(tmp_path: Path):
 def test_the_checksum_is_what_catches_a_changed_value(tmp_path: Path, monkeypatch):
     """The reading library verifies some files itself; here it reads well, but something else than was saved."""
     state = _saved(tmp_path)
-    load = checkpoint.ocp.load
+    load = stored.ocp.load
 
     def flip(path, abstract):
         loaded = load(path, abstract)
@@ -233,7 +229,7 @@ def test_the_checksum_is_what_catches_a_changed_value(tmp_path: Path, monkeypatc
         bits[1] ^= 1
         return loaded | {"trainable.head.bias": jnp.asarray(bits.view(np.float32))}
 
-    monkeypatch.setattr(checkpoint.ocp, "load", flip)
+    monkeypatch.setattr(stored.ocp, "load", flip)
     with (
         contextlib.closing(Checkpoints(tmp_path)) as checkpoints,
         pytest.raises(UserError, match=r"damaged at trainable\.head\.bias"),

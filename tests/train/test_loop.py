@@ -22,8 +22,8 @@ from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.models.infimed import init_params
 from infimed_jax.sharding import make_mesh
-from infimed_jax.train.checkpoint import load_params
 from infimed_jax.train.loop import train
+from infimed_jax.train.parameters import load_params
 from infimed_jax.train.telemetry import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]

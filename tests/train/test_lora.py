@@ -13,9 +13,10 @@ from infimed_jax.config import Lora
 from infimed_jax.errors import Interrupted
 from infimed_jax.models.infimed import abstract_params
 from infimed_jax.sharding import make_mesh
-from infimed_jax.train.checkpoint import _read_metadata, find_checkpoint, load_params
 from infimed_jax.train.loop import train
+from infimed_jax.train.parameters import load_params
 from infimed_jax.train.state import on_mesh
+from infimed_jax.train.stored import find_checkpoint, read_index
 
 ADAPTERS = Lora(rank=2, alpha=4.0, targets=("q_proj", "down_proj"))
 
@@ -51,7 +52,7 @@ def test_a_stage_with_adapters_from_start_to_the_next_stage(stage, tmp_path: Pat
     assert all(jax.tree.leaves(moved["projector"]))
     assert layers["self_attn"].pop("q_proj")["kernel"] and layers["mlp"].pop("down_proj")["kernel"]
     assert not any(jax.tree.leaves(layers))
-    stored = _read_metadata(find_checkpoint(tuned.train.output)).metadata
+    stored = read_index(find_checkpoint(tuned.train.output)).metadata
     moments = [name for name in stored if name.startswith("opt") and ".mu." in name]
     assert any("lora_a" in name for name in moments)
     assert not any("text" in name and "lora" not in name for name in moments)

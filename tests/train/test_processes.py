@@ -9,8 +9,8 @@ import pytest
 
 from infimed_jax import config
 from infimed_jax.config import Config
-from infimed_jax.train.checkpoint import load_params
 from infimed_jax.train.loop import train
+from infimed_jax.train.parameters import load_params
 from infimed_jax.train.telemetry import read_metrics
 from tests import two_processes
 

@@ -103,7 +103,7 @@ def difficulty(args: argparse.Namespace) -> None:
     from infimed_jax.models.compute import Compute
     from infimed_jax.sampling.weights import sampler_weights
     from infimed_jax.sharding import make_mesh
-    from infimed_jax.train.checkpoint import load_params
+    from infimed_jax.train.parameters import load_params
 
     plan = Plan(args.draws, args.low, args.high, args.between, args.extreme, args.seed)
     open_for_training(args.input)  # before gigabytes of weights are read

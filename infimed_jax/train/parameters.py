@@ -1,0 +1,237 @@
+"""Parameters alone: read from any checkpoint, merged with its adapters, or written without a training state."""
+
+from __future__ import annotations
+
+import glob
+import math
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
+
+from infimed_jax.errors import UserError
+from infimed_jax.models import lora
+from infimed_jax.train.checksum import numpy_checksum
+from infimed_jax.train.stored import (
+    Metadata,
+    compare,
+    custom_metadata,
+    disk_errors,
+    find_checkpoint,
+    flatten,
+    groups,
+    read_index,
+    read_leaves,
+    user_metadata,
+)
+
+_PARAMETERS = ("trainable", "frozen", "params")
+"""First names under which a checkpoint holds parameters."""
+
+
+@dataclass(frozen=True)
+class StoredLeaf:
+    """A parameter on the disk: its shape and type are known, its numbers are read, and verified, by `np.asarray`."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    checkpoint: Path
+    name: str
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        leaf = read_leaves(self.checkpoint, read_index(self.checkpoint), {self.name: np.empty(self.shape, self.dtype)})
+        return np.asarray(leaf[self.name], dtype)
+
+
+@dataclass(frozen=True)
+class MergedLeaf:
+    """A kernel on the disk with its adapters: float32, added when `np.asarray` asks for it."""
+
+    stored: Mapping[str, Any]
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored["kernel"].shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float32)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        leaves = {name: np.asarray(leaf) for name, leaf in self.stored.items()}
+        return np.asarray(lora.merge_lora(leaves, self.scale)["kernel"], dtype)
+
+
+def load_params(folder: str | Path, abstract: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], Metadata]:
+    """(parameters, metadata) from a run's folder (its latest checkpoint), a checkpoint, or `save_params`' folder.
+
+    With `abstract` (as `infimed.abstract_params` gives) they come in its shardings and dtypes, a group of leaves at a
+    time; each process reads a part of its own, and they exchange what they need. Without, they are NumPy arrays as
+    stored.
+    The adapters of a LoRA run come merged into their kernels, which are then float32. UserError where there is none,
+    or names or shapes differ.
+    """
+    path = find_checkpoint(folder)
+    stored = read_index(path)
+    names = _parameter_names(stored)
+    adapters = [name for name in names if _is_adapter(name)]
+    on_host = names if abstract is None else adapters
+    wanted = {name: np.empty(stored.metadata[name].shape, stored.metadata[name].dtype) for name in on_host}
+    final: dict[str, Any] = {_short(name): leaf for name, leaf in wanted.items()}
+    if abstract is not None:
+        kept = {_short(name): name for name in names if name not in adapters}
+        wanted |= _as_stored(path, kept, stored.metadata, abstract)
+        final |= flatten(abstract)
+    flat: dict[str, Any] = {}
+    for group in groups(wanted):
+        for name, leaf in read_leaves(path, stored, group).items():
+            flat[_short(name)] = _settle(leaf, final[_short(name)])
+    metadata = user_metadata(stored)
+    params = _nest(flat)
+    if adapters:
+        params = lora.merge_lora(params, _lora_scale(metadata))
+    return params, metadata
+
+
+def open_params(folder: str | Path) -> tuple[dict[str, Any], Metadata]:
+    """As `load_params`, but a leaf is read when `np.asarray` asks: for models that are larger than the memory."""
+    params, metadata = open_stored(folder)
+    return _merged_when_read(params, metadata), metadata
+
+
+def open_stored(folder: str | Path) -> tuple[dict[str, Any], Metadata]:
+    """(parameters as StoredLeaf, metadata); a LoRA run's adapters are leaves beside the kernels that they adapt."""
+    path = find_checkpoint(folder)
+    stored = read_index(path)
+    leaves = {
+        name: StoredLeaf(tuple(stored.metadata[name].shape), np.dtype(stored.metadata[name].dtype), path, name)
+        for name in _parameter_names(stored)
+    }
+    return _nest({_short(name): leaf for name, leaf in leaves.items()}), user_metadata(stored)
+
+
+def _merged_when_read(params: Mapping[str, Any], metadata: Metadata) -> dict[str, Any]:
+    if lora.A in params:
+        return {"kernel": MergedLeaf(params, _lora_scale(metadata))}
+    return {
+        name: _merged_when_read(branch, metadata) if isinstance(branch, Mapping) else branch
+        for name, branch in params.items()
+    }
+
+
+def _lora_scale(metadata: Metadata) -> float:
+    settings = metadata["config"]["train"]["lora"]
+    return settings["alpha"] / settings["rank"]
+
+
+def _is_adapter(name: str) -> bool:
+    return name.endswith((f".{lora.A}", f".{lora.B}"))
+
+
+def _parameter_names(stored: Any) -> list[str]:
+    return [name for name in stored.metadata if name.split(".")[0] in _PARAMETERS]
+
+
+def _short(name: str) -> str:
+    """`trainable.text.norm.scale` as the model's own `text.norm.scale`."""
+    return name.split(".", 1)[1]
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def _as_stored(
+    path: Path, names: dict[str, str], stored: Mapping[str, Any], abstract: Mapping[str, Any]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Abstract leaves by stored name: shape asked for, dtype stored (Orbax's own cast is silent), split for reading."""
+    flat = flatten(abstract)
+    short = {ours: stored[theirs] for ours, theirs in names.items()}
+    as_stored = {
+        ours: jax.ShapeDtypeStruct(
+            leaf.shape, short[ours].dtype if ours in short else leaf.dtype, sharding=leaf.sharding
+        )
+        for ours, leaf in flat.items()
+    }
+    compare(path, as_stored, short)
+    return {names[ours]: _split_for_reading(leaf, stored[names[ours]]) for ours, leaf in as_stored.items()}
+
+
+def _split_for_reading(leaf: jax.ShapeDtypeStruct, stored: Any) -> jax.ShapeDtypeStruct:
+    """`leaf` split over all devices along the axis of which each then reads the least, where that beats its own split.
+
+    What is read comes in whole chunks. An import's are cut along a leaf's longest axis, where `fsdp` splits another:
+    in the leaf's own sharding every process would read everything.
+    """
+    mesh, chunk = leaf.sharding.mesh, stored.storage_metadata.chunk_shape
+    own = leaf.sharding.shard_shape(leaf.shape)
+    best, share = leaf.sharding, _share_read(leaf.shape, own, chunk)
+    for axis, size in enumerate(leaf.shape):
+        if size % mesh.size == 0:
+            part = (*leaf.shape[:axis], size // mesh.size, *leaf.shape[axis + 1 :])
+            if _share_read(leaf.shape, part, chunk) < share:
+                share = _share_read(leaf.shape, part, chunk)
+                best = NamedSharding(mesh, PartitionSpec(*[None] * axis, mesh.axis_names))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=best)
+
+
+def _share_read(shape: tuple[int, ...], part: tuple[int, ...], chunk: tuple[int, ...]) -> float:
+    """How much of a leaf its first part needs, in whole chunks."""
+    return math.prod(min(n, -(-p // c) * c) / n for n, p, c in zip(shape, part, chunk, strict=True) if n)
+
+
+def _settle(leaf: Any, wanted: Any) -> Any:
+    """`leaf` in the sharding (where it has one) and the dtype of `wanted`."""
+    if isinstance(leaf, jax.Array) and leaf.sharding != wanted.sharding:
+        leaf = jax.device_put(leaf, wanted.sharding)
+    return leaf if leaf.dtype == wanted.dtype else leaf.astype(wanted.dtype)
+
+
+def save_params(folder: str | Path, leaves: Iterable[tuple[str, np.ndarray]], metadata: Metadata) -> None:
+    """Write parameters alone, as (`text.norm.scale`, array), a leaf at a time: only one is in memory.
+
+    The folder appears when it is complete; what a stopped call leaves beside it is cleared away by the next. Runs in
+    one process. UserError where the folder exists already, or the disk ends.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists():
+        raise UserError(f"{folder} exists already: remove it or choose another folder")
+    _clear_partial(folder)
+    try:
+        with disk_errors(f"parameters in {folder} were not written"), _chunked():
+            for name, leaf in leaves:
+                custom = custom_metadata(metadata, {f"params.{name}": numpy_checksum(leaf)})
+                ocp.partial.save(folder, {f"params.{name}": leaf}, custom_metadata=custom)
+                del leaf  # before the next one is made
+            ocp.partial.finalize(folder)
+    except BaseException:
+        _clear_partial(folder)
+        raise
+
+
+def _clear_partial(folder: Path) -> None:
+    """Remove the folders in which Orbax gathers leaves until `finalize`."""
+    name = f"{folder.name}.partial_save"
+    for partial in (folder.with_name(name), *folder.parent.glob(f"{glob.escape(name)}.orbax-checkpoint-tmp*")):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _chunked() -> Any:
+    """Leaves in chunks of at most 16 MiB: as one chunk, every process would read all to get at its own part."""
+    context = ocp.Context()
+    context.array.saving.storage_options.chunk_byte_size = 16 << 20
+    return context

@@ -1,0 +1,151 @@
+"""A checkpoint on the disk: found, described, compared with what is asked for, and read with every leaf verified.
+
+It is a flat dictionary of arrays named by their path in the state (`trainable.text.norm.scale`, `opt.1.mu.text…`,
+`step`), so that parameters alone can be read without knowing the optimizer. Its metadata carries the caller's JSON
+(configuration, fingerprint, stage history) and a checksum a leaf.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from infimed_jax.errors import UserError
+from infimed_jax.train.checksum import checksums
+
+CHECKPOINTS = "checkpoints"
+"""Folder of a run that holds its checkpoints, one folder a step."""
+READ_BYTES = 1 << 30
+"""Leaves are read, and cast, in groups of at most so much."""
+
+_CHECKSUMS, _USER = "checksums", "metadata"
+_DISK_ERRORS = ("no space left", "file too large", "resource_exhausted", "disk quota", "permission denied")
+
+Metadata = dict[str, Any]
+
+
+def custom_metadata(metadata: Metadata, sums: Mapping[str, int]) -> dict[str, Any]:
+    """What Orbax keeps beside the leaves: the caller's JSON, and a checksum a leaf."""
+    return {_USER: metadata, _CHECKSUMS: dict(sums)}
+
+
+def user_metadata(stored: Any) -> Metadata:
+    """The caller's JSON, of what `read_index` gives."""
+    return stored.custom_metadata[_USER]
+
+
+def find_checkpoint(folder: str | Path) -> Path:
+    """The checkpoint meant by a run's folder (its latest), a folder of checkpoints, or a checkpoint itself."""
+    folder = Path(folder).absolute()
+    if not folder.is_dir():
+        raise UserError(f"no checkpoint at {folder}: the folder does not exist")
+    if _is_checkpoint(folder):
+        return folder
+    for parent in (folder / CHECKPOINTS, folder):
+        if steps := complete_steps(parent):
+            return parent / str(max(steps))
+    raise UserError(f"no complete checkpoint in {folder}: give a run's folder, or one of its checkpoints")
+
+
+def read_metadata(folder: str | Path) -> Metadata:
+    """The JSON given to `save`, of the checkpoint that `load_params` would read."""
+    return user_metadata(read_index(find_checkpoint(folder)))
+
+
+def complete_steps(folder: Path) -> list[int]:
+    return [int(path.name) for path in folder.glob("*") if path.name.isdigit() and _is_checkpoint(path)]
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Orbax writes beside the final name and renames when all is there. (Its own test accepts any folder.)"""
+    return (folder / "_CHECKPOINT_METADATA").is_file()
+
+
+def read_index(path: Path) -> Any:
+    try:
+        stored = ocp.metadata(path)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"checkpoint {path} cannot be read, use an older one: {_one_line(error)}") from error
+    if stored.metadata is None:
+        raise UserError(f"checkpoint {path} is damaged (its index cannot be read): use an older one")
+    if _CHECKSUMS not in (stored.custom_metadata or {}):
+        raise UserError(f"checkpoint {path} was not written by this project: it has no checksums")
+    return stored
+
+
+def load_leaves(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """All leaves of a checkpoint (abstract, by name), compared before reading and verified after it."""
+    stored = read_index(path)
+    compare(path, wanted, stored.metadata)
+    return read_leaves(path, stored, wanted)
+
+
+def read_leaves(path: Path, stored: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves `wanted` (abstract, by name) and no other, verified."""
+    abstract = {name: wanted.get(name, ocp.PLACEHOLDER) for name in stored.metadata}
+    try:
+        loaded = ocp.load(path, abstract)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"checkpoint {path} cannot be read, use an older one: {_one_line(error)}") from error
+    leaves = {name: loaded[name] for name in wanted}
+    expected = stored.custom_metadata[_CHECKSUMS]
+    for name, checksum in checksums(leaves).items():
+        if checksum != expected[name]:
+            raise UserError(f"checkpoint {path} is damaged at {name} (its checksum differs): use an older one")
+    return leaves
+
+
+def groups(wanted: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The leaves in order, so many at once that a read has at most READ_BYTES, or one leaf."""
+    group: dict[str, Any] = {}
+    size = 0
+    for name, leaf in wanted.items():
+        bytes_ = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        if group and size + bytes_ > READ_BYTES:
+            yield group
+            group, size = {}, 0
+        group[name] = leaf
+        size += bytes_
+    if group:
+        yield group
+
+
+def compare(path: Path, wanted: dict[str, Any], stored: Mapping[str, Any]) -> None:
+    """UserError in one line for the first difference; Orbax would cast dtypes silently and call the rest a handler."""
+    missing, extra = wanted.keys() - stored.keys(), stored.keys() - wanted.keys()
+    if missing or extra:
+        parts = [f"{len(missing)} missing, first {min(missing)}"] if missing else []
+        parts += [f"{len(extra)} unexpected, first {min(extra)}"] if extra else []
+        raise UserError(f"checkpoint {path} is of another model or optimizer: {'; '.join(parts)}")
+    for name, leaf in wanted.items():
+        ours, theirs = (f"{np.dtype(x.dtype)}{list(x.shape)}" for x in (leaf, stored[name]))
+        if ours != theirs:
+            raise UserError(f"checkpoint {path} holds {name} as {theirs}, the configuration asks for {ours}")
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+@contextlib.contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Turns what the file system refuses into one line for the user; anything else passes."""
+    try:
+        yield
+    except Exception as error:  # tensorstore has no class for a full disk: its ValueErrors differ in their text alone
+        reason = next((text for text in _DISK_ERRORS if text in str(error).lower()), None)
+        if reason is None:
+            raise
+        raise UserError(f"{what}: {reason}; free some space and run the same command") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
