@@ -113,7 +113,8 @@ class Model:
     def __post_init__(self) -> None:
         require(
             self.projector.grid <= self.vision.grid,
-            f"projector.visual_tokens ({self.projector.visual_tokens}) exceeds the patches ({self.vision.num_patches})",
+            f"model.projector.visual_tokens={self.projector.visual_tokens} exceeds the {self.vision.num_patches} "
+            "patches of an image: set a square number up to that",
         )
 
 
@@ -141,8 +142,7 @@ class Data:
     threads: int = 2
     """Reader threads of this process."""
     max_bad_records: float = 0.01
-    """Share of unreadable records above which the run ends. Each process counts those of its own rows, and the first to
-    pass the limit ends the run for all."""
+    """Share of unreadable records, of all that were read on all hosts, above which the run ends."""
 
     def __post_init__(self) -> None:
         require(self.context >= 8, "data.context must be at least 8 tokens")
@@ -244,7 +244,7 @@ class Train:
     """Activation checkpointing: `none` keeps all, `dots` the matmuls' outputs, `full` only the blocks' inputs. `auto`
     is `dots` where an estimate of the memory allows it, else `full`; in GRPO `full`: the sampler needs the memory."""
     logit_chunk: int = 512
-    """Positions of a row whose logits exist at once in the loss; must divide the row."""
+    """Positions of a row whose logits exist at once in the loss."""
     attention: Literal["auto", "xla", "splash"] = "auto"
     """Attention kernel; `auto` chooses by platform and logs the choice."""
     checkpoint_every: int = 500

@@ -162,7 +162,10 @@ class _Stream:
 
 
 class Loader:
-    """Iterates `(Batch on the devices, ids of this process's samples in it)` from `start_step` to `steps`."""
+    """Iterates `(Batch, bad records, ids of this process's samples in it)` from `start_step` to `steps`.
+
+    The batch is on the devices, and so are the bad records: i32[B], how many of each row were left out.
+    """
 
     def __init__(
         self, config: settings.Config, reader: RowReader, mesh: jax.sharding.Mesh, start_step: int, steps: int | None
@@ -185,7 +188,6 @@ class Loader:
         """Of the stream: resuming under another one would repeat and miss samples."""
         self._read = 0
         self._bad: dict[str, str] = {}
-        self._bad_reads = 0
 
     def samples(self, step: int) -> int:
         """Samples planned for step `step` (from 0), over all processes, bad records included."""
@@ -195,7 +197,7 @@ class Loader:
         rows = rows[rows != EMPTY]
         return int((offsets[rows + 1] - offsets[rows]).sum())
 
-    def __iter__(self) -> Iterator[tuple[Batch, list[str]]]:
+    def __iter__(self) -> Iterator[tuple[Batch, jax.Array, list[str]]]:
         config = self._config
         local = local_rows(config.train.global_batch, self._mesh)
         if self.start_step >= self.steps:
@@ -212,24 +214,28 @@ class Loader:
             batch = stack_rows([row.batch for row in loaded])
             if not config.data.mask_segments:
                 batch = unmask(batch)
-            yield place_batch(batch, self._mesh), [name for row in loaded for name in row.ids]
+            bad = np.array([len(row.bad) for row in loaded], np.int32)
+            yield *place_batch((batch, bad), self._mesh), [name for row in loaded for name in row.ids]
 
     def _count(self, loaded: list[LoadedRow]) -> None:
-        """UserError where the share of bad records passes the limit, early for data that is bad throughout."""
         bad = [entry for row in loaded for entry in row.bad]
         for name, reason in bad:
             if name not in self._bad:
                 log.warning("left out: %s (%s)", name, reason)
         self._read += sum(len(row.ids) for row in loaded) + len(bad)
-        self._bad_reads += len(bad)
         self._bad.update(bad)
+
+    def check_bad_records(self, bad: int, read: int) -> None:
+        """UserError where `bad` of `read` records pass the limit, early for data that is bad throughout.
+
+        Both count the whole run so far over all processes, so that all of them stop at the same step.
+        """
         limit = self._config.data.max_bad_records
-        if bad and self._bad_reads > limit * max(self._read, min(_PATIENCE, len(self._reader.index.samples))):
-            name, reason = bad[-1]
+        if bad > limit * max(read, min(_PATIENCE, len(self._reader.index.samples))):
             raise UserError(
-                f"{self._bad_reads} of {self._read} records that this process read of {self._reader.samples.folder} "
-                f"were bad (last: {name}, {reason}), more than data.max_bad_records={limit} allows: "
-                "mend the dataset or raise the limit"
+                f"{bad} of {read} records read of {self._reader.samples.folder} were bad (each is named above as left "
+                f"out, on the host that read it), more than data.max_bad_records={limit} allows: mend the dataset or "
+                "raise the limit"
             )
 
     def report(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import yaml
 
 from infimed_jax import config, sharding
@@ -253,6 +254,9 @@ def _steps(
         watchdog.beat(f"step {step}: waiting for its result")
         rate = learning_rate(cfg.optimizer, step - 1, total)
         row = meter.row(step, jax.device_get(metrics), rate, loader.samples(step - 1), waited)
+        if row["bad_records"]:
+            met = [*metrics_log.rows, row]
+            loader.check_bad_records(*(sum(row[name] for row in met) for name in ("bad_records", "samples")))
         _check_weight(row, ids)
         if row["skipped"]:
             row["skipped_ids"] = ids
@@ -270,7 +274,7 @@ def _steps(
         for step in range(loader.start_step + 1, total + 1):
             watchdog.beat(f"step {step}: waiting for data")
             since = time.perf_counter()
-            batch, ids = next(batches)
+            batch, bad, ids = next(batches)
             waited = time.perf_counter() - since
             if step == loader.start_step + 1 and jax.process_index() == 0:
                 text = telemetry.describe_row(batch, load_tokenizer(cfg.data.tokenizer))
@@ -279,6 +283,7 @@ def _steps(
             watchdog.beat(f"step {step}: compiling or computing")
             state, metrics = step_fn(state, batch, learning_rate(cfg.optimizer, step - 1, total))
             metrics |= telemetry.batch_counts(batch, cfg.model.projector.visual_tokens)
+            metrics["bad_records"] = jnp.sum(bad)
             trace.after(step, metrics)
             # The step before is read while this one runs, so that the devices never wait for the host.
             if pending is not None:

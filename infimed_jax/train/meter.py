@@ -16,7 +16,7 @@ from infimed_jax.plan import flops, topology
 from infimed_jax.train import telemetry
 from infimed_jax.train.telemetry import Row
 
-COUNTS = ("tokens", "loss_tokens", "images")
+COUNTS = ("tokens", "loss_tokens", "images", "bad_records")
 _GIB = 2**30
 _RECENT = 50
 """Steps whose median tells the time left."""

@@ -9,6 +9,8 @@ import pytest
 
 from infimed_jax import config
 from infimed_jax.config import Config
+from infimed_jax.data.storage import open_samples, write_samples
+from infimed_jax.errors import UserError
 from infimed_jax.train.loop import train
 from infimed_jax.train.parameters import load_params
 from infimed_jax.train.telemetry import read_metrics
@@ -22,7 +24,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
 from infimed_jax import config
-from infimed_jax.errors import Interrupted
+from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.train.loop import train
 
 def on_step(step, total, row):
@@ -36,6 +38,9 @@ try:
 except Interrupted as stop:
     print(stop)
     sys.exit(75)
+except UserError as error:
+    print(error)
+    sys.exit(2)
 """
 
 
@@ -63,3 +68,25 @@ def test_two_processes_train_stop_and_resume_as_one_does(stage, tmp_path: Path):
     assert counts[0] == counts[1]
     params, _ = load_params(together.train.output)
     np.testing.assert_allclose(params["text"]["embed_tokens"], expected.params["text"]["embed_tokens"], atol=5e-4)
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_end_over_bad_records_when_one_does(stage, dataset, tmp_path: Path):
+    """The limit is two of 24 records. Each process meets some of the four: none of them passes it alone."""
+    samples = list(open_samples(dataset(count=24)))
+    for number in (3, 9, 14, 20):
+        samples[number] = dataclasses.replace(samples[number], images=(b"no image",))
+    write_samples(tmp_path / "damaged", samples, name="toy")
+
+    def run_in(folder: str) -> Config:
+        cfg = stage(steps=12, global_batch=4, output=str(tmp_path / folder))
+        return dataclasses.replace(
+            cfg, data=dataclasses.replace(cfg.data, dataset=str(tmp_path / "damaged"), max_bad_records=0.1)
+        )
+
+    with pytest.raises(UserError, match=r"records read of .*damaged were bad") as alone:
+        train(run_in("alone"))
+    together = _two_processes(run_in("together"), tmp_path / "cache")
+    assert [(code, output.splitlines()[-1]) for code, output, _ in together] == [(2, str(alone.value))] * 2
+    met = [[row["bad_records"] for row in read_metrics(tmp_path / folder)] for folder in ("alone", "together")]
+    assert met[0] == met[1] and sum(met[0]) <= 2

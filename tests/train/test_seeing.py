@@ -18,7 +18,15 @@ from infimed_jax.train.meter import Meter, averaged
 from infimed_jax.train.telemetry import MetricsLog
 from infimed_jax.train.trace import Trace
 
-METRICS = {"loss": 2.5, "tokens": 600, "loss_tokens": 100, "images": 8, "pairs": 9000.0, "non_finite": 0}
+METRICS = {
+    "loss": 2.5,
+    "tokens": 600,
+    "loss_tokens": 100,
+    "images": 8,
+    "bad_records": 1,
+    "pairs": 9000.0,
+    "non_finite": 0,
+}
 
 
 def test_a_row_is_the_counts_over_the_clock_and_the_peak(model, monkeypatch):
@@ -32,6 +40,7 @@ def test_a_row_is_the_counts_over_the_clock_and_the_peak(model, monkeypatch):
     first = rows.row(1, METRICS, 1e-4, 5, waited=1.0)
     assert (first["tokens_per_second"], first["images_per_second"], first["data_wait_share"]) == (150, 2, 0.25)
     assert first["seconds_left"] == 4.0 * 11 and first["samples"] == 5 and first["skipped"] == 0
+    assert first["bad_records"] == 1
     second = rows.row(2, METRICS, 1e-4, 5, waited=0.0)
     needed = flops.step_flops(model, cfg.train).of(METRICS)
     assert second["flops"] == needed and second["peak_share"] == pytest.approx(needed / 1e9)
