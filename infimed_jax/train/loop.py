@@ -262,7 +262,7 @@ def _steps(
             row["skipped_ids"] = ids
             log.warning("step %d: loss or gradient not finite, update skipped; samples %s", step, _few(ids))
         metrics_log.write(row)
-        _check_skips(cfg, metrics_log.rows, ids)
+        _check_skips(cfg, metrics_log.rows, ids, checkpoints)
         if step % cfg.train.log_every == 0 or step == total:
             since_line = metrics_log.rows[-min(cfg.train.log_every, step - loader.start_step) :]
             log.info(progress_line(step, total, averaged(since_line)))
@@ -270,6 +270,7 @@ def _steps(
             on_step(step, total, row)
 
     pending: tuple[int, Metrics, list[str], float] | None = None
+    due = False
     with stop_requests() as asked, Watchdog(cfg.train.step_timeout) as watchdog:
         for step in range(loader.start_step + 1, total + 1):
             watchdog.beat(f"step {step}: waiting for data")
@@ -290,9 +291,13 @@ def _steps(
                 record(*pending)
             pending = step, metrics, ids, waited
             stop = asked(step)
-            if stop or step == total or step % cfg.train.checkpoint_every == 0:
+            due |= step % cfg.train.checkpoint_every == 0
+            if stop or due or step == total:
                 record(*pending)
                 pending = None
+            # In a run of skipped updates saves would push out the states from before it.
+            if stop or step == total or (due and not metrics_log.rows[-1]["skipped"]):
+                due = False
                 bad = metadata["bad_records"] | loader.report()["bad_record_ids"]
                 watchdog.beat(f"step {step}: saving")
                 checkpoints.save(step, state, metadata | {"bad_records": bad, "step": step})
@@ -322,12 +327,16 @@ def _check_weight(row: Row, ids: list[str]) -> None:
         )
 
 
-def _check_skips(cfg: Config, rows: list[Row], ids: list[str]) -> None:
+def _check_skips(cfg: Config, rows: list[Row], ids: list[str], checkpoints: Checkpoints) -> None:
     limit = cfg.train.max_skipped_updates
     if limit and len(rows) >= limit and all(row["skipped"] for row in rows[-limit:]):
+        checkpoints.wait()
+        latest = checkpoints.latest_step()
+        start = f" and --init-from {checkpoints.folder / str(latest)}" if latest else ""
         raise UserError(
             f"{limit} updates in a row had a non-finite loss or gradient, the last at step {rows[-1]['step']} on "
-            f"samples {_few(ids)}: lower optimizer.learning_rate or remove these samples; the last checkpoint is sound"
+            f"samples {_few(ids)}: continue in another train.output{start}, with a lower "
+            "optimizer.learning_rate or without these samples"
         )
 
 

@@ -22,6 +22,7 @@ from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.models.infimed import init_params
 from infimed_jax.sharding import make_mesh
+from infimed_jax.train import loop
 from infimed_jax.train.loop import train
 from infimed_jax.train.parameters import load_params
 from infimed_jax.train.telemetry import read_metrics
@@ -261,6 +262,39 @@ def test_non_finite_updates_end_the_run_and_name_the_samples(stage, caplog):
     assert [row["skipped"] for row in rows] == [1, 1, 1]
     assert all(len(row["skipped_ids"]) == row["samples"] > 0 for row in rows)
     assert "step 1: loss or gradient not finite, update skipped; samples toy/train/" in caplog.text
+
+
+def test_skipped_updates_push_no_checkpoint_out(stage):
+    """The first update of 1e30 is finite, no loss after it is: the checkpoints before stay, and the error names one."""
+    cfg = stage(rate=1e30, steps=20, checkpoint_every=1, keep_checkpoints=2, max_skipped_updates=5)
+    kept = Path(cfg.train.output) / "checkpoints"
+    with pytest.raises(
+        UserError, match=r"5 updates in a row .* another train\.output and --init-from .*/2, with"
+    ):
+        train(cfg)
+    assert [row["skipped"] for row in read_metrics(cfg.train.output)] == [0, 0, 1, 1, 1, 1, 1]
+    assert sorted(path.name for path in kept.iterdir()) == ["1", "2"]
+
+
+def test_a_checkpoint_that_a_skipped_update_put_off_comes_after_it(stage, monkeypatch):
+    """Step 3, whose checkpoint is due, is skipped."""
+    cfg = stage(steps=5, keep_checkpoints=9)
+    made, calls = loop.make_train_step, []
+
+    def spoiled(*arguments):
+        step = made(*arguments)
+
+        def call(state, batch, rate):
+            calls.append(rate)
+            poison = float("nan") if len(calls) == 3 else 1.0
+            return step(state, dataclasses.replace(batch, loss_weights=batch.loss_weights * poison), rate)
+
+        return call
+
+    monkeypatch.setattr(loop, "make_train_step", spoiled)
+    assert [row["skipped"] for row in train(cfg).history] == [0, 0, 1, 0, 0]
+    kept = Path(cfg.train.output) / "checkpoints"
+    assert sorted(path.name for path in kept.iterdir()) == ["4", "5"]
 
 
 def test_a_batch_with_nothing_to_learn_is_an_error_not_a_loss_of_zero(stage, dataset, tmp_path: Path):
