@@ -10,14 +10,17 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from infimed_jax.train.checksum import checksums
+from infimed_jax.train.state import abstract_like
 from infimed_jax.train.stored import (
     Metadata,
     complete_steps,
     custom_metadata,
     disk_errors,
     flatten,
+    groups,
     load_leaves,
     read_index,
+    read_leaves,
     user_metadata,
 )
 
@@ -49,7 +52,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, metadata: Metadata) -> None:
         """Start writing `state`; it may be donated as soon as this returns. A step that exists is left as it is.
 
-        UserError where the previous save failed for the disk's sake: its checkpoint does not exist, older ones do.
+        UserError where the save before failed for the disk's sake: its checkpoint does not exist, older ones do.
         """
         self.wait()
         if self.latest_step() == step:
@@ -59,20 +62,24 @@ class Checkpoints:
         with disk_errors(self._describe(step)):
             self._pending = step, self._orbax.save_async(step, flat, custom_metadata=custom)
 
-    def wait(self) -> None:
-        """Until the save under way is complete; its errors surface here."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Until the save under way is complete, or for `seconds`; its errors surface here."""
         if self._pending is None:
             return
-        (step, response), self._pending = self._pending, None
+        step, response = self._pending
         try:
             with disk_errors(self._describe(step)):
-                response.result()
-        except Exception:
+                response.result(seconds)
+        except Exception as error:
+            if isinstance(error, TimeoutError) and seconds is not None:
+                return
+            self._pending = None
             # Orbax would count the torn step as complete and raise this error again at the next save.
             with contextlib.suppress(Exception):
                 self._orbax.close()
             self._orbax = self._open()
             raise
+        self._pending = None
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint; a save under way does not count."""
@@ -86,6 +93,13 @@ class Checkpoints:
         """The state of `step` in the shapes, dtypes and shardings of `abstract`; UserError where they differ."""
         flat = flatten(abstract)
         return jax.tree.unflatten(jax.tree.structure(abstract), load_leaves(self.folder / str(step), flat).values())
+
+    def verify(self, step: int, state: Any) -> None:
+        """Read the checkpoint of `state` back, a group of leaves at a time; UserError where it is damaged."""
+        path = self.folder / str(step)
+        stored = read_index(path)
+        for group in groups(flatten(abstract_like(state))):
+            read_leaves(path, stored, group)
 
     def close(self) -> None:
         """Wait for the save under way and let go of the folder."""

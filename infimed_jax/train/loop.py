@@ -146,6 +146,7 @@ def _run(
         trace.close()
         metrics_log.close()
     checkpoints.wait()
+    checkpoints.verify(loader.steps, state)
     result = _result(cfg, state, metrics_log.rows, _data_report(loader, metadata))
     if main:
         draw_curve(result.history, f"{cfg.train.stage}: {folder}", folder / CURVE)
@@ -273,6 +274,7 @@ def _steps(
     due = False
     with stop_requests() as asked, Watchdog(cfg.train.step_timeout) as watchdog:
         for step in range(loader.start_step + 1, total + 1):
+            checkpoints.wait(0)  # an error of the save under way
             watchdog.beat(f"step {step}: waiting for data")
             since = time.perf_counter()
             batch, bad, ids = next(batches)

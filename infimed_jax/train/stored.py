@@ -26,6 +26,8 @@ READ_BYTES = 1 << 30
 """Leaves are read, and cast, in groups of at most so much."""
 
 _CHECKSUMS, _USER = "checksums", "metadata"
+_OLDER = "remove it, and the one before it is used"
+_OTHER = "give the configuration it was trained with (its run's config.yaml), or another checkpoint"
 _DISK_ERRORS = ("no space left", "file too large", "resource_exhausted", "disk quota", "permission denied")
 
 Metadata = dict[str, Any]
@@ -72,9 +74,9 @@ def read_index(path: Path) -> Any:
     try:
         stored = ocp.metadata(path)
     except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"checkpoint {path} cannot be read, use an older one: {_one_line(error)}") from error
+        raise UserError(f"checkpoint {path} cannot be read ({_one_line(error)}): {_OLDER}") from error
     if stored.metadata is None:
-        raise UserError(f"checkpoint {path} is damaged (its index cannot be read): use an older one")
+        raise UserError(f"checkpoint {path} is damaged (its index cannot be read): {_OLDER}")
     if _CHECKSUMS not in (stored.custom_metadata or {}):
         raise UserError(f"checkpoint {path} was not written by this project: it has no checksums")
     return stored
@@ -93,12 +95,12 @@ def read_leaves(path: Path, stored: Any, wanted: Mapping[str, Any]) -> dict[str,
     try:
         loaded = ocp.load(path, abstract)
     except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"checkpoint {path} cannot be read, use an older one: {_one_line(error)}") from error
+        raise UserError(f"checkpoint {path} cannot be read ({_one_line(error)}): {_OLDER}") from error
     leaves = {name: loaded[name] for name in wanted}
     expected = stored.custom_metadata[_CHECKSUMS]
     for name, checksum in checksums(leaves).items():
         if checksum != expected[name]:
-            raise UserError(f"checkpoint {path} is damaged at {name} (its checksum differs): use an older one")
+            raise UserError(f"checkpoint {path} is damaged at {name} (its checksum differs): {_OLDER}")
     return leaves
 
 
@@ -123,11 +125,11 @@ def compare(path: Path, wanted: dict[str, Any], stored: Mapping[str, Any]) -> No
     if missing or extra:
         parts = [f"{len(missing)} missing, first {min(missing)}"] if missing else []
         parts += [f"{len(extra)} unexpected, first {min(extra)}"] if extra else []
-        raise UserError(f"checkpoint {path} is of another model or optimizer: {'; '.join(parts)}")
+        raise UserError(f"checkpoint {path} is of another model or optimizer ({'; '.join(parts)}): {_OTHER}")
     for name, leaf in wanted.items():
         ours, theirs = (f"{np.dtype(x.dtype)}{list(x.shape)}" for x in (leaf, stored[name]))
         if ours != theirs:
-            raise UserError(f"checkpoint {path} holds {name} as {theirs}, the configuration asks for {ours}")
+            raise UserError(f"checkpoint {path} holds {name} as {theirs}, the configuration asks for {ours}: {_OTHER}")
 
 
 def flatten(tree: Any) -> dict[str, Any]:

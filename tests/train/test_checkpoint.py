@@ -218,6 +218,20 @@ def test_a_flipped_bit_raises_or_lies_where_nothing_is_read(tmp_path: Path):
     assert raised > 0
 
 
+def test_a_checkpoint_is_read_back_and_compared(tmp_path: Path, monkeypatch):
+    state = _saved(tmp_path)
+    read = []
+    load = stored.ocp.load
+    monkeypatch.setattr(stored.ocp, "load", lambda *arguments: read.append(load(*arguments)) or read[-1])
+    monkeypatch.setattr(stored, "READ_BYTES", 48)
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.verify(1, state)
+        assert len(read) > 2, "in groups"
+        monkeypatch.setattr(stored, "checksums", lambda leaves: checksums(leaves) | dict.fromkeys(list(leaves)[:1], 7))
+        with pytest.raises(UserError, match=r"is damaged at .* remove it, and the one before it is used"):
+            checkpoints.verify(1, state)
+
+
 def test_the_checksum_is_what_catches_a_changed_value(tmp_path: Path, monkeypatch):
     """The reading library verifies some files itself; here it reads well, but something else than was saved."""
     state = _saved(tmp_path)
@@ -286,6 +300,8 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
 checkpoints.save(2, large, {"n": 2})
 try:
+    while mode == "poll":
+        checkpoints.wait(0)
     checkpoints.save(3, small, {"n": 3})
 except UserError as error:
     print("refused:", error)
@@ -318,8 +334,9 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_previous_checkpoint(tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["1"], "the torn save is cleaned up"
 
 
-def test_a_full_disk_is_one_line_and_the_previous_checkpoint_stays(tmp_path: Path):
-    output, _ = _writer(tmp_path, "full").communicate(timeout=120)
+@pytest.mark.parametrize("seen_at", ["the next save", "poll"])
+def test_a_full_disk_is_one_line_and_the_previous_checkpoint_stays(tmp_path: Path, seen_at: str):
+    output, _ = _writer(tmp_path, seen_at).communicate(timeout=120)
     (line,) = output.splitlines()
     assert line.startswith("refused: checkpoint of step 2 in") and "step 1 is the latest complete one" in line
     assert _verified_number(tmp_path) == 4, "once there is space again, saving goes on"

@@ -22,7 +22,7 @@ from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.models.infimed import init_params
 from infimed_jax.sharding import make_mesh
-from infimed_jax.train import loop
+from infimed_jax.train import loop, stored
 from infimed_jax.train.loop import train
 from infimed_jax.train.parameters import load_params
 from infimed_jax.train.telemetry import read_metrics
@@ -295,6 +295,18 @@ def test_a_checkpoint_that_a_skipped_update_put_off_comes_after_it(stage, monkey
     assert [row["skipped"] for row in train(cfg).history] == [0, 0, 1, 0, 0]
     kept = Path(cfg.train.output) / "checkpoints"
     assert sorted(path.name for path in kept.iterdir()) == ["4", "5"]
+
+
+def test_the_last_checkpoint_is_read_back_and_compared(stage, monkeypatch):
+    load, name = stored.ocp.load, "trainable.text.norm.scale"
+
+    def change(path, abstract):
+        loaded = load(path, abstract)
+        return loaded | {name: loaded[name] * 2}
+
+    monkeypatch.setattr(stored.ocp, "load", change)
+    with pytest.raises(UserError, match=rf"checkpoints/2 is damaged at {name}"):
+        train(stage(steps=2))
 
 
 def test_a_batch_with_nothing_to_learn_is_an_error_not_a_loss_of_zero(stage, dataset, tmp_path: Path):
