@@ -6,6 +6,7 @@ once per row slot, which is how often it is encoded; `samples` are those of the 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -23,6 +24,7 @@ from infimed_jax.data.batch import NO_IMAGE, Batch
 from infimed_jax.data.chat import Tokenizer
 from infimed_jax.errors import UserError
 from infimed_jax.files import write_text
+from infimed_jax.train.board import Board
 
 Row = dict[str, Any]
 """One step's line of metrics.jsonl."""
@@ -86,22 +88,21 @@ def describe_row(batch: Batch, tokenizer: Tokenizer) -> str:
 class MetricsLog:
     """metrics.jsonl (every step), TensorBoard and Weights & Biases (every `train.log_every` steps) of one run.
 
-    Silent if not `active`. On resume, lines past `start_step` are dropped: those steps run again. UserError where
-    `train.wandb` is set and its package is not installed.
+    Silent if not `active`. On resume, lines past `start_step` are dropped: those steps run again. UserError, on every
+    process, where `train.wandb` is set and its package is not installed.
     """
 
     def __init__(self, folder: Path, start_step: int, cfg: config.Config, *, active: bool = True) -> None:
         self.rows = [row for row in read_metrics(folder) if row["step"] <= start_step]
         self._every = cfg.train.log_every
         self._active = active
+        wandb = _wandb_package(cfg) if cfg.train.wandb else None
         if not active:
             return
-        self._wandb = _wandb_run(folder, cfg) if cfg.train.wandb else None
-        from tensorboardX import SummaryWriter  # imports torch where it is installed: seconds
-
+        self._wandb = _wandb_run(wandb, folder, cfg) if wandb else None
         write_text(folder / METRICS, "".join(map(_line, self.rows)))
         self._file = (folder / METRICS).open("a", encoding="utf-8", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self._board = Board(folder / "tensorboard", start_step + 1)
 
     def write(self, row: Row) -> None:
         self.rows.append(row)
@@ -110,25 +111,31 @@ class MetricsLog:
         self._file.write(_line(row))
         if row["step"] % self._every == 0:
             numbers = {name: value for name, value in row.items() if name != "step" and not isinstance(value, list)}
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, row["step"])
+            self._board.write(numbers, row["step"])
             if self._wandb:
                 self._wandb.log(numbers, step=row["step"])
 
     def close(self) -> None:
-        if self._active:
-            self._file.close()
-            self._board.close()
+        """Closes each, also where another's last bytes find no place on the disk."""
+        if not self._active:
+            return
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._file.close)
+            stack.callback(self._board.close)
             if self._wandb:
-                self._wandb.finish()
+                stack.callback(self._wandb.finish)
 
 
-def _wandb_run(folder: Path, cfg: config.Config) -> Any:
-    """The run's page; its id is kept in the folder, so that a resumed run goes on there."""
+def _wandb_package(cfg: config.Config) -> Any:
     try:
         import wandb
     except ImportError as error:
         raise UserError(f"train.wandb={cfg.train.wandb} needs the wandb package: pip install wandb") from error
+    return wandb
+
+
+def _wandb_run(wandb: Any, folder: Path, cfg: config.Config) -> Any:
+    """The run's page; its id is kept in the folder, so that a resumed run goes on there."""
     file = folder / "wandb_id.txt"
     if not file.exists():
         file.write_text(secrets.token_hex(8), encoding="utf-8")

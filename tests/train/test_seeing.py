@@ -2,20 +2,24 @@
 
 import sys
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import RecordWriter
 
 from infimed_jax import config, sharding
 from infimed_jax.errors import UserError
 from infimed_jax.plan import flops, topology
 from infimed_jax.train import meter
+from infimed_jax.train.board import Board
 from infimed_jax.train.curve import draw_curve, smoothed
 from infimed_jax.train.line import clock, progress_line
 from infimed_jax.train.meter import Meter, averaged
-from infimed_jax.train.telemetry import MetricsLog
+from infimed_jax.train.telemetry import MetricsLog, read_metrics
 from infimed_jax.train.trace import Trace
 
 METRICS = {
@@ -107,10 +111,50 @@ def _logging(project: str) -> config.Config:
     return config.Config(train=config.Train(log_every=2, wandb=project))
 
 
-def test_weights_and_biases_without_its_package_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("active", [True, False])
+def test_weights_and_biases_without_its_package_is_refused(tmp_path, monkeypatch, active):
+    """On every process: one that went on alone would wait for the others until JAX gives them up."""
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"train\.wandb=med needs the wandb package: pip install wandb"):
-        MetricsLog(tmp_path, 0, _logging("med"))
+        MetricsLog(tmp_path, 0, _logging("med"), active=active)
+
+
+def _events(folder):
+    """(step, {tag: value}, status) of every event; each record as tensorboardX's own writer would frame it."""
+    found, reference = [], RecordWriter(str(folder / "reference"))
+    (file,) = folder.glob("events.out.tfevents.*")
+    rest = file.read_bytes()
+    while rest:
+        size = int.from_bytes(rest[:8], "little")
+        data, rest = rest[12 : 12 + size], rest[16 + size :]
+        reference.write(data)
+        event = event_pb2.Event.FromString(data)
+        found.append((event.step, {v.tag: v.simple_value for v in event.summary.value}, event.session_log.status))
+    reference.close()
+    assert (folder / "reference").read_bytes() == file.read_bytes()
+    return found
+
+
+def test_the_board_holds_the_numbers_not_finite_ones_too_before_it_is_closed(tmp_path):
+    board = Board(tmp_path, first_step=3)
+    board.write({"loss": 2.5, "skipped": 0}, 3)
+    board.write({"loss": float("nan")}, 4)
+    _, start, first, second = _events(tmp_path)
+    assert start == (3, {}, event_pb2.SessionLog.START) and first == (3, {"loss": 2.5, "skipped": 0.0}, 0)
+    assert second[0] == 4 and np.isnan(second[1]["loss"])
+    board.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+def test_a_full_disk_ends_the_log_at_once(tmp_path):
+    log = MetricsLog(tmp_path, 0, _logging(""))
+    log.write({"step": 1, "loss": 1.0})
+    with Path("/dev/full").open("wb", buffering=0) as log._board._file:
+        with pytest.raises(OSError, match="No space left"):
+            log.write({"step": 2, "loss": 1.0})
+        log.close()
+    assert log._file.closed
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
 
 
 def test_weights_and_biases_gets_the_numbers_and_a_resumed_run_its_page(tmp_path, monkeypatch):
