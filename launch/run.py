@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -44,10 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(parser, arguments)
     configure_jax()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    for chatty in ("jax", "orbax", "tensorboardX", "matplotlib", "py4j"):
+    for chatty in ("jax", "orbax", "matplotlib", "py4j"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    for second in ("absl", "asyncio"):  # Orbax raises what its threads log here: a full disk would take a page to say
-        logging.getLogger(second).setLevel(logging.CRITICAL)
+    quiet_after_failed_saves()
     try:
         accelerator.refuse_hosts(args)
         args.run(args)
@@ -63,6 +63,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {describe(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0
+
+
+def quiet_after_failed_saves() -> None:
+    """Orbax raises what its threads also log, or print when they find its loop closed: pages, on a full disk."""
+    for second in ("absl", "asyncio"):
+        logging.getLogger(second).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    before = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
