@@ -23,6 +23,7 @@ from infimed_jax import config, sharding
 from infimed_jax.config import Config, ConfigError
 from infimed_jax.data.chat import Tokenizer, load_tokenizer
 from infimed_jax.data.loader import Loader, make_loader
+from infimed_jax.data.packing import TOO_LONG, TOO_MANY_IMAGES
 from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.files import write_json
 from infimed_jax.models.compute import Compute
@@ -199,8 +200,10 @@ def _check_same_run(folder: Path, saved: Metadata, ours: Metadata) -> None:
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name) and not {name, name.split(".")[0]} & _FREE
     ]
+    if not changed and saved["tokenizer"] != ours["tokenizer"]:
+        changed = [f"data.tokenizer={now['data.tokenizer']} is another tokenizer"]
     if not changed and saved["fingerprint"] != ours["fingerprint"]:
-        changed = ["the data, the tokenizer or the packing has changed"]
+        changed = [f"data.dataset={now['data.dataset']} holds other samples, or they are packed in another way"]
     if changed:
         raise UserError(
             f"cannot resume {folder.parent}: {'; '.join(changed)}; restore that or name another train.output"
@@ -230,8 +233,15 @@ def _announce(cfg: Config, mesh: jax.sharding.Mesh, state: TrainState, loader: L
     log.info("compute: %s, attention %s", cfg.train.compute_dtype, cfg.train.attention)
     log.info(
         "data: %s samples in %s rows, %.1f %% filled; left out: %s",
-        *(f"{data['samples']:,}", f"{data['rows']:,}", 100 * data["fill"], data["dropped"] or "none"),
+        *(f"{data['samples']:,}", f"{data['rows']:,}", 100 * data["fill"], _left_out(data["dropped"]) or "none"),
     )
+
+
+def _left_out(counts: Mapping[str, int]) -> str:
+    parts = [f"{count} {reason}" for reason, count in counts.items()]
+    if {TOO_LONG, TOO_MANY_IMAGES} & counts.keys():
+        parts.append("to keep what no row holds raise data.context or data.images_per_row")
+    return ", ".join(parts)
 
 
 def _steps(

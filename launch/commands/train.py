@@ -34,8 +34,15 @@ def _load(args: argparse.Namespace) -> Config:
     return replace(config, train=replace(config.train, init_from=args.init_from)) if args.init_from else config
 
 
+def _check_data(config: Config) -> None:
+    for name in ("dataset", "tokenizer"):
+        if not getattr(config.data, name):
+            raise UserError(f"data.{name} is empty: name its folder, data.{name}=DIR")
+
+
 def train(args: argparse.Namespace) -> None:
     config = _load(args)
+    _check_data(config)
     if args.profile < 0:
         raise UserError("--profile counts steps: it must not be negative")
     accelerator.start(args)
@@ -57,6 +64,7 @@ def grpo(args: argparse.Namespace) -> None:
     config = _load(args)
     if not config.train.init_from:
         raise UserError("grpo starts from a tuned model: give --init-from RUN (train.init_from)")
+    _check_data(config)
     accelerator.start(args)
     import jax
 

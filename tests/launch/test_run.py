@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import types
+import warnings
 from pathlib import Path
 
 import pytest
 
 from launch import commands
-from launch.run import parse
+from launch.run import parse, quiet_after_failed_saves
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -91,6 +93,8 @@ def test_what_no_command_knows_is_refused(arguments, capsys):
         (("train", "--config", "/no/file.yaml"), ("/no/file.yaml",)),
         (("train", "train.stepz=3"), ("train.stepz", "train.steps")),
         (("train", "train.steps=many"), ("train.steps", "int")),
+        (("train",), ("data.dataset is empty", "data.dataset=DIR")),
+        (("train", "data.dataset=d"), ("data.tokenizer is empty",)),
         (("grpo",), ("train.init_from",)),
     ],
 )
@@ -102,6 +106,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, arguments, words):
     assert lines[0].startswith("error: ")
     assert all(word in lines[0] for word in words), lines[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_what_a_failed_save_prints_late_is_kept_silent(monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+    with warnings.catch_warnings():
+        quiet_after_failed_saves()
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("another")):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+    assert [str(each.exc_value) for each in heard] == ["another"]
 
 
 def test_a_folder_with_a_run_is_never_touched_unasked(tmp_path):

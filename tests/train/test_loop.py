@@ -182,8 +182,21 @@ def test_other_data_is_refused_and_moved_data_is_not(stage, dataset, tmp_path: P
     moved = tmp_path / "elsewhere"
     write_samples(moved, list(open_samples(dataset())), name="toy")
     train(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, dataset=str(moved))))
-    with pytest.raises(UserError, match="the data, the tokenizer or the packing has changed"):
+    with pytest.raises(UserError, match=r"data\.dataset=.* holds other samples"):
         train(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, dataset=str(dataset("question", 11)))))
+    other = make_tokenizer(["what else is the heart? yes no"] * 3, tmp_path / "tokenizer", vocab_size=300)
+    with pytest.raises(UserError, match=r"data\.tokenizer=.* is another tokenizer"):
+        train(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, tokenizer=str(other))))
+
+
+def test_what_no_row_holds_is_counted_with_the_mend(stage, caplog):
+    cfg = stage(steps=1, kind="question", logit_chunk=16)
+    lengths = sorted(make_loader(cfg, mesh=make_mesh(cfg.mesh))._reader.index.lengths)
+    context = int(lengths[-1]) - 1
+    caplog.set_level("INFO")
+    train(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, context=context)))
+    dropped = sum(length > context for length in lengths)
+    assert f"left out: {dropped} too long, to keep what no row holds raise data.context or data.images" in caplog.text
 
 
 def test_settings_that_change_no_result_may_change_on_resume(stage):
@@ -268,9 +281,7 @@ def test_skipped_updates_push_no_checkpoint_out(stage):
     """The first update of 1e30 is finite, no loss after it is: the checkpoints before stay, and the error names one."""
     cfg = stage(rate=1e30, steps=20, checkpoint_every=1, keep_checkpoints=2, max_skipped_updates=5)
     kept = Path(cfg.train.output) / "checkpoints"
-    with pytest.raises(
-        UserError, match=r"5 updates in a row .* another train\.output and --init-from .*/2, with"
-    ):
+    with pytest.raises(UserError, match=r"5 updates in a row .* another train\.output and --init-from .*/2, with"):
         train(cfg)
     assert [row["skipped"] for row in read_metrics(cfg.train.output)] == [0, 0, 1, 1, 1, 1, 1]
     assert sorted(path.name for path in kept.iterdir()) == ["1", "2"]
