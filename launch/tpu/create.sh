@@ -30,6 +30,11 @@ gcloud compute tpus tpu-vm scp "$archive" "$NAME":infimed-jax.tar.gz --zone="$ZO
 gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="
   set -e
   mkdir -p infimed-jax && tar -xzf infimed-jax.tar.gz -C infimed-jax && cd infimed-jax
-  python3 -m venv .venv
+  python=python3
+  if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then # Ubuntu 22.04's own is 3.10
+    sudo apt-get update -qq && sudo apt-get install -y -qq python3.11-venv
+    python=python3.11
+  fi
+  \$python -m venv .venv
   .venv/bin/pip install --quiet -c constraints.txt -e '.[tpu]'
   .venv/bin/python launch/run.py doctor --platform tpu"

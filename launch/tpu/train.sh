@@ -5,8 +5,7 @@
 #     data.dataset=/mnt/data/pretrain data.tokenizer=/mnt/data/qwen3 train.output=/mnt/data/runs/pretrain
 #
 # The slice must exist (launch/tpu/create.sh). YAML files become --config, the rest are settings. The same line again
-# continues a stopped run. Data and output are under the same
-# path on every worker (a mounted bucket or disk).
+# continues a stopped run. Data and output are under the same path on every worker (a mounted bucket or disk).
 set -euo pipefail
 
 : "${NAME:?the slice: NAME=infimed}"

@@ -217,6 +217,32 @@ def test_scripts_are_bash(script):
         assert checked.returncode == 0, checked.stdout
 
 
+@pytest.mark.parametrize("own", ["new", "old"])
+def test_a_tpu_worker_gets_a_python_that_is_new_enough(tmp_path, own):
+    """What create.sh sends to the workers is run here, with commands that only say that they were called."""
+    makes_venv = 'basename "$0" >> called; mkdir -p .venv/bin; cp {say} .venv/bin/pip; cp {say} .venv/bin/python'
+    for name, text in {
+        "say": 'echo "$(basename "$0") $*" >> called',
+        "git": "",
+        "tar": "",
+        "sudo": 'echo "sudo $*" >> called',
+        "gcloud": 'for a in "$@"; do case $a in --command=*) echo "${a#--command=}" > {command};; esac; done',
+        "python3": f'[ "$1" = -c ] && exit {int(own == "old")}; {makes_venv}',
+        "python3.11": makes_venv,
+    }.items():
+        for place in ("say", "command"):
+            text = text.replace(f"{{{place}}}", str(tmp_path / place))
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NAME": "n", "ZONE": "z", "TYPE": "v5p-64"}
+    for command in (ROOT / "launch/tpu/create.sh", tmp_path / "command"):
+        subprocess.run(["bash", str(command)], env=environment, cwd=tmp_path, check=True)
+    called = (tmp_path / "infimed-jax/called").read_text().splitlines()
+    assert called[-3:-2] == [{"new": "python3", "old": "python3.11"}[own]]
+    assert any("install -y -qq python3.11-venv" in line for line in called) == (own == "old")
+    assert called[-1] == "python launch/run.py doctor --platform tpu"
+
+
 def test_the_sbatch_file_gives_srun_the_settings(tmp_path):
     """Run with a srun that prints: YAML files become --config, code 75 goes back to the queue."""
     for name, text in {
