@@ -20,11 +20,14 @@ _PANELS = (
 
 
 def draw_curve(rows: Sequence[dict[str, Any]], title: str, file: Path) -> None:
-    """The lines of metrics.jsonl, a panel a metric that they hold; skipped updates are marked, not drawn."""
+    """The lines of metrics.jsonl, a panel a metric that they hold; skipped updates are marked, not drawn.
+
+    No picture where every update was skipped.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # a tenth of a second that --help need not pay
     from matplotlib.figure import Figure
 
-    panels = [(name, label) for name, label in _PANELS if any(name in row for row in rows)]
+    panels = [(name, label) for name, label in _PANELS if any(name in row and not row.get("skipped") for row in rows)]
     if not panels:
         return
     figure = Figure(figsize=(4.5 * len(panels), 3.4), layout="constrained")

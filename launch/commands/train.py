@@ -53,9 +53,10 @@ def train(args: argparse.Namespace) -> None:
     open_for_training(config.data.dataset)
     with StepProgress(config.train.stage) as progress:
         result = train(config, on_step=progress.update, profile_steps=args.profile)
+    skipped = f", {result.skipped_updates} updates skipped as not finite" if result.skipped_updates else ""
     print(
         f"{config.train.stage}: {result.steps} steps, loss {result.loss_first:.4f} -> {result.loss_last:.4f}, "
-        f"{result.samples_per_step:.1f} samples and {result.tokens_per_step:,.0f} tokens a step"
+        f"{result.samples_per_step:.1f} samples and {result.tokens_per_step:,.0f} tokens a step{skipped}"
     )
     print(f"Outputs: {config.train.output}")
 

@@ -93,6 +93,12 @@ def test_a_curve_is_drawn_for_any_run(tmp_path, count):
     assert pixels.shape[1] > pixels.shape[0] and len(np.unique(pixels)) > 10
 
 
+def test_a_run_whose_every_update_was_skipped_has_no_curve(tmp_path):
+    row = {"grad_norm": float("nan"), "loss": float("nan"), "tokens": 100, "seconds": 2.0, "tokens_per_second": 50.0}
+    draw_curve([row | {"step": n, "skipped": 1} for n in (1, 2)], "sft: runs/x", tmp_path / "curve.png")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("steps", "expected"), [(0, []), (2, ["start", "stop"]), (50, ["start", "stop"])])
 def test_a_trace_covers_its_steps_and_ends_with_the_run(tmp_path, monkeypatch, steps, expected):
     calls = []
