@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -92,4 +93,6 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argpa
 if __name__ == "__main__":
     # A script's own folder is in the path: there our distributed.py would hide dask's package of that name.
     sys.path = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+    # As Ctrl-C, also where no step runs yet: a scheduler's notice while a run starts means "resume me" too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

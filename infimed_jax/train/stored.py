@@ -53,7 +53,10 @@ def find_checkpoint(folder: str | Path) -> Path:
     for parent in (folder / CHECKPOINTS, folder):
         if steps := complete_steps(parent):
             return parent / str(max(steps))
-    raise UserError(f"no complete checkpoint in {folder}: give a run's folder, or one of its checkpoints")
+    raise UserError(
+        f"no complete checkpoint in {folder}: give a run's folder, or one of its checkpoints "
+        "(`convert from-hf` makes one of a Hugging Face folder)"
+    )
 
 
 def read_metadata(folder: str | Path) -> Metadata:

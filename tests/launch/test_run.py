@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -116,6 +117,17 @@ def test_only_what_a_failed_save_prints_late_is_kept_silent(monkeypatch):
     for error in (RuntimeError("Event loop is closed"), RuntimeError("another")):
         sys.unraisablehook(types.SimpleNamespace(exc_value=error))
     assert [str(each.exc_value) for each in heard] == ["another"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_notice_while_a_run_starts_means_resume_me(tmp_path, number):
+    os.mkfifo(tmp_path / "settings.yaml")
+    command = [sys.executable, str(ROOT / "launch/run.py"), "train", "--config", str(tmp_path / "settings.yaml")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    with (tmp_path / "settings.yaml").open("w"):  # opens when the run reads it, and it waits for the rest
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 75 and error.strip() == "Interrupted. Finished steps are kept."
 
 
 def test_a_folder_with_a_run_is_never_touched_unasked(tmp_path):
