@@ -43,7 +43,8 @@ def choose_remat(
     if cfg.train.remat != "auto":
         return cfg.train.remat
     attention = cfg.train.attention
-    if available is None:
+    here = available is None
+    if here:
         available = device_bytes(mesh)
         attention = platform_choice(mesh.devices.flat[0].platform) if attention == "auto" else attention
     kept = replace(
@@ -56,12 +57,13 @@ def choose_remat(
         local_bytes(state) + sums * local_bytes(state.trainable) + activation_estimate(kept, rows, dict(mesh.shape))
     )
     choice = "dots" if needed <= _USABLE * available else "full"
-    log.info(
-        "activations: %s (with every matrix product kept about %.1f of %.1f GiB a device)",
-        choice,
-        needed / _GIB,
-        available / _GIB,
-    )
+    if here:  # a plan has a line of its own for each machine
+        log.info(
+            "activations: %s (with every matrix product kept about %.1f of %.1f GiB a device)",
+            choice,
+            needed / _GIB,
+            available / _GIB,
+        )
     return choice
 
 

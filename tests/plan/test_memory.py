@@ -56,11 +56,15 @@ def test_dots_bytes_are_what_an_ahead_of_time_compilation_showed():
 
 
 @pytest.mark.parametrize(("room", "expected"), [(1e12, "dots"), (1e6, "full")])
-def test_auto_keeps_the_products_where_there_is_room(model, monkeypatch, _mesh, room, expected):
+def test_auto_keeps_the_products_where_there_is_room(model, monkeypatch, caplog, _mesh, room, expected):
+    caplog.set_level("INFO")
     cfg = config.Config(model=model, train=config.Train(global_batch=8))
     state = abstract_state(cfg, make_optimizer(cfg.optimizer))
+    assert memory.choose_remat(cfg, state, _mesh, 8, (512, 2), available=room) == expected
+    assert not caplog.records, "a plan asks for many machines"
     monkeypatch.setattr(memory, "device_bytes", lambda mesh: room)
     assert memory.choose_remat(cfg, state, _mesh, 8, (512, 2)) == expected
+    assert caplog.records[-1].getMessage().startswith(f"activations: {expected} (")
     asked = replace(cfg, train=replace(cfg.train, remat="none"))
     assert memory.choose_remat(asked, state, _mesh, 8, (512, 2)) == "none"
 
