@@ -164,6 +164,7 @@ def _run(
     finally:
         metrics_log.close()
     checkpoints.wait()
+    checkpoints.verify(cfg.grpo.steps, state)
     result = _result(cfg, state, metrics_log.rows, found)
     if main:
         draw_curve(result.history, f"{cfg.train.stage}: {folder}", folder / CURVE)
@@ -190,7 +191,9 @@ def _steps(
         stop_requests() as asked_to_stop,
         Watchdog(cfg.train.step_timeout) as watchdog,
     ):
+        due = False
         for step in range(start, total):
+            checkpoints.wait(0)  # an error of the save under way
             begin = time.perf_counter()
             places = prompt_order(len(found.numbers), cfg.grpo.prompts, cfg.train.seed, step)
             asked = [samples[int(number)] for number in found.numbers[places]]
@@ -209,14 +212,17 @@ def _steps(
             }
             metrics_log.write(row)
             _write_replies(replies_file, done, replies[: cfg.grpo.group_size])
-            _check_skips(cfg, metrics_log.rows, asked)
+            _check_skips(cfg, metrics_log.rows, asked, checkpoints)
             if done % cfg.train.log_every == 0 or done == total:
                 log.info(progress_line(done, total, row))
             if on_step is not None:
                 on_step(done, total, row)
             watchdog.beat(f"step {done}: saving")
             stop = asked_to_stop(done)
-            if stop or done == total or done % cfg.train.checkpoint_every == 0:
+            due |= done % cfg.train.checkpoint_every == 0
+            # In a run of skipped updates saves would push out the states from before it.
+            if stop or done == total or (due and not _all_skipped(cfg, row)):
+                due = False
                 checkpoints.save(done, state, metadata | {"step": done})
             if stop and done < total:
                 checkpoints.wait()
@@ -264,19 +270,23 @@ def _announce(plan: Plan, found: Questions, start: int) -> None:
     )
 
 
-def _check_skips(cfg: config.Config, rows: list[Row], asked: Sequence[Sample]) -> None:
+def _check_skips(cfg: config.Config, rows: list[Row], asked: Sequence[Sample], checkpoints: Checkpoints) -> None:
     """A policy that has turned to NaN samples "!!!!" for ever: end the run instead."""
     in_a_row = 0
     for row in reversed(rows):
         in_a_row += row["skipped"]
-        if row["skipped"] < cfg.grpo.prompts // cfg.grpo.update_prompts:
+        if not _all_skipped(cfg, row):
             break
     if 0 < cfg.train.max_skipped_updates <= in_a_row:
         ids = ", ".join(sorted({sample.id for sample in asked})[:8])
         raise UserError(
             f"{in_a_row} updates in a row had a non-finite loss or gradient, the last at step {rows[-1]['step']} with "
-            f"samples {ids}, …: lower optimizer.learning_rate; the last checkpoint is sound"
+            f"samples {ids}, …: continue in {checkpoints.elsewhere()}, with a lower optimizer.learning_rate"
         )
+
+
+def _all_skipped(cfg: config.Config, row: Row) -> bool:
+    return row["skipped"] == cfg.grpo.prompts // cfg.grpo.update_prompts
 
 
 def _open_replies(folder: Path, start: int) -> TextIO:

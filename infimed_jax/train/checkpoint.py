@@ -101,6 +101,12 @@ class Checkpoints:
         for group in groups(flatten(abstract_like(state))):
             read_leaves(path, stored, group)
 
+    def elsewhere(self) -> str:
+        """What to give a run that cannot go on in its folder: another one, and the latest checkpoint to start from."""
+        self.wait()
+        latest = self.latest_step()
+        return "another train.output" + (f" and --init-from {self.folder / str(latest)}" if latest else "")
+
     def close(self) -> None:
         """Wait for the save under way and let go of the folder."""
         try:

@@ -342,13 +342,10 @@ def _check_weight(row: Row, ids: list[str]) -> None:
 def _check_skips(cfg: Config, rows: list[Row], ids: list[str], checkpoints: Checkpoints) -> None:
     limit = cfg.train.max_skipped_updates
     if limit and len(rows) >= limit and all(row["skipped"] for row in rows[-limit:]):
-        checkpoints.wait()
-        latest = checkpoints.latest_step()
-        start = f" and --init-from {checkpoints.folder / str(latest)}" if latest else ""
         raise UserError(
             f"{limit} updates in a row had a non-finite loss or gradient, the last at step {rows[-1]['step']} on "
-            f"samples {_few(ids)}: continue in another train.output{start}, with a lower "
-            "optimizer.learning_rate or without these samples"
+            f"samples {_few(ids)}: continue in {checkpoints.elsewhere()}, with a lower optimizer.learning_rate or "
+            "without these samples"
         )
 
 

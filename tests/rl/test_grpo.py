@@ -95,18 +95,35 @@ def test_a_phase_that_hangs_is_named(tiny, tmp_path, caplog):
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_a_reward_that_is_not_finite_ends_the_run(tiny, tmp_path):
-    """Every loss is infinite: updates are skipped, then the run stops and says with what samples."""
+    """From the second rollout on every loss is infinite: updates are skipped, then the run stops and says on what.
+
+    Checkpoints of skipped updates would push out the one from before.
+    """
+    cfg = configure(
+        tiny,
+        tmp_path / "broken",
+        steps=9,
+        train={"max_skipped_updates": 2, "checkpoint_every": 1, "keep_checkpoints": 1},
+        **ON_POLICY,
+    )
+    seen = []
+
+    def odd(reply, finished, sample, settings):
+        return Reward(float(len(reply) % 2), 0.0, 0.0)
 
     def broken(reply, finished, sample, settings):
-        return Reward(np.inf if len(reply) % 2 else 0.0, 0.0, 0.0)
+        seen.append(reply)
+        well = len(seen) <= cfg.grpo.prompts * cfg.grpo.group_size
+        return odd(reply, finished, sample, settings) if well else Reward(np.inf if len(reply) % 2 else 0.0, 0.0, 0.0)
 
-    cfg = configure(tiny, tmp_path, steps=9, train={"max_skipped_updates": 2, "checkpoint_every": 1}, **ON_POLICY)
-    with pytest.raises(UserError, match=r"2 updates in a row .* step 2 with samples tiny/train/"):
+    with pytest.raises(UserError, match=r"2 updates in a row .* step 3 with samples tiny/train/.* --init-from .*/1, "):
         align(tiny, cfg, reward=broken)
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["skipped"] for row in rows] == [1, 1]
-    stored, _ = load_params(tmp_path)
-    leaves_equal(stored, tiny.params)
+    rows = [json.loads(line) for line in (tmp_path / "broken/metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped"] for row in rows] == [0, 1, 1]
+    stored, _ = load_params(tmp_path / "broken")
+    once = configure(tiny, tmp_path / "once", steps=1, train={"checkpoint_every": 1}, **ON_POLICY)
+    align(tiny, once, reward=odd)
+    leaves_equal(stored, load_params(tmp_path / "once")[0])
 
 
 def test_a_stopped_run_goes_on_exactly(tiny, tmp_path):
