@@ -13,6 +13,7 @@ NO_QUESTION = "no question"
 NO_TEXT = "no text"
 NOT_AN_OPTION = "answer is none of the options"
 BAD_TURNS = "turns of a conversation out of order"
+LANGUAGE = "language without a wording for questions"
 VIDEO = "video"
 DUPLICATE = "duplicate id"
 

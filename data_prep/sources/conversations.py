@@ -44,7 +44,8 @@ def read(
 def _sample(images: Images, document: bool, captioning: bool, id: str, row: Row) -> Sample:
     source, split = id.split("/")[:2]
     names = row.get("image") or row.get("images") or []
-    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list):
+        names = [names] if names == names else []  # NaN is how tables that became JSON say that there is none
     if row.get("video"):
         raise Unusable(VIDEO)
     # the misspelt key is in published LLaVA-Med copies

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from data_prep.faults import LANGUAGE, Unusable
 from data_prep.sources.files import Images, read_rows
 from data_prep.sources.source import Row, Source, filled, qa_sample, question_and_answer, records, text
 from infimed_jax.data.sample import Sample, Skipped
 
 NAME = "slake"
+LANGUAGES = ("en", "zh")
 
 
 def read(folder: Path, split: str) -> Iterator[Sample | Skipped]:
@@ -31,6 +33,9 @@ def _file(folder: Path, split: str) -> Path:
 
 def _sample(images: Images, id: str, row: Row) -> Sample:
     question, answer = question_and_answer(row)
+    language = text(row.get("q_lang")) or "en"
+    if language not in LANGUAGES:
+        raise Unusable(LANGUAGE)
     image_name, answer_type = text(row.get("img_name")), text(row.get("answer_type")).upper()
     meta = filled(
         image_id=f"{NAME}/{image_name}",
@@ -39,7 +44,7 @@ def _sample(images: Images, id: str, row: Row) -> Sample:
         question_type=row.get("content_type"),
         answer_type=answer_type,
         qid=row.get("qid"),
-        language=text(row.get("q_lang")) or "en",
+        language=language,
     )
     return qa_sample(id, (images.read(image_name),), question, answer, meta, answer_type)
 
@@ -53,7 +58,7 @@ SOURCE = Source(
     size="14,028 questions in two languages on 642 images: 9,835 / 2,099 / 2,094",
     layout="train.json, validate.json or validation.json, test.json, imgs/xmlabN/source.jpg (or imgs.zip)",
     columns=("qid", "img_name", "question", "answer", "answer_type", "content_type", "modality", "location", "q_lang"),
-    languages=("en", "zh"),
+    languages=LANGUAGES,
     obtain="Slake1.0.zip from the project's page",
     read=read,
 )

@@ -128,3 +128,24 @@ def test_ones_own_files_by_option_with_bad_lines_named(tmp_path):
     first, broken, misspelt = source.read(tmp_path, "train")
     assert first.images == misspelt.images == (b"image",)
     assert broken == Skipped("llava_json/train/00001", "not valid JSON", "mine.jsonl line 2")
+
+
+@pytest.mark.parametrize(
+    ("image", "made"),
+    [
+        (float("nan"), "sample"),  # as pandas writes a row of text alone
+        (None, "sample"),
+        (5, "image missing"),
+        (True, "image missing"),
+        ({"path": "a.jpg"}, "image missing"),
+        ([["a.jpg"]], "image missing"),
+    ],
+)
+def test_an_image_that_is_no_name_is_absent_or_missing_and_no_crash(tmp_path, image, made):
+    rows = [{"image": image, "conversations": said("Describe.", "An effusion.")}, ROW]
+    first, second = SOURCES["llava_json"].read(write(tmp_path, "train.json", rows, {"images/a.jpg": b"x"}), "train")
+    assert isinstance(second, Sample)
+    if made == "sample":
+        assert first.images == () and first.turns[0] == Turn("user", ("Describe.",))
+    else:
+        assert first.reason == made

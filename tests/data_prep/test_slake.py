@@ -56,3 +56,13 @@ def test_both_names_of_the_validation_file(tmp_path, name):
     (tmp_path / "imgs" / "xmlab1" / "source.jpg").write_bytes(b"x")
     (sample,) = SOURCE.read(tmp_path, "validation")
     assert sample.answer == "gas" and sample.meta["image_id"] == "slake/xmlab1/source.jpg"
+
+
+def test_a_row_in_a_language_without_wording_is_skipped_and_ends_nothing(tmp_path):
+    row = {"img_name": "xmlab1/source.jpg", "question": "Why?", "answer": "gas", "answer_type": "OPEN"}
+    (tmp_path / "test.json").write_text(json.dumps([row | {"q_lang": "fr"}, row | {"q_lang": 5}, row]))
+    (tmp_path / "imgs" / "xmlab1").mkdir(parents=True)
+    (tmp_path / "imgs" / "xmlab1" / "source.jpg").write_bytes(b"x")
+    french, number, sample = SOURCE.read(tmp_path, "test")
+    assert french.reason == number.reason == "language without a wording for questions"
+    assert sample.meta["language"] == "en"
