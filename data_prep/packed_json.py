@@ -13,14 +13,14 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from data_prep.engine import HERE, Engine, Progress
 from data_prep.faults import NOT_JSON, Unusable
 from data_prep.sources.files import json_rows, read_json
 from data_prep.steps import make_dataset, write_stream
 from infimed_jax.data.packing import PackingIndex
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.sample import Kind, Sample, Turn
 from infimed_jax.data.storage import Samples
 from infimed_jax.errors import UserError
 from infimed_jax.files import open_whole
@@ -112,6 +112,24 @@ def _to_json(sample: Sample) -> dict[str, Any]:
 
 
 def _from_json(value: dict[str, Any]) -> Sample:
+    lists = [value["turns"], value["images"], options := value.get("options", [])]
+    if not all(isinstance(part, list) for part in (*lists, *(turn["content"] for turn in value["turns"]))):
+        raise TypeError("a value that must be a list is none")
     turns = tuple(Turn(turn["role"], tuple(turn["content"]), turn.get("reasoning", "")) for turn in value["turns"])
     images = tuple(base64.b64decode(image, validate=True) for image in value["images"])
-    return Sample(**value | {"turns": turns, "images": images, "options": tuple(value.get("options", ()))})
+    sample = Sample(**value | {"turns": turns, "images": images, "options": tuple(options)})
+    _check_types(sample)
+    return sample
+
+
+def _check_types(sample: Sample) -> None:
+    """TypeError where JSON has another type than the field: it would be found by whoever reads it, long after."""
+    texts = [sample.id, sample.source, sample.split, sample.question, sample.answer, *sample.options]
+    texts += [text for turn in sample.turns for text in (turn.role, turn.reasoning)]
+    texts += [text for pair in sample.meta.items() for text in pair]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("a value that must be text is none")
+    if not all(type(piece) in (str, int) for turn in sample.turns for piece in turn.content):
+        raise TypeError("content that is neither text nor the number of an image")
+    if sample.kind not in get_args(Kind):
+        raise TypeError(f"a kind that is none of {', '.join(get_args(Kind))}")

@@ -75,6 +75,33 @@ def test_broken_lines_are_named_and_leave_nothing(exported, line):
         import_json([folder / "nowhere"], folder / "back", "toy")
 
 
+def put(value: dict, path: tuple, other: object) -> None:
+    *parents, last = path
+    for key in parents:
+        value = value[key]
+    value[last] = other
+
+
+@pytest.mark.parametrize("other", [None, 5, True, {"a": 1}, [{"a": 1}], [True]])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *((key,) for key in ("id", "source", "split", "kind", "images", "turns", "question", "options", "answer")),
+        *(("meta",), ("meta", "organ"), ("turns", 0), ("turns", 0, "role"), ("turns", 0, "content")),
+        *(("turns", 0, "content", 1), ("turns", 1, "reasoning"), ("images", 0), ("options", 0)),
+    ],
+)
+def test_a_value_of_another_type_is_a_broken_row_in_every_field(exported, path, other):
+    _, _, folder = exported
+    row = json.loads((folder / "rows.jsonl").read_text(encoding="utf-8").split("\n")[0])
+    if path == ("turns", 0, "content", 1) and other == 5:
+        other = 5.0  # an integer is the number of an image
+    put(row["data"][0], path, other)
+    (folder / "other.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match="row 1 is no packed row"):
+        import_json([folder / "other.jsonl"], folder / "back", "toy")
+
+
 @pytest.mark.parametrize("indent", [None, 1])
 def test_a_list_of_rows_and_one_row_alone_are_read_too(exported, indent):
     _, _, folder = exported
