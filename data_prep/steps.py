@@ -138,7 +138,7 @@ def make_dataset(
         write_json(file, whole)
     manifest = open_samples(fresh).manifest
     kept = {MANIFEST, *_TFDS_FILES, *(shard["file"] for shard in manifest["shards"])}
-    for leftover in fresh.iterdir():  # facts, and what a killed worker had begun
+    for leftover in fresh.iterdir():  # facts, and what a worker that was taken for dead had begun
         if leftover.name not in kept:
             leftover.unlink()
     shutil.rmtree(output, ignore_errors=True)
@@ -206,7 +206,7 @@ def refuse_other_files(output: Path) -> None:
 
 
 def _work_folder(output: Path, recipe: dict[str, Any]) -> Path:
-    """`.NAME.new`, emptied where another recipe left it."""
+    """`.NAME.new`, emptied where another recipe left it, and without what a killed worker had begun."""
     fresh = output.with_name(f".{output.name}.new")
     text = json.dumps(recipe, sort_keys=True)
     try:
@@ -217,6 +217,8 @@ def _work_folder(output: Path, recipe: dict[str, Any]) -> Path:
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         (fresh / _RECIPE).write_text(text, encoding="utf-8")
+    for part in fresh.glob(".*.part"):
+        part.unlink(missing_ok=True)
     return fresh
 
 

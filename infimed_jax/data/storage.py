@@ -17,6 +17,7 @@ import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -117,11 +118,12 @@ def write_shard(folder: Path, shard: str, samples: Iterable[Sample]) -> int:
             origins[f"{sample.source}/{sample.split}"] += 1
             images += len(sample.images)
             size += len(record)
-    finally:
-        try:
-            writer.close()
-        except RuntimeError as error:
-            raise _disk_error(error) from error
+        _close(writer)
+    except BaseException:  # else each run on a full disk would leave it fuller than the one before
+        with suppress(OSError):
+            _close(writer)
+        part.unlink(missing_ok=True)
+        raise
     if ids:
         os.replace(part, file)
     else:
@@ -137,6 +139,13 @@ def write_shard(folder: Path, shard: str, samples: Iterable[Sample]) -> int:
     }
     write_json(folder / f"{shard}.json", facts)
     return len(ids)
+
+
+def _close(writer: ArrayRecordWriter) -> None:
+    try:
+        writer.close()
+    except RuntimeError as error:
+        raise _disk_error(error) from error
 
 
 def _disk_error(error: RuntimeError) -> OSError:

@@ -277,3 +277,14 @@ def test_a_disk_that_fills_is_told_as_one(tmp_path, monkeypatch, fails):
         write_samples(tmp_path / "set", (make_sample(i) for i in range(1000)), name="toy")
     assert error.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
     assert len(written) == (1 if fails == "write" else 1000)  # the first failure ends it
+
+
+def test_a_shard_that_could_not_be_finished_takes_no_room(tmp_path):
+    def samples():
+        yield from (make_sample(i) for i in range(3))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left"):
+            storage.write_shard(tmp_path, "000000", samples())
+        assert list(tmp_path.iterdir()) == []

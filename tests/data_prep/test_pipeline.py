@@ -260,6 +260,19 @@ def test_a_stopped_stream_goes_on_behind_its_last_whole_shard(hostile, tmp_path,
     assert list(open_samples(tmp_path / "out" / "train")) == list(open_samples(tmp_path / "whole" / "train"))
 
 
+def test_what_a_killed_worker_had_begun_makes_room_before_work_begins(hostile, tmp_path, monkeypatch):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest("vqa_rad", hostile, tmp_path / "out", ["train"], on_progress=stop)
+    begun = tmp_path / "out" / ".train.new" / ".000000-000000.0123.part"
+    begun.write_bytes(b"x" * 1000)
+    with pytest.raises(KeyboardInterrupt):
+        ingest("vqa_rad", hostile, tmp_path / "out", ["train"], on_progress=stop)
+    assert not begun.exists()
+
+
 def lettered(folder: Path, split: str, shard: str | None = None) -> Iterator[Sample | Skipped]:
     """A source whose shards are files, a sample a line."""
     for number, line in enumerate((folder / shard).read_text().splitlines()):
