@@ -123,7 +123,8 @@ def _ingest_split(
         skipped = [record for facts in error.facts for record in facts["skipped"]]
         counted = ", ".join(f"{reason}: {n:,}" for reason, n in _by_reason(skipped).items())
         raise UserError(
-            f"{adapter.name}/{split}: no record of {input} can be used ({counted or 'it has none'})"
+            f"{adapter.name}/{split}: no record of {input} can be used ({counted or 'it has none'}); "
+            f"{output / f'{split}.json'} lists them"
         ) from error
 
 

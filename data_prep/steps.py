@@ -115,7 +115,7 @@ def make_dataset(
     `report(manifest, facts)`.
 
     `work` writes shards whose names begin with the piece's. UserError: the folder holds something else. NoSamples: no
-    piece gave a sample.
+    piece gave a sample; the report alone is written, for what was left out is all that there is to see.
     """
     finished = finished_report(output, recipe)
     if finished is not None:
@@ -131,7 +131,9 @@ def make_dataset(
             shards = sorted(f.stem for f in fresh.glob("*.json") if f.stem[0].isdigit())
             if not any(json.loads((fresh / f"{shard}.json").read_text())["samples"] for shard in shards):
                 shutil.rmtree(fresh)
-                raise NoSamples(f"{output}: nothing is left to write", facts)
+                empty = {"samples": 0, "fingerprint": ""}
+                write_json(file, empty | report(empty | {"images": 0, "kinds": {}, "origins": {}}, facts))
+                raise NoSamples(f"{output}: nothing is left to write; {file} lists why", facts)
             join_shards(fresh, shards, name=name, info=recipe | info)
         manifest = open_samples(fresh).manifest
         whole = {key: manifest[key] for key in ("samples", "fingerprint")} | report(manifest, facts)

@@ -110,6 +110,8 @@ def test_user_errors(test_set, tmp_path):
     with pytest.raises(UserError, match="nothing is left"):
         decontaminate(test_set, [test_set], tmp_path / "clean")
     assert not (tmp_path / "clean").exists()
+    report = json.loads((tmp_path / "clean.json").read_text())  # which questions are affected is known all the same
+    assert report["samples"] == 0 and set(report["affected"]["any"]) == {s.id for s in open_samples(test_set)}
 
 
 def test_an_image_that_cannot_be_decoded_is_compared_by_its_bytes(tmp_path):

@@ -108,14 +108,21 @@ def test_every_record_is_kept_or_counted(hostile, tmp_path, capfd):
     assert "SECRET" not in (tmp_path / "out" / "train.json").read_text() + "".join(capfd.readouterr())
 
 
-def test_nothing_usable_is_an_error_that_counts_the_reasons(hostile, tmp_path):
+def test_nothing_usable_is_an_error_that_counts_the_reasons_and_leaves_the_list(hostile, tmp_path):
     for name in USABLE:
         (hostile / "images" / name).unlink()
     with pytest.raises(UserError, match=r"vqa_rad/train: no record .* \(.*image missing: 7.*too many pixels: 2"):
         ingest("vqa_rad", hostile, tmp_path / "out", ["train"])
     with pytest.raises(UserError, match="it has none"):
         ingest("vqa_rad", hostile, tmp_path / "out", ["test"])
-    assert not list(tmp_path.glob("out/*"))
+    assert sorted(path.name for path in tmp_path.glob("out/*")) == ["test.json", "train.json"]
+    report = json.loads((tmp_path / "out" / "train.json").read_text())
+    assert report["samples"] == 0 and report["skipped"]["image missing"] == 7
+    missing = [record["detail"] for record in report["skipped_records"] if record["reason"] == "image missing"]
+    assert missing == [*USABLE, "missing"]
+    for name, data in USABLE.items():
+        (hostile / "images" / name).write_bytes(data)
+    assert ingest("vqa_rad", hostile, tmp_path / "out", ["train"])["train"]["samples"] == len(USABLE)
 
 
 def test_user_errors_name_the_thing(hostile, tmp_path):
