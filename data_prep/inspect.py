@@ -32,7 +32,7 @@ _PIECES = re.compile(r"\n|[^\S\n]+|\w{1,24}|[^\w\s]")
 _STYLE = f"""
 body {{ font: 14px/1.6 system-ui, sans-serif; max-width: {_WIDTH}px; margin: 2em auto; padding: 0 1em; color: {_INK} }}
 .row {{ display: flex; height: 26px; background: {_PADDING}; margin: 4px 0 1em }}
-.row div {{ border-right: 1px solid #fff }}
+.row div {{ box-sizing: border-box; border-right: 1px solid #fff }}
 .sample {{ border-left: 6px solid; padding: 0 0 0 1em; margin: 1em 0; overflow-wrap: anywhere }}
 .t {{ white-space: pre-wrap; border-radius: 2px }} .learnt {{ background: {_LEARNT} }}
 .v {{ color: {_SOFT}; font-style: italic }}
@@ -204,6 +204,7 @@ def _words(
     x = float(left)
     for kind, text in runs:
         for piece in _PIECES.findall(text):
+            piece = piece if piece == "\n" or not piece.isspace() else _blanks(piece)
             width = font.getlength(piece) if piece != "\n" else 0.0
             if piece == "\n" or x + width > _WIDTH - _MARGIN:
                 x, y = float(left), y + _LINE
@@ -214,6 +215,11 @@ def _words(
             draw.text((x, y), piece, _SOFT if kind == "v" else _INK, font)
             x += width
     return y + _LINE
+
+
+def _blanks(space: str) -> str:
+    """White space as blanks: fonts draw tabs as boxes."""
+    return " " * len(space.expandtabs(4))
 
 
 def _font(size: int) -> ImageFont.ImageFont:

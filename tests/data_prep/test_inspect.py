@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 from PIL import Image, ImageColor
 
-from data_prep.inspect import write_inspection
+from data_prep.inspect import _draw, _Row, _Shown, write_inspection
 from data_prep.tokenizer import make_tokenizer
 from infimed_jax import config
 from infimed_jax.data.chat import load_tokenizer
@@ -61,3 +61,12 @@ def test_page(tmp_path):
         assert colours[ImageColor.getrgb(colour)] > 300
     assert colours[1, 2, 3] == 3 * 224 * 224  # every pixel of the three images
     assert sum("truncated" in text or "not a supported image" in text for text in page.texts) == 3
+    style = (tmp_path / "page.html").read_text(encoding="utf-8").partition(".row div {")[2].partition("}")[0]
+    assert "border-box" in style or "border" not in style  # else the borders of many samples push out the padding
+
+
+def test_the_picture_shows_tabs_as_blanks():
+    def drawn(text: str) -> bytes:
+        return _draw("toy", "", [_Row("Row 0", 9, (_Shown("#4477aa", 3, "a", "", (), (("t learnt", text),)),))]).tobytes()
+
+    assert drawn("lungs\tand heart") == drawn("lungs    and heart") != drawn("lungs and heart")
