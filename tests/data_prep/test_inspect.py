@@ -67,6 +67,7 @@ def test_page(tmp_path):
 
 def test_the_picture_shows_tabs_as_blanks():
     def drawn(text: str) -> bytes:
-        return _draw("toy", "", [_Row("Row 0", 9, (_Shown("#4477aa", 3, "a", "", (), (("t learnt", text),)),))]).tobytes()
+        shown = _Shown("#4477aa", 3, "a", "", (), (("t learnt", text),))
+        return _draw("toy", "", [_Row("Row 0", 9, (shown,))]).tobytes()
 
     assert drawn("lungs\tand heart") == drawn("lungs    and heart") != drawn("lungs and heart")

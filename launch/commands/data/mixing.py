@@ -86,7 +86,9 @@ def _print_parts(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("dataset", "group", "licence")
+    table = Table()
+    for header in ("dataset", "group", "licence"):  # a name that is cut does not say what came from where
+        table.add_column(header, overflow="fold")
     for header in ("samples", "taken", "share of the mixture"):
         table.add_column(header, justify="right")
     for row in report["parts"]:
