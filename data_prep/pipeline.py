@@ -209,7 +209,7 @@ def _kept(
             images = [_keep(image, seen) for image in record.images]
             fault = next((image.fault for image in images if image.fault), "")
             if fault:
-                record = Skipped(record.id, fault, record.meta.get("image_id", ""))
+                record = Skipped(record.id, fault, record.meta.get("image_id") or record.meta.get("source_id", ""))
             else:
                 if any(image.data is not given for image, given in zip(images, record.images, strict=True)):
                     record = replace(record, images=tuple(image.data for image in images))

@@ -27,6 +27,13 @@ def read(name: str, folder: Path, split: str, shard: str | None = None) -> Itera
 
 
 def _sample(id: str, group: dict[str, bytes]) -> Sample:
+    try:
+        return _pair(id, group)
+    except Unusable as fault:  # by its number alone nobody would find it in the tar
+        raise Unusable(fault.reason, group["__key__"].decode(errors="replace")[:200]) from fault
+
+
+def _pair(id: str, group: dict[str, bytes]) -> Sample:
     image = next((group[suffix] for suffix in _IMAGE_SUFFIXES if suffix in group), None)
     if image is None:
         raise Unusable(NO_IMAGE)

@@ -8,7 +8,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from data_prep.pipeline import ingest
 from data_prep.sources import SOURCES
 from infimed_jax.data.sample import Sample, Skipped, Turn
 
@@ -54,6 +56,18 @@ def test_pairs_become_documents(tmp_path, name):
         "archive member with an unsafe name",
         "not valid JSON",
     ]
+    keys = [record.detail for record in records if isinstance(record, Skipped)]
+    named = ["000000001", "000010000", "000010001", "000010003"]
+    assert keys == [*named, "00000001.tar member 9", "000010004"]
+
+
+def test_an_image_that_cannot_be_used_is_named_in_the_report(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(buffer, "JPEG")
+    whole = buffer.getvalue()
+    shard(tmp_path / "in" / "0.tar", {"a.jpg": whole, "a.txt": b"A cat.", "b.jpg": whole[:-40], "b.txt": b"A dog."})
+    report = ingest("datacomp", tmp_path / "in", tmp_path / "out")["train"]
+    assert [(r["reason"], r["detail"]) for r in report["skipped_records"]] == [("truncated or corrupt", "b")]
 
 
 def test_shards_read_apart_give_the_same_records(tmp_path):
