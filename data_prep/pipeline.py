@@ -16,9 +16,9 @@ from typing import Any
 from data_prep.engine import HERE, Engine
 from data_prep.image_bytes import Kept, keep_image
 from data_prep.sources import SOURCES
-from data_prep.sources.files import read_json
+from data_prep.sources.files import NoFiles, read_json
 from data_prep.sources.source import Source, check_split, with_options
-from data_prep.steps import NoSamples, make_dataset
+from data_prep.steps import NoSamples, forget, make_dataset
 from infimed_jax.data.sample import Sample, Skipped
 from infimed_jax.data.storage import SHARD_SIZE, write_shard
 from infimed_jax.errors import UserError
@@ -44,7 +44,8 @@ def ingest(
     limit: int | None = None,
     engine: Engine = HERE,
 ) -> dict[str, Any]:
-    """Prepare `output/SPLIT` (a dataset) and `output/SPLIT.json` (its report) for each split; no splits are all.
+    """Prepare `output/SPLIT` (a dataset) and `output/SPLIT.json` (its report) for each split; no splits are all those
+    that `input` has files of.
 
     A split whose inputs have not changed is left as it is; `limit` keeps the first samples only; `options` are the
     source's own, as text. Returns the reports by split. UserError: no such source, split or option, an unusable input
@@ -60,10 +61,21 @@ def ingest(
     if not input.is_dir():
         raise UserError(f"{input} is not a folder: {source} wants {adapter.layout}, from {adapter.obtain}")
     inputs = _fingerprint(input)
-    return {
-        split: _ingest_split(adapter, options, recorded, input, output, split, inputs, on_progress, limit, engine)
-        for split in splits or adapter.splits
-    }
+    reports: dict[str, Any] = {}
+    absent: list[NoFiles] = []
+    for split in splits or adapter.splits:
+        try:
+            reports[split] = _ingest_split(
+                adapter, options, recorded, input, output, split, inputs, on_progress, limit, engine
+            )
+        except NoFiles as error:
+            if splits:
+                raise
+            forget(output / split)
+            absent.append(error)
+    if not reports:
+        raise absent[0]
+    return reports
 
 
 def _adapter(source: str) -> Source:

@@ -209,7 +209,7 @@ def refuse_other_files(output: Path) -> None:
 
 def _work_folder(output: Path, recipe: dict[str, Any]) -> Path:
     """`.NAME.new`, emptied where another recipe left it, and without what a killed worker had begun."""
-    fresh = output.with_name(f".{output.name}.new")
+    fresh = _begun(output)
     text = json.dumps(recipe, sort_keys=True)
     try:
         same = (fresh / _RECIPE).read_text(encoding="utf-8") == text
@@ -222,6 +222,15 @@ def _work_folder(output: Path, recipe: dict[str, Any]) -> Path:
     for part in fresh.glob(".*.part"):
         part.unlink(missing_ok=True)
     return fresh
+
+
+def _begun(output: Path) -> Path:
+    return output.with_name(f".{output.name}.new")
+
+
+def forget(output: Path) -> None:
+    """Remove what was begun for a dataset that will not be made."""
+    shutil.rmtree(_begun(output), ignore_errors=True)
 
 
 def finished_report(output: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:

@@ -49,6 +49,10 @@ _INSIDE = re.compile(r'(?:[^"{}\[\]]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+', re.DOTAL
 _STRING_REST = re.compile(r'[^"\\]*(?:\\.[^"\\]*)*("?)', re.DOTALL)
 
 
+class NoFiles(UserError):
+    """What a split is read from is not there."""
+
+
 @contextmanager
 def open_text(file: Path, newline: str | None = None) -> Iterator[TextIO]:
     """The file as text; bytes that are no UTF-8 become lone surrogates. UserError names the file and the mend."""
@@ -62,7 +66,7 @@ def open_text(file: Path, newline: str | None = None) -> Iterator[TextIO]:
             encoding, errors = ("utf-16", "strict") if utf16 else ("utf-8-sig", "surrogateescape")
             yield io.TextIOWrapper(raw, encoding=encoding, errors=errors, newline=newline)
     except FileNotFoundError as error:
-        raise UserError(f"{file} does not exist: check the input folder and its layout") from error
+        raise NoFiles(f"{file} does not exist: check the input folder and its layout") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not valid {error.encoding}: convert it to UTF-8") from error
     except OSError as error:
@@ -293,18 +297,18 @@ def _parquet_row(rows: Any, at: int, where: str) -> Row | Unusable:
 
 
 def find_files(folder: Path, *patterns: str) -> list[Path]:
-    """The files of the first pattern that has any, sorted. UserError names the patterns where none has."""
+    """The files of the first pattern that has any, sorted. NoFiles names the patterns where none has."""
     for pattern in patterns:
         if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
             return found
-    raise UserError(f"{folder} holds none of {', '.join(patterns)}: check the input folder and its layout")
+    raise NoFiles(f"{folder} holds none of {', '.join(patterns)}: check the input folder and its layout")
 
 
 def all_files(folder: Path, *suffixes: str) -> list[Path]:
-    """Every file in the folder, at any depth, whose name ends so, sorted. UserError where there is none."""
+    """Every file in the folder, at any depth, whose name ends so, sorted. NoFiles where there is none."""
     found = sorted(path for path in folder.rglob("*") if path.name.endswith(suffixes) and path.is_file())
     if not found:
-        raise UserError(f"{folder} holds no file that ends in {' or '.join(suffixes)}: check the input folder")
+        raise NoFiles(f"{folder} holds no file that ends in {' or '.join(suffixes)}: check the input folder")
     return found
 
 

@@ -56,3 +56,22 @@ def test_options_reach_the_source(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("train: 1 samples, unknown\n") and "SECRET" not in printed
     assert json.loads((tmp_path.parent / "out" / "train.json").read_text())["options"] == {"annotations": "mine.json"}
+
+
+def test_without_a_split_all_that_have_files_are_made_and_the_others_told(tmp_path, capsys):
+    """The README's own command, on the files that it speaks of."""
+    said = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    (tmp_path / "in").mkdir()
+    arguments = ["data", "ingest", "--source", "llava_json", "--input", str(tmp_path / "in")]
+    arguments += ["--output", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "holds none of train.json" in capsys.readouterr().err and not list((tmp_path / "out").glob("*"))
+    for split in ("train", "test"):
+        (tmp_path / "in" / f"{split}.json").write_text(json.dumps([{"conversations": said}]))
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    for split in ("documents", "validation"):
+        assert f"{split}: no files in {tmp_path / 'in'}, so it was left out\n" in printed
+    made = ["test", "test.json", "train", "train.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == made
+    assert main([*arguments, "--split", "validation"]) == 2  # asked for by name it is an error

@@ -19,7 +19,7 @@ def add(steps: argparse._SubParsersAction) -> None:
     p.add_argument("--source", required=True)
     p.add_argument("--input", type=Path, required=True)
     p.add_argument("--output", type=Path, required=True)
-    p.add_argument("--split", action="append", help="a split, repeatable [all]")
+    p.add_argument("--split", action="append", help="a split, repeatable [all that have files]")
     p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the source, repeatable")
     add_engine(p)
 
@@ -96,6 +96,7 @@ def _yes(value: bool) -> str:
 
 def ingest(args: argparse.Namespace) -> None:
     from data_prep.pipeline import ingest as prepare
+    from data_prep.sources import SOURCES
 
     with bar("ingest") as told:
         reports = prepare(
@@ -111,6 +112,9 @@ def ingest(args: argparse.Namespace) -> None:
         print(f"{split}: {report['samples']:,} samples, {report['licence']}")
         for reason, count in report["skipped"].items():
             print(f"  skipped, {reason}: {count:,}")
+    for split in () if args.split else SOURCES[args.source].splits:
+        if split not in reports:
+            print(f"{split}: no files in {args.input}, so it was left out")
     print(f"Outputs: {', '.join(f'{args.output / split}, {args.output / split}.json' for split in reports)}")
 
 
