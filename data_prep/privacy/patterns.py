@@ -31,8 +31,17 @@ _SURNAME = (
 )
 _GIVEN = f"(?!某)[{_HAN}]"
 """王某 is masked already."""
-_NAME = r"[A-ZÀ-ÖØ-Þ](?:[A-Za-zÀ-ÖØ-öø-ÿ'’-]{1,30}|\.)"
-_PERSON = rf"(?P<x>(?:(?:van|von|de|der|den|la|le|di|bin|al)\s){{0,2}}{_NAME}(?:[ ]{_NAME}){{0,3}})"
+_LETTER = "A-Za-zÀ-ÖØ-öø-ɏ"
+"""Latin letters with all their accents: Łukasz and Šimić are names too."""
+_NAME = rf"[A-ZÀ-ÖØ-ÞĀ-Ɏ](?:[{_LETTER}'’-]{{1,30}}|\.)"
+_PARTICLES = r"(?:(?:van|von|de|der|den|la|le|di|bin|al)\s){0,2}"
+_FULL_NAME = rf"{_PARTICLES}{_NAME}(?:[ ]{_PARTICLES}{_NAME}){{0,3}}"
+_PERSON = rf"(?P<x>{_FULL_NAME})"
+_SEX = r"(?:Male|Female|MALE|FEMALE|M|F)\b"
+_LISTED = (
+    rf"(?P<x>{_FULL_NAME}(?:,[ ]?(?!{_SEX}){_NAME}(?:[ ](?!{_SEX}){_NAME}){{0,2}}(?![{_LETTER}'’-]|\s{{0,3}}[:=]))?)"
+)
+"""As lists have it, surname first; "Smith, Age: 61" is followed by another label."""
 
 _OVER_89 = r"(?P<x>9\d|1[0-4]\d)"
 
@@ -69,9 +78,12 @@ _SOURCES: dict[str, tuple[str, ...]] = {
         f"(?P<x>{_ZH_DIGITS}{{2,4}}年{_ZH_DIGITS}{{1,3}}月(?:{_ZH_DIGITS}{{1,3}}[日号])?)",
     ),
     "name": (
-        rf"(?<![A-Za-z])(?:Dr|Mr|Mrs|Ms|Miss|Prof|Professor|Doctor)\.?\s{{1,3}}{_PERSON}",  # MR and DR are modalities
-        r"(?<![A-Za-z])(?:[Pp]atient(?:'s)?\s[Nn]ame|PATIENT\sNAME|[Nn]ame\sof\s(?:the\s)?patient|Name|NAME|Radiologist"
-        r"|[Rr]eferring\s(?:[Pp]hysician|[Dd]octor)|[Rr]eported\sby|[Ss]igned\sby)\s{0,3}[:=]\s{0,3}" + _PERSON,
+        # MR and DR are modalities
+        rf"(?<![A-Za-z])(?:Dr|Mr|Mrs|Ms|Miss|Prof|Professor|Doctor)(?:\.\s{{0,3}}|\s{{1,3}}){_PERSON}",
+        r"(?<![A-Za-z])(?:[Pp]atient(?:'s)?\s[Nn]ame|PATIENT\sNAME|[Nn]ame\sof\s(?:the\s)?patient|Name|NAME)"
+        r"\s{0,3}[:=]\s{0,3}" + _LISTED,
+        r"(?<![A-Za-z])(?:Radiologist|[Rr]eferring\s(?:[Pp]hysician|[Dd]octor)|[Rr]eported\sby|[Ss]igned\sby)"
+        r"\s{0,3}[:=]\s{0,3}" + _PERSON,
         r"(?<![A-Za-z^])(?P<x>[A-Z][A-Za-z'-]{1,30}\^[A-Z][A-Za-z'-]{0,30}(?:\^[A-Za-z'-]{0,30}){0,3})",  # as in DICOM
         r"(?:姓名|报告医生|审核医生|报告医师|审核医师|检查医师|检查医生|主治医师|主管医生)\s{0,3}[:：]\s{0,3}"
         rf"(?P<x>[{_HAN}·]{{2,4}}?(?=性别|年龄|男|女|[^{_HAN}·]|$)|{_SURNAME}{_GIVEN}{{1,2}})",

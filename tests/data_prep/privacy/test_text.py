@@ -53,6 +53,14 @@ IDENTIFIERS = [
     ),
     ("A nonagenarian. Age: 104.", "A [AGE]. Age: [AGE]."),
     ("男，92岁；九十三岁；年龄：101", "男，[AGE]岁；[AGE]岁；年龄：[AGE]"),
+    ("Seen by Dr.Smith and Dr. Łukasz Šimić.", "Seen by Dr.[NAME] and Dr. [NAME]."),
+    ("Dr. Müller-Łukasz", "Dr. [NAME]"),
+    ("Signed by: Anna van Dyk", "Signed by: [NAME]"),
+    ("Name: SMITH, JOHN A", "Name: [NAME] A"),
+    ("Patient name: Doe, Jane, Age: 61", "Patient name: [NAME], Age: 61"),
+    ("Name: Smith, Age: 61", "Name: [NAME], Age: 61"),
+    ("Name: Smith, Male", "Name: [NAME], Male"),
+    ("Reported by: Smith, Normal chest", "Reported by: [NAME], Normal chest"),
 ]
 
 
