@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.faults import DAMAGED_FILE, NO_TEXT, NOT_UNICODE, Unusable
-from data_prep.sources.files import Images, find_files, parquet_rows, shard_name, shards_of
+from data_prep.sources.files import Images, NoFiles, find_files, parquet_rows, shard_name, shards_of
 from data_prep.sources.source import (
     Option,
     Row,
@@ -86,6 +86,8 @@ def read_tfds(
     decoders = {
         column: tfds.decode.SkipDecoding() for column in columns if isinstance(features[column], tfds.features.Image)
     }
+    if not tfds_split and split not in builder.info.splits:
+        raise NoFiles(f"{folder} has no split {split}: its splits are {', '.join(builder.info.splits)}")
     try:
         source = builder.as_data_source(tfds_split or split, decoders=decoders)
     except (ValueError, NotImplementedError) as error:

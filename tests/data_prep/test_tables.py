@@ -110,7 +110,7 @@ def test_tfds_errors_name_the_thing(prepared, tmp_path):
     with pytest.raises(UserError, match="lacks question, answer: its features are"):
         list(SOURCES["tfds"].read(prepared, "train"))
     source, _ = with_options(SOURCES["tfds"], {"question": "q", "answer": "a"})
-    with pytest.raises(UserError, match="Unknown split 'test'"):
+    with pytest.raises(UserError, match="has no split test: its splits are train"):
         list(source.read(prepared, "test"))
 
 
