@@ -55,6 +55,9 @@ def ingest(
     adapter, recorded = with_options(_adapter(source), options)
     for split in splits:
         check_split(adapter, split)
+    for option in adapter.options:
+        if option.names_split and option.name in options and len(splits) != 1:
+            raise UserError(f"option {option.name} names the data of one split: say which it is by --split")
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, not {limit}")
     input, output = Path(input), Path(output)

@@ -143,7 +143,11 @@ SOURCES = (
         obtain="your own files",
         notes="the licence is that of your files: it is not known here, so nothing of them is sent anywhere",
         options=(
-            Option("annotations", "the JSON file, relative to the input folder [SPLIT.json or SPLIT.jsonl]"),
+            Option(
+                "annotations",
+                "the JSON file, relative to the input folder [SPLIT.json or SPLIT.jsonl]",
+                names_split=True,
+            ),
             Option("images", "the folder that image names start from, or a zip file, relative to the input folder"),
         ),
     ),

@@ -30,6 +30,8 @@ class Option:
     """Text to value. Raises ValueError or UserError."""
     default: Any = None
     required: bool = False
+    names_split: bool = False
+    """It says which data a split is made of, so it goes with one split alone: else all would be the same data."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,7 +154,10 @@ SOURCES = (
         columns=("as the options say",),
         obtain="tfds build --file_format=array_record",
         read=read_tfds,
-        options=(*_QA_OPTIONS, Option("tfds_split", "the set's own split or slice, such as train[:90%] [SPLIT]")),
+        options=(
+            *_QA_OPTIONS,
+            Option("tfds_split", "the set's own split or slice, such as train[:90%] [SPLIT]", names_split=True),
+        ),
         **_DOOR,
     ),
     _hub(

@@ -36,6 +36,8 @@ def test_one_source_shows_its_options(capsys):
         (["ingest", "--source", "slake", "--option", "=3"], "--option =3: write it as name=value"),
         (["ingest", "--source", "dicom", "--option", "window=full", "--option", "window=none"], "is given twice"),
         (["ingest", "--source", "slake", "--option", "window=full"], "source slake has no option 'window'"),
+        (["ingest", "--source", "llava_json", "--option", "annotations=a.json"], "say which it is by --split"),
+        (["ingest", "--source", "tfds", "--option", "tfds_split=train[:9%]"], "say which it is by --split"),
         (["ingest", "--source", "omnimedvqa", "--split", "train"], "for evaluation only, never for training"),
     ],
 )
