@@ -51,6 +51,11 @@ def safe_name(name: str) -> bool:
     )
 
 
+def is_bomb(unpacked: int, packed: int) -> bool:
+    """Whether so many bytes, made of so few, are taken for an attack on memory."""
+    return unpacked > max(_RATIO_FROM, MAX_RATIO * packed)
+
+
 def read_tar(file: Path, max_member: int = MAX_MEMBER) -> Iterator[Member | Unusable]:
     """The files of a `.tar`, `.tar.gz` or `.tgz` in order; folders are passed over.
 
@@ -130,10 +135,8 @@ class _Bounded(io.RawIOBase):
         return True
 
     def _check(self) -> None:
-        if self.packed is not None:
-            unpacked = self.stream.tell()
-            if unpacked > _RATIO_FROM and unpacked > MAX_RATIO * max(self.packed.tell(), 1):
-                raise _Bomb
+        if self.packed is not None and is_bomb(self.stream.tell(), self.packed.tell()):
+            raise _Bomb
 
 
 def _bounded(raw: IO[bytes], limit: int) -> _Bounded:
@@ -222,7 +225,7 @@ class ZipFiles:
             raise Unusable(ENCRYPTED, self.file.name)
         if info.file_size > self.max_member:
             raise Unusable(MEMBER_TOO_LARGE, self.file.name)
-        if info.file_size > max(_RATIO_FROM, MAX_RATIO * info.compress_size):
+        if is_bomb(info.file_size, info.compress_size):
             raise Unusable(BOMB, self.file.name)
         try:
             with self._zip.open(info) as stream:

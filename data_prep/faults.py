@@ -21,6 +21,7 @@ NOT_JSON = "not valid JSON"
 NOT_AN_OBJECT = "not a JSON object"
 NOT_UNICODE = "text is not valid UTF-8"
 RECORD_TOO_LARGE = "record too large"
+OPEN_QUOTE = "quote that never closes, with the rows behind it"
 COLUMNS = "wrong number of columns"
 DAMAGED_FILE = "file is damaged"
 
@@ -29,6 +30,7 @@ NOT_A_FILE = "archive member that is a link or no file"
 MEMBER_TOO_LARGE = "archive member too large"
 ENCRYPTED = "archive member is encrypted"
 BOMB = "archive unpacks to far more than it should"
+PARQUET_BOMB = "group of rows unpacks to far more than it should"
 DAMAGED_ARCHIVE = "archive is damaged"
 
 

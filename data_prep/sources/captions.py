@@ -14,11 +14,11 @@ from data_prep.sources.files import (
     csv_rows,
     find_files,
     json_rows,
-    parquet_rows,
     read_json,
     shard_name,
     shards_of,
 )
+from data_prep.sources.parquet import parquet_rows
 from data_prep.sources.source import Row, Source, caption_sample, filled, need, once, records, text
 from infimed_jax.data.sample import Sample, Skipped
 

@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.faults import NO_ANSWER, NO_IMAGE, NO_QUESTION, NOT_AN_OPTION, Unusable
-from data_prep.sources.files import Images, csv_rows, find_files, json_rows, parquet_rows, shard_name, shards_of
+from data_prep.sources.files import Images, csv_rows, find_files, json_rows, shard_name, shards_of
+from data_prep.sources.parquet import parquet_rows
 from data_prep.sources.source import Row, Source, choice_sample, filled, need, qa_sample, records, text
 from infimed_jax.data.prompts import LETTERS
 from infimed_jax.data.sample import Sample, Skipped

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.faults import DAMAGED_FILE, NO_TEXT, NOT_UNICODE, Unusable
-from data_prep.sources.files import Images, NoFiles, find_files, parquet_rows, shard_name, shards_of
+from data_prep.sources.files import Images, NoFiles, find_files, shard_name, shards_of
+from data_prep.sources.parquet import parquet_rows
 from data_prep.sources.source import (
     Option,
     Row,

@@ -22,10 +22,10 @@ from data_prep.sources.files import (
     csv_rows,
     find_files,
     json_rows,
-    parquet_rows,
     read_json,
     shards_of,
 )
+from data_prep.sources.parquet import parquet_rows
 from infimed_jax.errors import UserError
 
 
@@ -175,7 +175,53 @@ def test_overlong_lines_and_open_quotes_of_a_table_are_named(tmp_path, monkeypat
     )
     rows = shown(csv_rows(tmp_path / "x.csv", ("id", "text")))
     assert rows[:3] == [{"id": "1", "text": "a"}, ("record too large", "x.csv line 3"), {"id": "3", "text": "b"}]
-    assert rows[3][0] == "record too large" and rows[-1] == {"id": "5", "text": "c"}
+    # "never closed" has 13 characters with its newline, so the 22nd row of 4 behind it is the one too many
+    assert rows[3] == ("quote that never closes, with the rows behind it", "x.csv lines 5 to 27")
+    assert rows[-1] == {"id": "5", "text": "c"}
+
+
+def test_a_quote_open_until_the_end_is_a_fault_and_no_caption(tmp_path):
+    """csv gives the rest of the file as one long field, without a word."""
+    fault = "quote that never closes, with the rows behind it"
+    for text, rows in {
+        'id,text\n1,a\n2,"open\n3,b\n4,c\n': [{"id": "1", "text": "a"}, (fault, "x.csv lines 3 to 5")],
+        'id,text\n1,"two\nlines"': [{"id": "1", "text": "two\nlines"}],
+        'id,text\n1,"two\nlines"\n': [{"id": "1", "text": "two\nlines"}],
+        'id,text\n1,"open': [(fault, "x.csv lines 2 to 2")],
+        "id,text\n1,a": [{"id": "1", "text": "a"}],
+    }.items():
+        (tmp_path / "x.csv").write_text(text)
+        assert shown(csv_rows(tmp_path / "x.csv", ("id", "text"))) == rows
+
+
+def test_a_file_too_large_to_be_annotations_is_refused_before_it_is_read(tmp_path):
+    with (tmp_path / "x.json").open("wb") as file:
+        file.truncate(2**29 + 1)  # of zeros, which the disk does not hold
+        file.seek(0)
+        file.write(b'[{"a": 1}] ')
+    tracemalloc.start()
+    with pytest.raises(UserError, match="larger than 512 MiB"):
+        read_json(tmp_path / "x.json")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
+def test_parquet_bombs_are_seen_by_their_directory_and_the_other_rows_are_read(tmp_path):
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    table = arrow.table({"image": [b"a", b"b", bytes(2**25), b"c"], "n": [0, 1, 2, 3]})
+    parquet.write_table(table, tmp_path / "x.parquet", row_group_size=2, compression="zstd")
+    before = arrow.total_allocated_bytes()
+    rows = shown(parquet_rows(tmp_path / "x.parquet", ("image", "n")))
+    assert rows == [
+        ("group of rows unpacks to far more than it should", "x.parquet group 2 of 2 rows"),
+        {"image": b"a", "n": 0},
+        {"image": b"b", "n": 1},
+    ]
+    assert arrow.total_allocated_bytes() - before < 2**20
+    assert len(list(parquet_rows(tmp_path / "x.parquet", ("n",)))) == 4  # the column is not even read
 
 
 def test_tables_without_quotes_and_header(tmp_path):
