@@ -72,9 +72,20 @@ def write_inspection(
     )
     picture = file.with_suffix(".png")
     file.parent.mkdir(parents=True, exist_ok=True)
-    _draw(samples.name, summary, shown).save(picture, "PNG")
+    _save(_draw(samples.name, summary, shown), picture)
     write_text(file, _page(samples.name, summary, shown))
     return picture
+
+
+def _save(picture: Image.Image, file: Path) -> None:
+    """As PNG, whole or not at all: half a picture would be shown."""
+    part = file.with_name(f".{file.name}.part")
+    try:
+        picture.save(part, "PNG")
+        part.replace(file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _row(samples: Samples, index: PackingIndex, tokenizer: Tokenizer, visual_tokens: int, number: int) -> _Row:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from collections import Counter
 from html.parser import HTMLParser
 
+import pytest
 from PIL import Image, ImageColor
 
-from data_prep.inspect import _draw, _Row, _Shown, write_inspection
+from data_prep.inspect import _draw, _Row, _save, _Shown, write_inspection
 from data_prep.tokenizer import make_tokenizer
 from infimed_jax import config
 from infimed_jax.data.chat import load_tokenizer
@@ -71,3 +73,17 @@ def test_the_picture_shows_tabs_as_blanks():
         return _draw("toy", "", [_Row("Row 0", 9, (shown,))]).tobytes()
 
     assert drawn("lungs\tand heart") == drawn("lungs    and heart") != drawn("lungs and heart")
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    _save(Image.new("RGB", (3, 3)), tmp_path / "page.png")
+    before = (tmp_path / "page.png").read_bytes()
+
+    def full(self, file, *_):
+        file.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        _save(Image.new("RGB", (5, 5)), tmp_path / "page.png")
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [before]
