@@ -14,6 +14,7 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -276,4 +277,6 @@ def _replace(file: Path, content: bytes) -> None:
         part.write_bytes(content)
         os.replace(part, file)
     except OSError as error:
+        with suppress(OSError):  # on a full disk each run would else leave less room
+            part.unlink(missing_ok=True)
         raise UserError(f"cannot write the packing index {file}: {error.strerror or error}") from error

@@ -1,6 +1,7 @@
 """Packing against the textbook algorithm, and the index against the samples that went in."""
 
 import dataclasses
+import errno
 import json
 
 import numpy as np
@@ -180,3 +181,16 @@ def test_a_damaged_index_is_named_and_a_half_written_one_is_built_again(samples,
         load_index(tmp_path, first.fingerprint)
     text.unlink()
     assert_same(build_index(samples, tokenizer, data(), MODEL, tmp_path), first)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_of_the_index(samples, tokenizer, tmp_path, monkeypatch):
+    def full(self, content):
+        with self.open("wb") as file:
+            file.write(content[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = tmp_path / "index"
+    monkeypatch.setattr(packing.Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"cannot write the packing index .*No space left"):
+        build_index(samples, tokenizer, data(), MODEL, folder)
+    assert list(folder.iterdir()) == []
