@@ -24,7 +24,7 @@ from infimed_jax.data.storage import SHARD_SIZE, write_shard
 from infimed_jax.errors import UserError
 from infimed_jax.files import write_json
 
-VERSION = 3
+VERSION = 4
 """Of what adapters make of the same files; raise it when that changes, so that datasets are prepared again."""
 _REMEMBERED = 100_000
 """Images whose verdict is kept, in case they come again."""
