@@ -6,6 +6,7 @@ feature that our model does not have.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,11 +27,13 @@ def read_architecture(folder: str | Path, allowed: tuple[str, ...]) -> tuple[str
     """(architecture, config.json) of a folder; UserError where it is none of `allowed`."""
     path = Path(folder) / "config.json"
     values = read_json(path)
-    architectures = values.get("architectures") or []
-    if len(architectures) != 1 or architectures[0] not in allowed:
-        said = ", ".join(map(str, architectures)) or f"no architecture (model_type {values.get('model_type')!r})"
-        raise UserError(f"{path} is of {said}; this reads {' or '.join(allowed)}")
-    return architectures[0], values
+    given = values.get("architectures")
+    for architecture in allowed:
+        if given == [architecture]:
+            return architecture, values
+    names = given if isinstance(given, list) else [given] if given else []
+    said = ", ".join(map(str, names)) or f"no architecture (model_type {values.get('model_type')!r})"
+    raise UserError(f"{path} is of {said}; this reads {' or '.join(allowed)}")
 
 
 def text_from_hf(values: dict[str, Any], where: str, *, tied: bool | None = None) -> config.Text:
@@ -39,10 +42,11 @@ def text_from_hf(values: dict[str, Any], where: str, *, tied: bool | None = None
     _expect(values, where, "hidden_act", ("silu",))
     _expect(values, where, "attention_bias", (False,))
     _expect(values, where, "use_sliding_window", (False,))
-    if any(kind != "full_attention" for kind in values.get("layer_types") or ()):
+    kinds = values.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise UserError(f"{where}: layer_types other than full_attention are not supported")
     if tied is None:
-        tied = bool(values.get("tie_word_embeddings", False))  # Qwen3's default; a missing lm_head.weight would show
+        tied = _tied(values, where)
     return config.Text(
         vocab_size=_number(values, where, "vocab_size", int),
         hidden_size=_number(values, where, "hidden_size", int),
@@ -65,9 +69,7 @@ def vision_from_hf(values: dict[str, Any], where: str, feature_layer: int) -> co
     """
     _expect(values, where, "model_type", ("siglip_vision_model",), absent_is_fine=False)
     _expect(values, where, "num_channels", (3,))
-    activation = values.get("hidden_act", "gelu_pytorch_tanh")
-    if activation not in ACTIVATIONS:
-        raise UserError(f"{where}: hidden_act {activation!r} is not supported, only {', '.join(ACTIVATIONS)}")
+    _expect(values, where, "hidden_act", tuple(ACTIVATIONS))
     return config.Vision(
         image_size=_number(values, where, "image_size", int),
         patch_size=_number(values, where, "patch_size", int),
@@ -76,14 +78,14 @@ def vision_from_hf(values: dict[str, Any], where: str, feature_layer: int) -> co
         num_layers=_number(values, where, "num_hidden_layers", int),
         num_heads=_number(values, where, "num_attention_heads", int),
         feature_layer=feature_layer,
-        activation=ACTIVATIONS[activation],
+        activation=ACTIVATIONS[values.get("hidden_act", "gelu_pytorch_tanh")],
         norm_eps=_number({"layer_norm_eps": 1e-6, **values}, where, "layer_norm_eps", float),
     )
 
 
 def llava_from_hf(values: dict[str, Any], where: str) -> config.Model:
     """Our Model from a LLaVA configuration with a SigLIP tower and a Qwen3 text model."""
-    text, vision = (_group(values, where, name) for name in ("text_config", "vision_config"))
+    text, vision = (group(values, where, name) for name in ("text_config", "vision_config"))
     _expect(values, where, "projector_hidden_act", ("gelu",))
     _expect(values, where, "multimodal_projector_bias", (True,))
     # LLaVA's default drops the first position as a CLS token; SigLIP has none, so `full` must be written.
@@ -91,7 +93,7 @@ def llava_from_hf(values: dict[str, Any], where: str) -> config.Model:
     feature_layer = values.get("vision_feature_layer")
     if type(feature_layer) is not int:
         raise UserError(f"{where}: vision_feature_layer must be one number, not {feature_layer!r}")
-    tied = bool(values.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False))
+    tied = _tied(values, where) or _tied(text, f"{where} text_config")
     vision_part = vision_from_hf(vision, f"{where} vision_config", feature_layer)
     length = values.get("image_seq_length", vision_part.num_patches)
     if length != vision_part.num_patches:
@@ -181,29 +183,40 @@ def generation_config(stop_tokens: tuple[int, ...], pad_token: int, suppressed: 
     return values | ({"suppress_tokens": list(suppressed)} if suppressed else {})
 
 
+def _tied(values: dict[str, Any], where: str) -> bool:
+    """False where nothing is said, as in Qwen3: a missing lm_head.weight would show."""
+    _expect(values, where, "tie_word_embeddings", (True, False, None))
+    return bool(values.get("tie_word_embeddings"))
+
+
 def _rope_theta(values: dict[str, Any], where: str) -> float:
     """The rope base, written by transformers 5 in `rope_parameters` and by 4 on its own; never assumed."""
-    rope = values.get("rope_parameters") or {}
-    kind = (values.get("rope_scaling") or rope).get("rope_type", "default")
+    rope = group(values, where, "rope_parameters") if values.get("rope_parameters") else {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if values.get("rope_scaling") or kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"{where}: rope scaling is not supported, only the plain rotary embedding")
-    given = {float(source["rope_theta"]) for source in (values, rope) if source.get("rope_theta") is not None}
+    written = [source for source in (values, rope) if source.get("rope_theta") is not None]
+    given = {_number(source, where, "rope_theta", float) for source in written}
     if len(given) != 1:
         raise UserError(f"{where}: rope_theta must be written once, not {sorted(given) or 'left out'}")
     return given.pop()
 
 
-def _group(values: dict[str, Any], where: str, name: str) -> dict[str, Any]:
-    group = values.get(name)
-    if not isinstance(group, dict):
-        raise UserError(f"{where}: {name} is missing")
-    return group
+def group(values: dict[str, Any], where: str, name: str) -> dict[str, Any]:
+    """The object under `name`; UserError where there is none."""
+    found = values.get(name)
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: {name} is {'missing' if found is None else f'no group of settings but {found!r}'}")
+    return found
 
 
 def _number(values: dict[str, Any], where: str, name: str, kind: type[N]) -> N:
+    """Sizes, the rope base and the norms' eps: all are above 0."""
     value = values.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or kind(value) != value:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"{where}: {name} must be written as a number, not {value!r}")
+    if not math.isfinite(value) or value <= 0 or kind(value) != value:
+        raise UserError(f"{where}: {name} must be a {'whole ' if kind is int else ''}number above 0, not {value!r}")
     return kind(value)
 
 

@@ -24,6 +24,7 @@ from infimed_jax.hf.configuration import (
     LLAVA,
     TEXT,
     VISION,
+    group,
     llava_from_hf,
     positions_from_hf,
     read_architecture,
@@ -103,7 +104,8 @@ def open_parts(
     """
     text_architecture, text_values = read_architecture(text, (TEXT,))
     vision_architecture, vision_values = read_architecture(vision, VISION)
-    tower = vision_values.get("vision_config", {}) if vision_architecture == "SiglipModel" else vision_values
+    whole = vision_architecture == "SiglipModel"
+    tower = group(vision_values, f"{vision}/config.json", "vision_config") if whole else vision_values
     model = config.Model(
         vision_from_hf(tower, f"{vision}/config.json", feature_layer),
         config.Projector(visual_tokens=visual_tokens),
