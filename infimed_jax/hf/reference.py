@@ -6,6 +6,7 @@ float32 a module at a time, as each runs, and logits go to the disk a few positi
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +26,10 @@ T = TypeVar("T")
 
 POSITIONS = 64
 """Whose logits are in memory at once: 2,000 positions of 152k logits are 1.2 GB in float32."""
+
+
+class Unusable(Exception):
+    """transformers cannot use an exported folder; the message, one line, is its own."""
 
 
 @dataclass(frozen=True)
@@ -69,28 +74,44 @@ def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
 
 
 def compute(folder: Path, prompts: Sequence[Prompt], work: Path) -> tuple[list[Reference], list[str]]:
-    """(each prompt's outputs, as files in `work`; what transformers had to say of the folder's weights)."""
+    """(each prompt's outputs, as files in `work`; what transformers had to say of the folder's weights).
+
+    Unusable where the folder cannot be loaded, or its processor takes no prompt.
+    """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(folder)
-    model, loading = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    if (folder / ADAPTER).is_dir():
-        from peft import PeftModel
+    with _their_errors("load the export"):
+        processor = AutoProcessor.from_pretrained(folder)
+        model, loading = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        if (folder / ADAPTER).is_dir():
+            from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(folder / ADAPTER)).get_base_model()
+            model = PeftModel.from_pretrained(model, str(folder / ADAPTER)).get_base_model()
     widen_as_they_run(model.eval())
     with torch.no_grad():
         references = [_answer(prompt, processor, model, work / str(n)) for n, prompt in enumerate(prompts)]
     return references, [f"transformers reports {what}: {keys}" for what, keys in loading.items() if keys]
 
 
+@contextlib.contextmanager
+def _their_errors(doing: str) -> Iterator[None]:
+    """Damaged weights, an absent tokenizer or template: each library has a type of error of its own for it."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise Unusable(f"transformers cannot {doing}: {' '.join(str(error).split())}") from error
+
+
 def _answer(prompt: Prompt, processor: Any, model: Any, file: Path) -> Reference:
-    text = processor.apply_chat_template(
-        prompt.messages, add_generation_prompt=True, enable_thinking=False, tokenize=False
-    )
     images = [Image.open(io.BytesIO(image)) for image in prompt.images]
-    inputs = processor(images=images or None, text=[text], return_tensors="pt")
+    with _their_errors("give a prompt to the export's processor"):
+        text = processor.apply_chat_template(
+            prompt.messages, add_generation_prompt=True, enable_thinking=False, tokenize=False
+        )
+        inputs = processor(images=images or None, text=[text], return_tensors="pt")
     reference = Reference(file, inputs["input_ids"][0].tolist())
     if images:
         _save(file.with_suffix(".pixels.npy"), inputs["pixel_values"])

@@ -11,6 +11,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import io
+import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -96,7 +97,10 @@ def verify(
     work.mkdir()
     try:
         log.info("%d prompts through transformers, in a process of its own", len(prompts))
-        theirs, faults = reference.in_own_process(reference.compute, folder, prompts, work)
+        try:
+            theirs, faults = reference.in_own_process(reference.compute, folder, prompts, work)
+        except reference.Unusable as error:
+            return _finish(folder, result | {"failures": [str(error)]})
         log.info("the same through our model, a layer at a time")
         one_device = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
         with jax.set_mesh(one_device), jax.default_matmul_precision("highest"):  # a GPU would round products to TF32
@@ -356,6 +360,6 @@ def _config_faults(model: config.Model, exported: config.Model) -> list[str]:
 
 
 def _finish(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
-    write_json(folder / "verify.json", result)
+    write_json(folder / "verify.json", json.loads(json.dumps(result), parse_constant=str))  # a bare NaN is no JSON
     log.info("export %s: %s", folder, result.get("reason") or result["status"])
     return result

@@ -1,6 +1,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 
 import jax
 import numpy as np
@@ -79,6 +80,26 @@ def test_a_damaged_export_fails(model, make_params, tokenizer_folder, tmp_path):
     assert any("missing_keys" in failure for failure in result["failures"])
 
 
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("model.safetensors", "transformers cannot load the export: Error while deserializing header"),
+        ("tokenizer.json", "transformers cannot load the export: "),
+        ("chat_template.jinja", "transformers cannot give a prompt to the export's processor: "),
+    ],
+)
+def test_an_export_that_cannot_be_used_fails(model, make_params, tokenizer_folder, tmp_path, file, message):
+    """Cut weights, and files that went missing: a failed proof with the reason, not a traceback."""
+    params = make_params(model)
+    folder = to_hf(params, model, tokenizer_folder, tmp_path / "out")
+    (folder / file).unlink() if file != "model.safetensors" else os.truncate(folder / file, 5000)
+    result = verify(params, model, folder, tokenizer_folder)
+    (failure,) = result["failures"]
+    assert result["status"] == "failed" and failure.startswith(message) and "\n" not in failure
+    assert json.loads((folder / "verify.json").read_text())["failures"] == [failure]
+    assert [path.name for path in tmp_path.iterdir() if "verify" in path.name] == []
+
+
 def test_another_processor_fails(model, make_params, tokenizer_folder, tmp_path):
     params = make_params(model)
     folder = to_hf(params, model, tokenizer_folder, tmp_path / "out")
@@ -131,4 +152,5 @@ def test_a_nan_is_never_within_tolerance(model, make_params, tokenizer_folder, t
     params["text"]["norm"]["scale"][0] = np.nan
     folder = to_hf(params, model, tokenizer_folder, tmp_path / "out")
     assert verify(params, model, folder, tokenizer_folder)["status"] == "failed"
+    json.loads((folder / "verify.json").read_text(), parse_constant=pytest.fail)  # a bare NaN is no JSON
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params["vision"]))
