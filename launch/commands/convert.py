@@ -63,7 +63,7 @@ def from_hf(args: argparse.Namespace) -> None:
         tokens = 144 if args.visual_tokens is None else args.visual_tokens
         opened = open_parts(text=args.text, vision=args.vision, visual_tokens=tokens, seed=args.seed, dtype=args.dtype)
         folders = {"text weights": args.text, "vision weights": args.vision}
-    tokenizer = _tokenizer(args.tokenizer or args.llava or args.text)
+    tokenizer = _tokenizer(args.tokenizer or args.llava or args.text, opened.model.text.vocab_size)
     entry = provenance.import_entry(opened, folders)
     config = Config(model=opened.model, data=Data(tokenizer=str(tokenizer)), train=Train(stage=provenance.IMPORT))
     with ByteProgress("from-hf") as progress:
@@ -158,12 +158,17 @@ def describe_case(case: dict) -> str:
     return ", ".join(parts)
 
 
-def _tokenizer(folder: Path) -> Path:
-    """An imported checkpoint names the tokenizer that later stages render with, so it must be one."""
+def _tokenizer(folder: Path, vocab: int) -> Path:
+    """An imported checkpoint names the tokenizer that later stages render with, so it must be one that fits."""
     from infimed_jax.data.chat import load_tokenizer
 
     try:
-        load_tokenizer(folder)
+        tokens = len(load_tokenizer(folder))
     except UserError as error:
         raise UserError(f"{error}; name one by --tokenizer") from error
+    if tokens > vocab:
+        raise UserError(
+            f"the tokenizer {folder} has {tokens} tokens, the model's vocab_size is {vocab}: name the model's own by "
+            "--tokenizer"
+        )
     return folder.absolute()

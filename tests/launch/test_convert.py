@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipVisionModel
 
+from data_prep.tokenizer import make_tokenizer
 from infimed_jax.errors import UserError
 from infimed_jax.train.parameters import load_params
 from infimed_jax.train.stored import find_checkpoint, read_metadata
@@ -264,6 +265,16 @@ def test_a_bad_source_is_one_line_and_leaves_nothing(sources, tmp_path, capsys, 
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert code == 2 and line.startswith("error: ") and all(word in line for word in words), line
     assert not out.exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(sources, tmp_path, capsys):
+    text, vision = sources
+    make_tokenizer([f"{a}{b}{c} " * 4 for a in "abcdefg" for b in "hijklm" for c in "nopqrs"], tmp_path / "large", 900)
+    assert command("convert", "from-hf", "--text", text, "--vision", vision, "--output", tmp_path / "ckpt",
+                   "--visual-tokens", 4, "--tokenizer", tmp_path / "large") == 2  # fmt: skip
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "the model's vocab_size is 448: name the model's own by --tokenizer" in line
+    assert not (tmp_path / "ckpt").exists()
 
 
 @pytest.mark.parametrize("number", [0, -4, 10])
