@@ -19,6 +19,8 @@ N = TypeVar("N", int, float)
 TEXT = "Qwen3ForCausalLM"
 LLAVA = "LlavaForConditionalGeneration"
 VISION = ("SiglipModel", "SiglipVisionModel")
+MAX_POSITIONS = 40_960
+"""Of Qwen3 as published: the context of a model whose checkpoint names none, as one that was never imported."""
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 _HF_ACTIVATIONS = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
 
@@ -85,7 +87,7 @@ def vision_from_hf(values: dict[str, Any], where: str, feature_layer: int) -> co
 
 def llava_from_hf(values: dict[str, Any], where: str) -> config.Model:
     """Our Model from a LLaVA configuration with a SigLIP tower and a Qwen3 text model."""
-    text, vision = (group(values, where, name) for name in ("text_config", "vision_config"))
+    text, vision = (section(values, where, name) for name in ("text_config", "vision_config"))
     _expect(values, where, "projector_hidden_act", ("gelu",))
     _expect(values, where, "multimodal_projector_bias", (True,))
     # LLaVA's default drops the first position as a CLS token; SigLIP has none, so `full` must be written.
@@ -191,7 +193,7 @@ def _tied(values: dict[str, Any], where: str) -> bool:
 
 def _rope_theta(values: dict[str, Any], where: str) -> float:
     """The rope base, written by transformers 5 in `rope_parameters` and by 4 on its own; never assumed."""
-    rope = group(values, where, "rope_parameters") if values.get("rope_parameters") else {}
+    rope = section(values, where, "rope_parameters") if values.get("rope_parameters") else {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if values.get("rope_scaling") or kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"{where}: rope scaling is not supported, only the plain rotary embedding")
@@ -202,7 +204,7 @@ def _rope_theta(values: dict[str, Any], where: str) -> float:
     return given.pop()
 
 
-def group(values: dict[str, Any], where: str, name: str) -> dict[str, Any]:
+def section(values: dict[str, Any], where: str, name: str) -> dict[str, Any]:
     """The object under `name`; UserError where there is none."""
     found = values.get(name)
     if not isinstance(found, dict):

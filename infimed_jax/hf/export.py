@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jax.tree_util import keystr, tree_leaves_with_path
 
 from infimed_jax.config import Lora, Model
 from infimed_jax.data.chat import Tokenizer, load_tokenizer
@@ -21,7 +20,14 @@ from infimed_jax.files import write_json
 from infimed_jax.hf import names
 from infimed_jax.hf.adapter import take_adapters, write_adapter
 from infimed_jax.hf.card import Card, licence, render_card
-from infimed_jax.hf.configuration import LLAVA, VISION, generation_config, llava_config, read_architecture
+from infimed_jax.hf.configuration import (
+    LLAVA,
+    MAX_POSITIONS,
+    VISION,
+    generation_config,
+    llava_config,
+    read_architecture,
+)
 from infimed_jax.hf.processor import write_processor
 from infimed_jax.hf.weights import ADAPTER, SHARD_BYTES, WeightsFolder, write_weights
 
@@ -41,7 +47,7 @@ def to_hf(
     visual_tokens: int | None = None,
     lora: Lora | None = None,
     card: Card | None = None,
-    max_positions: int = 40_960,
+    max_positions: int = MAX_POSITIONS,
     shard_bytes: int = SHARD_BYTES,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Path:
@@ -61,9 +67,9 @@ def to_hf(
     """
     output, card = Path(output), card or Card()
     _check_resolution(model, visual_tokens)
-    leaves = {keystr(path, simple=True, separator="/"): leaf for path, leaf in tree_leaves_with_path(dict(params))}
+    leaves = names.leaves_by_path(params)
     adapters = take_adapters(leaves, model) if lora else {}
-    names.check_leaves({path: names.Found(leaf.shape, str(leaf.dtype)) for path, leaf in leaves.items()}, model)
+    names.check_leaves(leaves, model)
     tokenizer = _tokenizer(tokenizer_folder, model)
     read_spare = _spare_reader(source_vision, model) if source_vision else _initialised
     if output.exists():

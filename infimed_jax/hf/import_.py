@@ -24,10 +24,10 @@ from infimed_jax.hf.configuration import (
     LLAVA,
     TEXT,
     VISION,
-    group,
     llava_from_hf,
     positions_from_hf,
     read_architecture,
+    section,
     text_from_hf,
     vision_from_hf,
 )
@@ -105,7 +105,7 @@ def open_parts(
     text_architecture, text_values = read_architecture(text, (TEXT,))
     vision_architecture, vision_values = read_architecture(vision, VISION)
     whole = vision_architecture == "SiglipModel"
-    tower = group(vision_values, f"{vision}/config.json", "vision_config") if whole else vision_values
+    tower = section(vision_values, f"{vision}/config.json", "vision_config") if whole else vision_values
     model = config.Model(
         vision_from_hf(tower, f"{vision}/config.json", feature_layer),
         config.Projector(visual_tokens=visual_tokens),

@@ -12,9 +12,10 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from jax.tree_util import keystr, tree_leaves_with_path
 
 from infimed_jax.config import Model
 from infimed_jax.errors import UserError
@@ -288,9 +289,15 @@ def match(found: Mapping[str, Found], architecture: str, model: Model, parts: It
     return Match(sources, left_out)
 
 
-def check_leaves(found: Mapping[str, Found], model: Model) -> None:
-    """UserError unless the tree (by path) has exactly `model`'s leaves, in float32 or bfloat16."""
-    raise_all(differences(found, leaf_shapes(model), ("float32", "bfloat16")), "the parameters")
+def leaves_by_path(params: Mapping[str, Any]) -> dict[str, Any]:
+    """`text/norm/scale` → leaf."""
+    return {keystr(path, simple=True, separator="/"): leaf for path, leaf in tree_leaves_with_path(dict(params))}
+
+
+def check_leaves(leaves: Mapping[str, Any], model: Model) -> None:
+    """UserError unless `leaves` (by path) are exactly `model`'s, in float32 or bfloat16."""
+    found = {path: Found(tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves.items()}
+    raise_all(differences(found, leaf_shapes(model), ("float32", "bfloat16")), "the tree of parameters")
 
 
 def differences(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from pathlib import Path
@@ -26,19 +27,25 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def generate(args: argparse.Namespace) -> None:
-    images = [_read(file) for file in args.image]  # before the model: a mistake is answered at once
+    if not args.prompt.strip():  # before the model: a mistake is answered at once
+        raise UserError("--prompt is empty: write a question, or what to do with the images")
+    images = [_read(file) for file in args.image]
+    _keep_notes_off_stdout()
     import jax
 
     from infimed_jax import config as configuration
     from infimed_jax.data.chat import load_tokenizer, render_prompt
     from infimed_jax.files import write_json
+    from infimed_jax.hf.names import check_leaves, leaves_by_path
     from infimed_jax.models.compute import Compute
     from infimed_jax.sampling.generate import generate
     from infimed_jax.sampling.stream import TextStream
     from infimed_jax.sampling.weights import sampler_weights
     from infimed_jax.sharding import make_mesh
 
-    config, params = _open(args)
+    config, params, positions = _open(args)
+    # A setting such as model.text.num_layers must fit the weights: a layer too many would be a copy of the last one.
+    check_leaves(leaves_by_path(params), config.model)
     size = config.model.vision.image_size
     pixels = [_decode(file, data, size) for file, data in zip(args.image, images, strict=True)]
     tokenizer = load_tokenizer(args.tokenizer or config.data.tokenizer)
@@ -49,6 +56,11 @@ def generate(args: argparse.Namespace) -> None:
         )
     sample, visual_tokens = _sample(args.prompt, images), config.model.projector.visual_tokens
     segment = render_prompt(sample, tokenizer, visual_tokens, pixels, thinking=args.reasoning)
+    if len(segment) + config.sampling.max_tokens > positions:
+        raise UserError(
+            f"{len(segment)} tokens of prompt and sampling.max_tokens={config.sampling.max_tokens} exceed the model's "
+            f"context of {positions}: shorten the prompt, give fewer images or lower sampling.max_tokens"
+        )
     compute = Compute.of(config.train)
     stream = TextStream(tokenizer, lambda piece: print(piece, end="", flush=True))
     with jax.set_mesh(make_mesh(config.mesh)):
@@ -88,8 +100,8 @@ def generate(args: argparse.Namespace) -> None:
         print(f"Outputs: {args.output}", file=sys.stderr)
 
 
-def _open(args: argparse.Namespace) -> tuple[Any, Any]:
-    """(Config, parameters on the host or the disk).
+def _open(args: argparse.Namespace) -> tuple[Any, Any, int]:
+    """(Config, parameters on the host or the disk, the context's tokens).
 
     Over the checkpoint's settings lie this command's: this machine's devices, short bursts for the stream, greedy, and
     float32 on a CPU, where bfloat16 is no faster. The user's lie over these.
@@ -97,9 +109,12 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any]:
     import jax
 
     from infimed_jax.config import Config, Data, Mesh, from_dict, merge, to_dict, with_overrides
+    from infimed_jax.hf.configuration import MAX_POSITIONS
     from infimed_jax.hf.import_ import open_llava
+    from infimed_jax.hf.provenance import max_positions
     from infimed_jax.hf.weights import read_json
     from infimed_jax.sharding import make_mesh
+    from infimed_jax.train.history import history_of
     from infimed_jax.train.parameters import open_params
 
     if args.hf:
@@ -107,16 +122,25 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any]:
         narrow = "bfloat16" in (written.get("dtype"), written.get("torch_dtype"))
         opened = open_llava(args.hf, dtype="bfloat16" if narrow else "float32")
         params, values = opened.params(), to_dict(Config(model=opened.model, data=Data(tokenizer=str(args.hf))))
+        positions = opened.max_positions
     else:
         params, metadata = open_params(args.checkpoint)
         values = metadata["config"]
+        positions = max_positions(history_of(metadata)) or MAX_POSITIONS
     ours: dict[str, Any] = {"mesh": to_dict(Mesh()), "sampling": {"burst": 4, "temperature": 0.0}}
     if jax.default_backend() == "cpu":
         ours["train"] = {"compute_dtype": "float32"}
     values = merge(values, ours)
     shards = make_mesh(from_dict(Config, with_overrides(values, args.settings)).mesh).shape
     values = merge(values, {"sampling": {"slots": shards["data"] * shards["fsdp"]}})
-    return from_dict(Config, with_overrides(values, args.settings)), params
+    return from_dict(Config, with_overrides(values, args.settings)), params, positions
+
+
+def _keep_notes_off_stdout() -> None:
+    """Standard output is the reply's alone: it may go to a file or another program."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+            handler.setStream(sys.stderr)
 
 
 def _place(params: Any, model: Any) -> Any:

@@ -163,7 +163,7 @@ def test_a_wrong_tree_is_named_leaf_by_leaf(model):
     leaves["lora/a"] = ((1,), "float32")
     del leaves["projector/linear_1/bias"]
     with pytest.raises(UserError) as raised:
-        names.check_leaves(leaves, model)
+        names.check_leaves({path: names.Found(*leaf) for path, leaf in leaves.items()}, model)
     for part in (
         "1 missing: projector/linear_1/bias",
         "1 not known: lora/a",

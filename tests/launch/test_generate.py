@@ -2,6 +2,8 @@
 
 import io
 import json
+import logging
+import sys
 
 import pytest
 import torch
@@ -84,6 +86,11 @@ def test_mistakes_are_one_line(models, tmp_path, capsys):
     (tmp_path / "text.png").write_text("no image")
     asked = ("generate", "--checkpoint", models / "checkpoint", "--prompt", "x")
     for arguments, words in (
+        ((*asked[:-1], " "), "--prompt is empty"),
+        ((*asked, "model.text.num_layers=3"), "of another shape: text/layers/input_layernorm/scale [2, 32]"),
+        ((*asked[:-1], "x " * 2000), "sampling.max_tokens=512 exceed the model's context of 1234: shorten the prompt"),
+        ((*asked, "sampling.max_tokens=99999999"), "exceed the model's context of 1234"),
+        (("generate", "--hf", models / "hf", *asked[3:], "sampling.max_tokens=1230"), "context of 1234"),
         ((*asked, "--image", tmp_path / "gone.png"), "gone.png: No such file"),
         ((*asked, "--image", tmp_path / "text.png"), "text.png: not a supported image"),
         ((*asked, "sampling.temprature=1"), "did you mean sampling.temperature"),
@@ -93,3 +100,17 @@ def test_mistakes_are_one_line(models, tmp_path, capsys):
         assert command(*arguments) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert words in line, line
+
+
+def test_the_reply_has_standard_output_for_itself(models, capsys):
+    """Even where the command line logs there, as it does for every other command."""
+    handler = logging.StreamHandler(sys.stdout)
+    logging.getLogger().addHandler(handler)
+    try:
+        code, reply = ask(models, "checkpoint", 0)
+        logging.getLogger().warning("a note")
+    finally:
+        logging.getLogger().removeHandler(handler)
+    said = capsys.readouterr()
+    assert code == 0 and said.out == reply["reply"] + "\n"
+    assert "a note" in said.err
