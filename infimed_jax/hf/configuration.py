@@ -129,7 +129,10 @@ def llava_config(
     return {
         "architectures": [LLAVA],
         "model_type": "llava",
+        # transformers 4.56 and newer read the first, older ones and serving engines of that time the second: without
+        # it they would run a bfloat16 model in float16.
         "dtype": dtype,
+        "torch_dtype": dtype,
         "image_seq_length": vision.num_patches,
         "image_token_index": image_token,
         "multimodal_projector_bias": True,

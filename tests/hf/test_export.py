@@ -58,6 +58,8 @@ def test_configuration_survives(model, make_params, tokenizer_folder, tmp_path, 
     )
     folder = to_hf(make_params(model), model, tokenizer_folder, tmp_path / "out")
     assert from_llava(folder)[1] == model
+    written = json.loads((folder / "config.json").read_text())
+    assert written["dtype"] == written["torch_dtype"] == "float32"  # whatever the reader's age
     settings = LlavaForConditionalGeneration.from_pretrained(folder).config
     assert settings.text_config.rope_parameters == {"rope_theta": 5e6, "rope_type": "default"}
     assert settings.text_config.rms_norm_eps == 2e-5
