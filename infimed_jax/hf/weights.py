@@ -92,6 +92,10 @@ class WeightsFolder:
     def _open(self, name: str) -> Any:
         path = self.folder / name
         try:
+            path.open("rb").close()  # safe_open would call a file without permission absent
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        try:
             return safe_open(path, framework="np")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is cut or damaged: {error}") from error

@@ -1,7 +1,9 @@
+import errno
 import json
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -300,6 +302,20 @@ def test_a_cut_shard_is_named(llava, keep):
     shard = llava / SECOND
     shard.write_bytes(shard.read_bytes()[:keep])
     with pytest.raises(UserError, match=f"{SECOND} is cut or damaged"):
+        from_llava(llava)
+
+
+def test_a_shard_without_permission_is_not_called_damaged(llava, monkeypatch):
+    """The refusal is simulated: root, as whom tests may run, reads everything."""
+    opens = Path.open
+
+    def refuse(path, *arguments, **options):
+        if path.name == SECOND:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opens(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=f"{SECOND} cannot be read: Permission denied"):
         from_llava(llava)
 
 
