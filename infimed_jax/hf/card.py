@@ -29,6 +29,8 @@ class Card:
     title: str = "InfiMed model"
     base_models: tuple[str, ...] = ()
     """What the weights started from, each with its licence, as it should be printed."""
+    closed_bases: tuple[str, ...] = ()
+    """Names of those whose licence is not known to allow commercial use."""
     stages: tuple[str, ...] = ()
     """One line a training stage, in order."""
     sources: tuple[DataSource, ...] = ()
@@ -36,13 +38,15 @@ class Card:
     """Benchmark → score with its interval, as measured by us; empty prints that none was measured."""
 
 
-def licence(sources: Sequence[DataSource]) -> str:
-    """What the training data leaves of the weights' licence, in a sentence."""
-    if not sources:
+def licence(card: Card) -> str:
+    """What the training data and the base models leave of the weights' licence, in a sentence."""
+    data = sorted({source.name for source in card.sources if not source.commercial_use})
+    closed = {"training data": data, "base models": sorted(set(card.closed_bases))}
+    because = [f"the {what}: {', '.join(names)}" for what, names in closed.items() if names]
+    if because:
+        return f"Not for commercial use, because of {'; and of '.join(because)}."
+    if not card.sources:
         return "The training data was not declared: treat the weights as licensed for research only."
-    closed = sorted({source.name for source in sources if not source.commercial_use})
-    if closed:
-        return f"Not for commercial use, because of the training data: {', '.join(closed)}."
     return "Every training set allows commercial use under its own licence, given above; attribution is owed."
 
 
@@ -90,7 +94,7 @@ def render_card(
         )
     lines += ["", "## Origin", *_bullets(card.base_models, "The base models were not declared.")]
     lines += ["", "## Training", *_bullets(card.stages, "The stages were not declared.")]
-    lines += ["", "## Data", *_data(card.sources), licence(card.sources)]
+    lines += ["", "## Data", *_data(card.sources), licence(card)]
     results = [f"{name}: {score}" for name, score in card.results.items()]
     lines += ["", "## Results", *_bullets(results, "None was measured for this export.")]
     return "\n".join(lines) + "\n"

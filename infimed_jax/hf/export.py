@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import math
@@ -99,8 +100,8 @@ def to_hf(
         "source_vision": str(source_vision) if source_vision else None,
         "initialised": made_up,
         "adapter": {"rank": lora.rank, "alpha": lora.alpha, "tensors": len(adapters)} if lora else None,
-        "stages": list(card.stages),
-        "licence": licence(card.sources),
+        "card": dataclasses.asdict(card),
+        "licence": licence(card),
     }
     banned = (*tokenizer.banned_tokens, *range(len(tokenizer), model.text.vocab_size))
     with _whole_or_nothing(output) as folder:

@@ -15,6 +15,7 @@ import yaml
 from infimed_jax.config import Config, ConfigError, from_dict
 from infimed_jax.errors import UserError
 from infimed_jax.hf.card import Card, DataSource
+from infimed_jax.hf.export import SUMMARY
 from infimed_jax.hf.import_ import Import
 from infimed_jax.hf.weights import read_json
 from infimed_jax.train.history import UNKNOWN, Entry
@@ -47,13 +48,21 @@ def checkpoint_card(
     name, whether it allows commercial use, where the licence's text alone would have to say it.
     """
     bases = [base for entry in history for base in entry.get("sources", ())]
+    told = [_card(base["card"]) for base in bases if "card" in base]
     trained = [entry for entry in history if entry["stage"] != IMPORT]
-    sources = {source.name: source for entry in trained for source in _data(entry, commercial or {})}
+    sources = {source.name: source for card in told for source in card.sources}
+    sources |= {source.name: source for entry in trained for source in _data(entry, commercial or {})}
+    lines = [f"{b['name']} ({b['architecture']}, {b['gave']}): {b['licence']}" for b in bases]
+    closed = [
+        b["name"] for b in bases if "card" not in b and not allows_commercial_use(b["licence"].removeprefix("licence "))
+    ]
     last = history[-1]["stage"] if history else IMPORT
+    untrained = "imported" if told else "untrained"
     return Card(
-        title="InfiMed model, " + (last if last != IMPORT else "untrained"),
-        base_models=tuple(f"{b['name']} ({b['architecture']}, {b['gave']}): {b['licence']}" for b in bases),
-        stages=tuple(map(_line, trained)),
+        title="InfiMed model, " + (last if last != IMPORT else untrained),
+        base_models=(*(line for card in told for line in card.base_models), *lines),
+        closed_bases=(*(name for card in told for name in card.closed_bases), *closed),
+        stages=(*(line for card in told for line in card.stages), *map(_line, trained)),
         sources=tuple(sources.values()),
         results=dict(_result(Path(folder)) for folder in evaluations),
     )
@@ -64,8 +73,11 @@ def allows_commercial_use(licence: str) -> bool:
     return bool(_PERMISSIVE.match(licence)) and not re.search(r"\bNC\b|non-?commercial", licence, re.IGNORECASE)
 
 
-def _base(folder: Path) -> dict[str, str]:
-    """Name, architecture and licence of a source folder, as its own files say."""
+def _base(folder: Path) -> dict[str, Any]:
+    """Name, architecture and licence of a source folder, as its own files say.
+
+    With the card's facts where `to_hf` wrote the folder: what a model learnt from is not forgotten on the way through.
+    """
     values = read_json(folder / "config.json")
     licence = UNKNOWN
     card = folder / "README.md"
@@ -76,7 +88,26 @@ def _base(folder: Path) -> dict[str, str]:
         except (yaml.YAMLError, AttributeError):
             licence = UNKNOWN
     name = str(values.get("_name_or_path") or folder.resolve().name)
-    return {"name": name, "architecture": values["architectures"][0], "licence": f"licence {licence}"}
+    base = {"name": name, "architecture": values["architectures"][0], "licence": f"licence {licence}"}
+    summary = folder / SUMMARY
+    told = read_json(summary).get("card") if summary.is_file() else None
+    if told is None:
+        return base
+    try:
+        _card(told)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{summary} is not as to-hf wrote it: move it away to go on without the history") from error
+    return base | {"card": told}
+
+
+def _card(told: Mapping[str, Any]) -> Card:
+    """What still holds of an earlier export's card, from its JSON; its title and results were of that model."""
+    return Card(
+        base_models=tuple(told["base_models"]),
+        closed_bases=tuple(told["closed_bases"]),
+        stages=tuple(told["stages"]),
+        sources=tuple(DataSource(**source) for source in told["sources"]),
+    )
 
 
 def _line(entry: Entry) -> str:

@@ -53,6 +53,7 @@ def test_a_checkpoint_tells_its_history_where_runs_and_data_are_gone(tmp_path):
     assert max_positions(history) == 262_144
     card = checkpoint_card(history, commercial={"b": False})
     assert card.base_models == ("Qwen3-4B (Qwen3ForCausalLM, text weights): licence apache-2.0",)
+    assert card.closed_bases == ()
     assert [(s.name, s.licence, s.commercial_use) for s in card.sources] == [
         ("a", "CC0-1.0", True),
         ("b", "CC BY 4.0", False),

@@ -151,7 +151,7 @@ def test_the_card_says_where_the_model_comes_from(export):
         "- grpo: 1 steps, GRPO, 2 prompts of 2 completions a step",
         "| open | CC BY 4.0 | yes |",
         "| closed | CC BY-NC 4.0 | no |",
-        "Not for commercial use, because of the training data: closed.",
+        "Not for commercial use, because of the training data: closed; and of the base models: siglip-tiny.",
         "phantom (strict, with reasoning): 50.0% [40.0%, 60.0%], n = 1,200",
         "must not be used for diagnosis",
     ):
@@ -171,6 +171,26 @@ def test_a_checkpoint_alone_tells_its_whole_chain(stages, export, tmp_path):
     finally:
         os.rename(stages.with_name("elsewhere"), stages)
     assert _facts(tmp_path / "hf/README.md") == _facts(export / "README.md")
+
+
+def test_a_history_outlives_the_way_through_hugging_face(export, tmp_path):
+    """Else a model that learnt from non-commercial data would come back as one that may be sold."""
+    for source, back, again in ((export, "ckpt", "hf"), (tmp_path / "hf", "ckpt2", "hf2")):
+        assert command("convert", "from-hf", "--llava", source, "--output", tmp_path / back) == 0
+        assert command("convert", "to-hf", "--checkpoint", tmp_path / back, "--output", tmp_path / again) == 0
+        text = (tmp_path / again / "README.md").read_text()
+        assert _facts(tmp_path / again / "README.md") == _facts(export / "README.md")
+        assert "because of the training data: closed; and of the base models: siglip-tiny." in text
+        assert "Qwen3-tiny (Qwen3ForCausalLM, text weights): licence apache-2.0" in text
+        assert "# InfiMed model, imported" in text and "None was measured" in text
+
+
+def test_an_export_whose_history_was_edited_is_refused(export, tmp_path, capsys):
+    shutil.copytree(export, tmp_path / "hf")
+    (tmp_path / "hf/export.json").write_text('{"card": {"stages": []}}')
+    assert command("convert", "from-hf", "--llava", tmp_path / "hf", "--output", tmp_path / "ckpt") == 2
+    assert "export.json is not as to-hf wrote it: move it away" in capsys.readouterr().err
+    assert not (tmp_path / "ckpt").exists()
 
 
 def _facts(card):
