@@ -141,8 +141,8 @@ def test_what_is_no_dataset_is_told(tmp_path, step):
         ("data", "difficulty", "--output", "out", "--checkpoint", "/no/run", "--input", "in"),
         ("data", "pack", "data.dataset=in"),
         ("data", "export-json", "--output", "out", "data.dataset=in"),
-        ("train", "data.dataset=in", "train.output=out"),
-        ("grpo", "data.dataset=in", "train.output=out", "--init-from", "/no/run"),
+        ("train", "data.dataset=in", "data.tokenizer=in", "train.output=out"),
+        ("grpo", "data.dataset=in", "data.tokenizer=in", "train.output=out", "--init-from", "/no/run"),
     ],
 )
 def test_a_test_set_is_never_learnt_from(tmp_path, monkeypatch, capsys, command):

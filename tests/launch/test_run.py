@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,9 @@ def test_only_what_a_failed_save_prints_late_is_kept_silent(monkeypatch):
 def test_a_notice_while_a_run_starts_means_resume_me(tmp_path, number):
     os.mkfifo(tmp_path / "settings.yaml")
     command = [sys.executable, str(ROOT / "launch/run.py"), "train", "--config", str(tmp_path / "settings.yaml")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A shell's background jobs ignore SIGINT, and so would whatever these tests start.
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeds)
     with (tmp_path / "settings.yaml").open("w"):  # opens when the run reads it, and it waits for the rest
         process.send_signal(number)
         _, error = process.communicate(timeout=60)
