@@ -42,7 +42,7 @@ def test_an_accelerator_that_is_not_there_is_an_error():
     assert done.returncode == 1
     assert "WRONG  devices" in done.stdout and "nvidia-smi" in done.stdout
     assert "a tiny step" not in done.stdout, "it would run on another device than the one asked for"
-    done = run("train", "train.output=x", "--platform", "gpu")
+    done = run("train", "train.output=x", "data.dataset=x", "data.tokenizer=x", "--platform", "gpu")
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1 and "gpu was asked for by --platform" in done.stderr
 
