@@ -19,7 +19,7 @@ from infimed_jax.data.chat import Tokenizer, render
 from infimed_jax.data.images import ImageError, decode_image
 from infimed_jax.data.packing import PackingIndex
 from infimed_jax.data.storage import CorruptRecord, Samples
-from infimed_jax.files import write_text
+from infimed_jax.files import write_bytes, write_text
 
 _COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 _INK, _SOFT, _LEARNT, _PADDING = "#222222", "#777777", "#b9e5c3", "#e4e4e4"
@@ -72,20 +72,15 @@ def write_inspection(
     )
     picture = file.with_suffix(".png")
     file.parent.mkdir(parents=True, exist_ok=True)
-    _save(_draw(samples.name, summary, shown), picture)
+    write_bytes(picture, _png(_draw(samples.name, summary, shown)))  # whole: half a picture would be shown
     write_text(file, _page(samples.name, summary, shown))
     return picture
 
 
-def _save(picture: Image.Image, file: Path) -> None:
-    """As PNG, whole or not at all: half a picture would be shown."""
-    part = file.with_name(f".{file.name}.part")
-    try:
-        picture.save(part, "PNG")
-        part.replace(file)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _row(samples: Samples, index: PackingIndex, tokenizer: Tokenizer, visual_tokens: int, number: int) -> _Row:

@@ -31,6 +31,7 @@ from infimed_jax.hf.configuration import (
 )
 from infimed_jax.hf.processor import write_processor
 from infimed_jax.hf.weights import ADAPTER, SHARD_BYTES, WeightsFolder, write_weights
+from infimed_jax.trees import flatten
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def to_hf(
     """
     output, card = Path(output), card or Card()
     _check_resolution(model, visual_tokens)
-    leaves = names.leaves_by_path(params)
+    leaves = flatten(dict(params), "/")
     adapters = take_adapters(leaves, model) if lora else {}
     names.check_leaves(leaves, model)
     tokenizer = _tokenizer(tokenizer_folder, model)

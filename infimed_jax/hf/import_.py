@@ -32,6 +32,7 @@ from infimed_jax.hf.configuration import (
     vision_from_hf,
 )
 from infimed_jax.hf.weights import ADAPTER, WeightsFolder
+from infimed_jax.trees import nest
 
 log = logging.getLogger(__name__)
 
@@ -78,14 +79,7 @@ class Import:
 
     def params(self) -> dict[str, Any]:
         """All leaves as our tree."""
-        tree: dict[str, Any] = {}
-        for path, leaf in self.leaves():
-            *groups, name = path.split("/")
-            node = tree
-            for group in groups:
-                node = node.setdefault(group, {})
-            node[name] = leaf
-        return tree
+        return nest(dict(self.leaves()), "/")
 
 
 def open_parts(

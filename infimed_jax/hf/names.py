@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.tree_util import keystr, tree_leaves_with_path
 
 from infimed_jax.config import Model
 from infimed_jax.errors import UserError
@@ -289,13 +288,8 @@ def match(found: Mapping[str, Found], architecture: str, model: Model, parts: It
     return Match(sources, left_out)
 
 
-def leaves_by_path(params: Mapping[str, Any]) -> dict[str, Any]:
-    """`text/norm/scale` → leaf."""
-    return {keystr(path, simple=True, separator="/"): leaf for path, leaf in tree_leaves_with_path(dict(params))}
-
-
 def check_leaves(leaves: Mapping[str, Any], model: Model) -> None:
-    """UserError unless `leaves` (by path) are exactly `model`'s, in float32 or bfloat16."""
+    """UserError unless `leaves` (by path, as `text/norm/scale`) are exactly `model`'s, in float32 or bfloat16."""
     found = {path: Found(tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves.items()}
     raise_all(differences(found, leaf_shapes(model), ("float32", "bfloat16")), "the tree of parameters")
 

@@ -117,19 +117,15 @@ def activation_estimate(cfg: config.Config, rows: int, mesh: dict[str, int]) -> 
     weights = 2 * text.hidden_size * (text.num_heads + text.num_kv_heads) * text.head_dim
     weights = (weights + 3 * text.hidden_size * text.intermediate_size) // tensor * width
     stored = text.num_layers * kept.get(cfg.train.remat, layer + weights + scores * (F32 + width))
-    # The table whole for the lookup, and its part for the head: a copy of each, its gradient, and that in float32.
-    tables = int(text.vocab_size * text.hidden_size * (2 * width + _also_f32(width)) * (1 + 1 / tensor))
+    # The table whole for the lookup, and its part for the head. Of each a copy and its gradient: 8 bytes in float32,
+    # and as many in bfloat16, where the gradient is made float32 beside them.
+    tables = int(text.vocab_size * text.hidden_size * 2 * F32 * (1 + 1 / tensor))
     logits = local * min(cfg.train.logit_chunk, length) * text.vocab_size // tensor * (2 * F32 + width)
     # A block computed again, and the gradients of what it computes.
     backward = 3 * layer + scores * (2 * F32 + width) + 3 * weights
     block, blocks = _vision(cfg, local, tensor)
     # The tower's own peak comes before anything is kept for the text.
     return max(block + blocks, stored + tables + blocks + max(backward, logits))
-
-
-def _also_f32(width: int) -> int:
-    """Bytes of a gradient's float32 copy, where it is computed in less."""
-    return F32 if width < F32 else 0
 
 
 def dots_bytes(cfg: config.Config, local: int, tensor: int) -> int:

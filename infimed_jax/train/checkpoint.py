@@ -16,13 +16,13 @@ from infimed_jax.train.stored import (
     complete_steps,
     custom_metadata,
     disk_errors,
-    flatten,
     groups,
     load_leaves,
     read_index,
     read_leaves,
     user_metadata,
 )
+from infimed_jax.trees import flatten
 
 
 class _EverySave:

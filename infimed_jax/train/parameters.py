@@ -24,12 +24,12 @@ from infimed_jax.train.stored import (
     custom_metadata,
     disk_errors,
     find_checkpoint,
-    flatten,
     groups,
     read_index,
     read_leaves,
     user_metadata,
 )
+from infimed_jax.trees import flatten, nest
 
 _PARAMETERS = ("trainable", "frozen", "params")
 """First names under which a checkpoint holds parameters."""
@@ -94,7 +94,7 @@ def load_params(folder: str | Path, abstract: Mapping[str, Any] | None = None) -
         for name, leaf in read_leaves(path, stored, group).items():
             flat[_short(name)] = _settle(leaf, final[_short(name)])
     metadata = user_metadata(stored)
-    params = _nest(flat)
+    params = nest(flat)
     if adapters:
         params = lora.merge_lora(params, _lora_scale(metadata))
     return params, metadata
@@ -114,7 +114,7 @@ def open_stored(folder: str | Path) -> tuple[dict[str, Any], Metadata]:
         name: StoredLeaf(tuple(stored.metadata[name].shape), np.dtype(stored.metadata[name].dtype), path, name)
         for name in _parameter_names(stored)
     }
-    return _nest({_short(name): leaf for name, leaf in leaves.items()}), user_metadata(stored)
+    return nest({_short(name): leaf for name, leaf in leaves.items()}), user_metadata(stored)
 
 
 def _merged_when_read(params: Mapping[str, Any], metadata: Metadata) -> dict[str, Any]:
@@ -142,17 +142,6 @@ def _parameter_names(stored: Any) -> list[str]:
 def _short(name: str) -> str:
     """`trainable.text.norm.scale` as the model's own `text.norm.scale`."""
     return name.split(".", 1)[1]
-
-
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
 
 
 def _as_stored(

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -133,11 +132,6 @@ def compare(path: Path, wanted: dict[str, Any], stored: Mapping[str, Any]) -> No
         ours, theirs = (f"{np.dtype(x.dtype)}{list(x.shape)}" for x in (leaf, stored[name]))
         if ours != theirs:
             raise UserError(f"checkpoint {path} holds {name} as {theirs}, the configuration asks for {ours}: {_OTHER}")
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 @contextlib.contextmanager

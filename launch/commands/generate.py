@@ -36,16 +36,17 @@ def generate(args: argparse.Namespace) -> None:
     from infimed_jax import config as configuration
     from infimed_jax.data.chat import load_tokenizer, render_prompt
     from infimed_jax.files import write_json
-    from infimed_jax.hf.names import check_leaves, leaves_by_path
+    from infimed_jax.hf.names import check_leaves
     from infimed_jax.models.compute import Compute
     from infimed_jax.sampling.generate import generate
     from infimed_jax.sampling.stream import TextStream
     from infimed_jax.sampling.weights import sampler_weights
     from infimed_jax.sharding import make_mesh
+    from infimed_jax.trees import flatten
 
     config, params, positions = _open(args)
     # A setting such as model.text.num_layers must fit the weights: a layer too many would be a copy of the last one.
-    check_leaves(leaves_by_path(params), config.model)
+    check_leaves(flatten(dict(params), "/"), config.model)
     size = config.model.vision.image_size
     pixels = [_decode(file, data, size) for file, data in zip(args.image, images, strict=True)]
     tokenizer = load_tokenizer(args.tokenizer or config.data.tokenizer)

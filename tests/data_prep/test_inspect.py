@@ -6,11 +6,12 @@ import errno
 import io
 from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from PIL import Image, ImageColor
 
-from data_prep.inspect import _draw, _Row, _save, _Shown, write_inspection
+from data_prep.inspect import _draw, _Row, _Shown, write_inspection
 from data_prep.tokenizer import make_tokenizer
 from infimed_jax import config
 from infimed_jax.data.chat import load_tokenizer
@@ -76,14 +77,23 @@ def test_the_picture_shows_tabs_as_blanks():
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
-    _save(Image.new("RGB", (3, 3)), tmp_path / "page.png")
-    before = (tmp_path / "page.png").read_bytes()
+    write_samples(
+        tmp_path / "set",
+        [Sample("a", "toy", "train", "chat", (), (Turn("user", ("why",)), Turn("assistant", ("so",))))],
+        name="toy",
+    )
+    samples = open_samples(tmp_path / "set")
+    tokenizer = load_tokenizer(make_tokenizer(["so"] * 3, tmp_path / "tok", vocab_size=330))
+    index = build_index(samples, tokenizer, config.Data(context=64, images_per_row=1), MODEL, tmp_path / "p")
+    file = tmp_path / "out/page.html"
+    write_inspection(samples, index, tokenizer, 4, file, rows=1)
+    before = {part.name: part.read_bytes() for part in file.parent.iterdir()}
 
-    def full(self, file, *_):
-        file.write_bytes(b"half")
+    def full(self, content):
+        self.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
-        _save(Image.new("RGB", (5, 5)), tmp_path / "page.png")
-    assert [file.read_bytes() for file in tmp_path.iterdir()] == [before]
+        write_inspection(samples, index, tokenizer, 4, file, rows=1)
+    assert {part.name: part.read_bytes() for part in file.parent.iterdir()} == before

@@ -1,0 +1,25 @@
+"""Trees of parameters as flat dictionaries, and back: leaves named by their path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jax.tree_util import keystr, tree_leaves_with_path
+
+
+def flatten(tree: Any, separator: str = ".") -> dict[str, Any]:
+    """`text.norm.scale` → leaf, in the tree's own order; names of attributes and numbers of items count as keys do."""
+    return {keystr(path, simple=True, separator=separator): leaf for path, leaf in tree_leaves_with_path(tree)}
+
+
+def nest(flat: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
+    """The nested dictionaries that `flatten` names the leaves of."""
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split(separator)
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
