@@ -22,7 +22,7 @@ import numpy as np
 
 from data_prep.engine import HERE, Engine, Progress
 from data_prep.hashes import THRESHOLD, distances, exact_hash, ngrams, normalised, perceptual_hashes
-from data_prep.steps import Slice, make_dataset, read_samples, removed_report, slices, write_kept
+from data_prep.steps import Slice, make_dataset, readable, removed_report, slices, write_kept
 from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import open_samples
 from infimed_jax.errors import UserError
@@ -51,7 +51,8 @@ class Tests:
 
 
 def read_tests(folders: Sequence[Path]) -> Tests:
-    """UserError: no test set, or one that is no prepared dataset."""
+    """UserError: no test set, one that is no prepared dataset, or one with a damaged record: what that asks could not
+    be kept out."""
     if not folders:
         raise UserError("decontamination needs at least one test set: give --test")
     tests = Tests()
@@ -59,7 +60,8 @@ def read_tests(folders: Sequence[Path]) -> Tests:
     owner: list[int] = []
     for folder in folders:
         samples = open_samples(folder)
-        for sample in read_samples(samples, range(len(samples))):
+        unreadable: list[str] = []
+        for _, sample in readable(samples, range(len(samples)), unreadable):
             for image in sample.images:
                 key = exact_hash(image)
                 if key not in tests.exact:
@@ -75,6 +77,11 @@ def read_tests(folders: Sequence[Path]) -> Tests:
             if len(words) >= _LONG or not sample.images:
                 for ngram in ngrams(_question(sample)):
                     tests.of_words[ngram].append(sample.id)
+        if unreadable:
+            raise UserError(
+                f"{len(unreadable)} records of the test set {folder} cannot be read ({unreadable[0]} first), so what "
+                "they ask would stay: prepare it again"
+            )
     if looks:
         tests.looks, tests.owner = np.stack(looks), np.array(owner)
     return tests

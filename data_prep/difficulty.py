@@ -18,7 +18,9 @@ import numpy as np
 
 from data_prep.engine import NotedProgress
 from data_prep.steps import (
+    UNREADABLE_RECORDS,
     NoSamples,
+    counted,
     finished_report,
     make_from_stream,
     open_for_training,
@@ -92,8 +94,8 @@ def measure(
     UserError: nothing can be asked, or nothing is kept.
     """
     dataset = open_for_training(folder)
-    numbers = [number for number, sample in readable(dataset, range(len(dataset))) if sample is not None]
-    unreadable = len(dataset) - len(numbers)
+    unreadable: list[str] = []
+    numbers = [number for number, _ in readable(dataset, range(len(dataset)), unreadable)]
     found = questions((dataset[number] for number in numbers), tokenizer, cfg)
     found = replace(found, numbers=np.array(numbers)[found.numbers])  # their places in the dataset again
     measured = {
@@ -117,7 +119,8 @@ def measure(
         "checkpoint": checkpoint,
         "plan": vars(plan),
         "questions": len(right),
-        "left_out": dict(found.dropped) | ({"unreadable record": unreadable} if unreadable else {}),
+        "left_out": counted(dict(found.dropped), unreadable),
+        UNREADABLE_RECORDS: unreadable,
         "mean_right": float(right.mean() / plan.draws),
         f"pass_at_{plan.draws}": float((right > 0).mean()),
         "histogram": np.bincount(right, minlength=plan.draws + 1).tolist(),

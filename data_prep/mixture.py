@@ -14,7 +14,7 @@ import yaml
 
 from data_prep.engine import HERE, Engine, Progress
 from data_prep.sources import SOURCES
-from data_prep.steps import make_dataset, open_for_training, read_samples
+from data_prep.steps import make_dataset, open_for_training, readable, unreadable_report
 from infimed_jax.data.storage import MANIFEST, SHARD_SIZE, Samples, open_samples, write_shard
 from infimed_jax.errors import UserError
 
@@ -108,8 +108,9 @@ def mix(
 ) -> dict[str, Any]:
     """Write the mixture to `output` and return its report, which is also `output.json` beside it.
 
-    A pure function of the datasets and the seed; a mixture that was made so before is left as it is. UserError: no
-    parts, a part is no prepared dataset, may not be trained on, or has an unreadable record, or an id occurs twice.
+    A pure function of the datasets and the seed; a mixture that was made so before is left as it is. Damaged records
+    are left out by name, and nothing is drawn in their place. UserError: no parts, a part is no prepared dataset or may
+    not be trained on, or an id occurs twice.
     """
     if not parts:
         raise UserError("a mixture needs at least one part")
@@ -133,7 +134,9 @@ def mix(
         info={"licences": licences},
         work=partial(_write_slice, [part.folder for part in parts]),
         pieces=[order[start : start + SHARD_SIZE] for start in range(0, len(order), SHARD_SIZE)],
-        report=lambda manifest, _: {key: manifest[key] for key in ("images", "origins")} | known,
+        report=lambda manifest, facts: (
+            {key: manifest[key] for key in ("images", "origins")} | known | unreadable_report(facts)
+        ),
         engine=engine,
         on_progress=on_progress,
     )
@@ -174,8 +177,10 @@ def _draw(count: int, samples: int, seed: int, number: int) -> np.ndarray:
 
 def _write_slice(folders: Sequence[Path], order: np.ndarray, folder: Path, name: str) -> dict[str, Any]:
     datasets = [open_samples(part) for part in folders]
-    write_shard(folder, name, (s for part, number in order for s in read_samples(datasets[part], [int(number)])))
-    return {}
+    unreadable: list[str] = []
+    found = (readable(datasets[part], [int(number)], unreadable) for part, number in order)
+    write_shard(folder, name, (sample for one in found for _, sample in one))
+    return {"unreadable": unreadable}
 
 
 def _row(part: Part, dataset: Samples, taken: int) -> dict[str, Any]:

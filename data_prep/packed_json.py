@@ -18,7 +18,7 @@ from typing import Any, get_args
 from data_prep.engine import HERE, Engine, Progress
 from data_prep.faults import NOT_JSON, Unusable
 from data_prep.sources.files import json_rows, read_json
-from data_prep.steps import make_dataset, write_stream
+from data_prep.steps import make_dataset, readable, write_stream
 from infimed_jax.data.packing import PackingIndex
 from infimed_jax.data.sample import Kind, Sample, Turn
 from infimed_jax.data.storage import Samples
@@ -30,17 +30,22 @@ _LONGEST = 2**30
 """Characters of a row; a longer one is no row of samples, and is not kept in memory."""
 
 
-def export_json(samples: Samples, index: PackingIndex, file: Path, on_progress: Progress | None = None) -> int:
-    """Write a packed dataset's rows, and return their number. The file appears whole or not at all."""
+def export_json(samples: Samples, index: PackingIndex, file: Path, on_progress: Progress | None = None) -> list[str]:
+    """Write a packed dataset's rows; the file appears whole or not at all.
+
+    Returns the names of records that were damaged after packing: their rows stand without them.
+    """
+    unreadable: list[str] = []
     file.parent.mkdir(parents=True, exist_ok=True)
     with open_whole(file) as out:
         for row in range(index.rows):
-            numbers, lengths = index.row(row)
-            data = [_to_json(samples[int(number)]) for number in numbers]
-            out.write(json.dumps({"data": data, "lengths": lengths.tolist()}, ensure_ascii=False) + "\n")
+            length_of = dict(zip(*(values.tolist() for values in index.row(row)), strict=True))
+            found = list(readable(samples, length_of, unreadable))
+            value = {"data": [_to_json(sample) for _, sample in found], "lengths": [length_of[n] for n, _ in found]}
+            out.write(json.dumps(value, ensure_ascii=False) + "\n")
             if on_progress is not None:
                 on_progress(row + 1, index.rows)
-    return index.rows
+    return unreadable
 
 
 def import_json(

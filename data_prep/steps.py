@@ -21,16 +21,20 @@ from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import (
     MANIFEST,
     SHARD_SIZE,
+    UNREADABLE,
     CorruptRecord,
     Samples,
     join_shards,
     open_samples,
+    record_name,
     write_shard,
 )
 from infimed_jax.errors import UserError
 from infimed_jax.files import write_json
 
 T = TypeVar("T")
+UNREADABLE_RECORDS = "unreadable_records"
+"""Key of a report under which damaged records are named."""
 _RECIPE = "recipe.json"
 _TFDS_FILES = ("dataset_info.json", "features.json")
 
@@ -51,9 +55,10 @@ class Slice:
     start: int
     stop: int
 
-    def read(self) -> Iterator[Sample]:
-        """UserError where a record is damaged."""
-        return read_samples(open_samples(self.folder), range(self.start, self.stop))
+    def read(self, unreadable: list[str]) -> Iterator[Sample]:
+        """Its samples; the names of damaged records join `unreadable`."""
+        found = readable(open_samples(self.folder), range(self.start, self.stop), unreadable)
+        return (sample for _, sample in found)
 
 
 def open_for_training(folder: str | Path) -> Samples:
@@ -70,23 +75,25 @@ def slices(samples: Samples) -> list[Slice]:
     return [Slice(samples.folder, start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
 
 
-def read_samples(samples: Samples, numbers: Sequence[int]) -> Iterator[Sample]:
-    """Samples by number. UserError where a record is damaged."""
-    for number in numbers:
-        try:
-            yield samples[number]
-        except CorruptRecord as error:
-            raise UserError(f"{error}: prepare that dataset again") from error
-
-
-def readable(samples: Samples, numbers: Iterable[int]) -> Iterator[tuple[int, Sample | None]]:
-    """(number, sample); None for a record that is damaged."""
+def readable(samples: Samples, numbers: Iterable[int], unreadable: list[str]) -> Iterator[tuple[int, Sample]]:
+    """The one door to samples that may be damaged: (number, sample), and into `unreadable` the others' names."""
     for number in numbers:
         try:
             sample = samples[number]
         except CorruptRecord:
-            sample = None
+            unreadable.append(record_name(samples, number))
+            continue
         yield number, sample
+
+
+def unreadable_report(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a report says of the damaged records that the pieces' facts name."""
+    return {UNREADABLE_RECORDS: [name for piece in facts for name in piece["unreadable"]]}
+
+
+def counted(reasons: dict[str, int], unreadable: Sequence[str]) -> dict[str, int]:
+    """The counts by reason that are not 0, with that of the damaged records among them."""
+    return {reason: n for reason, n in (reasons | {UNREADABLE: len(unreadable)}).items() if n}
 
 
 def write_stream(folder: Path, name: str, samples: Iterable[Sample]) -> int:
@@ -176,29 +183,32 @@ def make_from_stream(
 
 
 def write_kept(piece: Slice, folder: Path, name: str, why_not: Callable[[Sample], str]) -> dict[str, Any]:
-    """Write a shard of the samples against which `why_not` has no reason; the facts name the others by reason."""
+    """Write a shard of the samples against which `why_not` has no reason; the facts name the others by reason, and
+    the damaged records."""
     removed: dict[str, list[str]] = {}
+    unreadable: list[str] = []
 
     def kept() -> Iterator[Sample]:
-        for sample in piece.read():
+        for sample in piece.read(unreadable):
             if reason := why_not(sample):
                 removed.setdefault(reason, []).append(sample.id)
             else:
                 yield sample
 
-    samples = write_shard(folder, name, kept())
-    return {"read": samples + sum(map(len, removed.values())), "removed": removed}
+    write_shard(folder, name, kept())
+    return {"read": piece.stop - piece.start, "removed": removed, "unreadable": unreadable}
 
 
 def removed_report(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the shards of `write_kept` left out, counted and by id."""
+    """What the shards of `write_kept` left out, counted and by id; records that are damaged by their number."""
     removed: dict[str, list[str]] = {}
     for piece in facts:
         for reason, ids in piece["removed"].items():
             removed.setdefault(reason, []).extend(ids)
     removed = dict(sorted(removed.items()))
-    counts = {reason: len(ids) for reason, ids in removed.items()}
-    return {"read": sum(piece["read"] for piece in facts), "removed": counts, "removed_ids": removed}
+    damaged = unreadable_report(facts)
+    counts = counted({reason: len(ids) for reason, ids in removed.items()}, damaged[UNREADABLE_RECORDS])
+    return {"read": sum(piece["read"] for piece in facts), "removed": counts, "removed_ids": removed} | damaged
 
 
 def refuse_other_files(output: Path) -> None:
@@ -234,8 +244,12 @@ def forget(output: Path) -> None:
 
 
 def finished_report(output: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
-    """The report of a dataset that is done already; None where it or its report is missing, old or broken."""
-    return _report_of(output, _report_file(output)) if prepared_by(output, recipe) else None
+    """The report of a dataset that is done already; None where it or its report is missing, old or broken.
+
+    Also where records could not be read: by now their shard may have been copied again.
+    """
+    report = _report_of(output, _report_file(output)) if prepared_by(output, recipe) else None
+    return None if report is None or report.get(UNREADABLE_RECORDS) else report
 
 
 def _report_file(output: Path) -> Path:

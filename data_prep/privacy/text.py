@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from data_prep.engine import HERE, Engine, Progress
 from data_prep.privacy.patterns import KINDS, PATTERNS
-from data_prep.steps import NoSamples, Slice, make_dataset, readable, slices
+from data_prep.steps import UNREADABLE_RECORDS, NoSamples, Slice, counted, make_dataset, slices, unreadable_report
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import open_samples, write_shard
 from infimed_jax.errors import UserError
@@ -97,17 +97,13 @@ def scrub(
 
 def _scrub_shard(mode: Mode, piece: Slice, folder: Path, name: str) -> dict[str, Any]:
     """Write the clean shard; its facts are the findings by sample, and what was left out, without any text."""
-    dataset = open_samples(piece.folder)
     metadata: Counter[str] = Counter()
     findings: dict[str, dict[str, int]] = {}
     left_out: list[str] = []
-    unreadable: list[int] = []
+    unreadable: list[str] = []
 
     def scrubbed() -> Iterator[Sample]:
-        for number, sample in readable(dataset, range(piece.start, piece.stop)):
-            if sample is None:
-                unreadable.append(number)
-                continue
+        for sample in piece.read(unreadable):
             for key, value in sample.meta.items():
                 metadata.update({f"{key}: {kind}": n for kind, n in mask(value)[1].items()})
             clean, counts = scrub_sample(sample)
@@ -127,20 +123,19 @@ def _scrub_shard(mode: Mode, piece: Slice, folder: Path, name: str) -> dict[str,
 def _report(folder: str, mode: Mode, _: dict[str, Any], facts: list[dict[str, Any]]) -> dict[str, Any]:
     findings = {id: counts for piece in facts for id, counts in piece["findings"].items()}
     left_out = [id for piece in facts for id in piece["left_out"]]
-    unreadable = [number for piece in facts for number in piece["unreadable"]]
+    damaged = unreadable_report(facts)
     metadata: Counter[str] = Counter()
     for piece in facts:
         metadata.update(piece["metadata"])
-    counted = {"answer or option is an identifier": len(left_out), "unreadable record": len(unreadable)}
     return {
         "note": NO_PROMISE,
         "from": folder,
         "mode": mode,
         "found": {kind: sum(counts.get(kind, 0) for counts in findings.values()) for kind in KINDS},
         "samples_with_findings": len(findings),
-        "left_out": {reason: n for reason, n in counted.items() if n},
+        "left_out": counted({"answer or option is an identifier": len(left_out)}, damaged[UNREADABLE_RECORDS]),
         "left_out_ids": left_out,
-        "unreadable_records": unreadable,
+        **damaged,
         "metadata": dict(sorted(metadata.items())),
         "findings": findings,
     }

@@ -16,7 +16,7 @@ from data_prep.quality.rubric import instructions
 from data_prep.quality.sampling import Place, draw
 from infimed_jax.data.images import ImageError
 from infimed_jax.data.sample import Sample
-from infimed_jax.data.storage import CorruptRecord, Samples, open_samples
+from infimed_jax.data.storage import UNREADABLE, CorruptRecord, Samples, open_samples, record_name
 from infimed_jax.errors import UserError
 from infimed_jax.files import write_json, write_text
 
@@ -91,13 +91,13 @@ def assess(
     places = [(source, place) for source, found in chosen.items() for place in found]
     outcomes: dict[Place, Outcome] = {}
 
-    def done(item: tuple[str, Place, Sample | None], outcome: Outcome) -> None:
+    def done(item: tuple[str, Place, Sample | str], outcome: Outcome) -> None:
         outcomes[item[1]] = outcome
         if on_progress is not None:
             given_up = sum(o.rating is None for o in outcomes.values())
             on_progress(len(outcomes), len(places), f"{len(outcomes)}/{len(places)} samples, {given_up} given up")
 
-    async def job(client: ChatClient, item: tuple[str, Place, Sample | None]) -> Outcome:
+    async def job(client: ChatClient, item: tuple[str, Place, Sample | str]) -> Outcome:
         return await _rate(client, item[0], item[2], plan)
 
     account = run_jobs(endpoint, cache or output / "cache", _read(datasets, places), job, done)
@@ -137,20 +137,21 @@ def _line(outcome: Outcome) -> dict[str, Any]:
 
 def _read(
     datasets: Sequence[Samples], places: Sequence[tuple[str, Place]]
-) -> Iterator[tuple[str, Place, Sample | None]]:
-    """(source, place, sample); None for a record that cannot be read."""
+) -> Iterator[tuple[str, Place, Sample | str]]:
+    """(source, place, sample), or the name of a record that cannot be read."""
     for source, place in places:
+        dataset, number = datasets[place[0]], place[1]
         try:
-            sample = datasets[place[0]][place[1]]
+            found: Sample | str = dataset[number]
         except CorruptRecord:
-            sample = None
-        yield source, place, sample
+            found = record_name(dataset, number)
+        yield source, place, found
 
 
-async def _rate(client: ChatClient, source: str, sample: Sample | None, plan: Plan) -> Outcome:
+async def _rate(client: ChatClient, source: str, sample: Sample | str, plan: Plan) -> Outcome:
     """Ask until the reply is a rating. Text and images of the sample go to the endpoint, and nowhere else."""
-    if sample is None:
-        return Outcome(source, "", None, "unreadable record")
+    if isinstance(sample, str):
+        return Outcome(source, sample, None, UNREADABLE)
     content, cut = shown(sample)
     try:
         body = parts(content, sample.images, client.endpoint.image_side)

@@ -88,7 +88,7 @@ def write_page(path: Path, assessment: dict[str, Any]) -> None:
         names=[d.key if not d.other_key else f"{d.key} / {d.other_key.split()[0]}" for d in DIMENSIONS],
         sources=[(name, row, [_mean(row["dimensions"][key]) for key in KEYS]) for name, row in sources.items()],
         figure=Markup(f'<img alt="Distribution of every dimension by source" src="{_picture(sources)}">'),
-        unreadable=assessment["unreadable_records"],
+        unreadable=len(assessment["unreadable_records"]),
         account=account,
         tokens=f"{spent['prompt_tokens']:,} prompt and {spent['reply_tokens']:,} reply tokens",
         cost=f"{spent['cost']:.4f}" if spent["cost"] else "no prices given",

@@ -15,8 +15,10 @@ Place = tuple[int, int]
 """(dataset, number in it)."""
 
 
-def draw(datasets: Sequence[Samples], count: int, seed: int) -> tuple[dict[str, list[Place]], dict[str, int], int]:
-    """By source, at most `count` places in reading order, and how many there are; then the unreadable records.
+def draw(
+    datasets: Sequence[Samples], count: int, seed: int
+) -> tuple[dict[str, list[Place]], dict[str, int], list[str]]:
+    """By source, at most `count` places in reading order, and how many there are; then the damaged records' names.
 
     A source that stands in several datasets is drawn from all.
 
@@ -33,18 +35,15 @@ def _choose(source: str, found: list[Place], count: int, seed: int) -> list[Plac
     return [found[i] for i in sorted(order)]
 
 
-def _places(datasets: Sequence[Samples]) -> tuple[dict[str, list[Place]], int]:
+def _places(datasets: Sequence[Samples]) -> tuple[dict[str, list[Place]], list[str]]:
     """Every sample's place by its source. A dataset of one source, which is the usual one, need not be read."""
     places: dict[str, list[Place]] = defaultdict(list)
-    unreadable = 0
+    unreadable: list[str] = []  # of which source they are, nobody can tell
     for number, dataset in enumerate(datasets):
         sources = {origin.partition("/")[0] for origin in dataset.manifest["origins"]}
         if len(sources) == 1:
             places[sources.pop()] += [(number, i) for i in range(len(dataset))]
             continue
-        for i, sample in readable(dataset, range(len(dataset))):
-            if sample is None:  # of which source, nobody can tell
-                unreadable += 1
-            else:
-                places[sample.source].append((number, i))
+        for i, sample in readable(dataset, range(len(dataset)), unreadable):
+            places[sample.source].append((number, i))
     return places, unreadable

@@ -32,7 +32,9 @@ from data_prep.reflection.chains import (
     verified,
 )
 from data_prep.steps import (
+    UNREADABLE_RECORDS,
     NoSamples,
+    counted,
     finished_report,
     make_from_stream,
     open_for_training,
@@ -130,7 +132,8 @@ def reflect(
     if finished is not None and not any(reason.startswith(_BY_ENDPOINT) for reason in finished["rejected"]):
         return finished  # else what the endpoint failed at is asked again
     refuse_other_files(output)
-    asked, left_out, words = _questions(dataset)
+    unreadable: list[str] = []
+    asked, left_out, words = _questions(dataset, unreadable)
     sparse = {source: plan.sparse_words > 0 and median(found) <= plan.sparse_words for source, found in words.items()}
     outcomes: dict[int, Outcome] = {}
     right = 0
@@ -152,6 +155,7 @@ def reflect(
         "from": str(folder),
         "plan": vars(plan),
         "left_out": left_out,
+        UNREADABLE_RECORDS: unreadable,
         "median_answer_words": {source: median(found) for source, found in sorted(words.items())},
         "reflective_sources": sorted(source for source, value in sparse.items() if value),
         **_count(asked, outcomes),
@@ -173,19 +177,22 @@ def reflect(
         raise UserError(f"no reply to {folder} reached its answer ({counted}): try another model or --draws") from error
 
 
-def _questions(dataset: Samples) -> tuple[dict[int, str], dict[str, int], dict[str, list[int]]]:
-    """Numbers of what can be asked with their sources, the rest by reason, and the words of each source's answers."""
+def _questions(dataset: Samples, unreadable: list[str]) -> tuple[dict[int, str], dict[str, int], dict[str, list[int]]]:
+    """Numbers of what can be asked with their sources, the rest by reason, and the words of each source's answers.
+
+    The names of damaged records join `unreadable`.
+    """
     asked, left_out, words = {}, Counter(), defaultdict(list)
-    for number, sample in readable(dataset, range(len(dataset))):
-        reason = "unreadable record" if sample is None else _problem(sample)
-        if reason:
+    for number, sample in readable(dataset, range(len(dataset)), unreadable):
+        if reason := _problem(sample):
             left_out[reason] += 1
             continue
         asked[number] = sample.source
         words[sample.source].append(_words(sample))
+    left_out = counted(dict(sorted(left_out.items())), unreadable)
     if not asked:
-        raise UserError(f"{dataset.folder} has no question to reason about: {dict(left_out)}")
-    return asked, dict(sorted(left_out.items())), words
+        raise UserError(f"{dataset.folder} has no question to reason about: {left_out}")
+    return asked, left_out, words
 
 
 def _problem(sample: Sample) -> str:

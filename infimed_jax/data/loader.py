@@ -24,8 +24,8 @@ from infimed_jax import config as settings
 from infimed_jax.data.batch import Batch, Segment, build_row, stack_rows, unmask
 from infimed_jax.data.chat import Tokenizer, load_tokenizer, render
 from infimed_jax.data.images import ImageError, decode_image
-from infimed_jax.data.packing import UNREADABLE, PackingIndex, build_index, record_name
-from infimed_jax.data.storage import CorruptRecord, Samples, open_samples
+from infimed_jax.data.packing import PackingIndex, build_index
+from infimed_jax.data.storage import UNREADABLE, CorruptRecord, Samples, open_samples, record_name
 from infimed_jax.errors import UserError
 from infimed_jax.sharding import local_rows, place_batch
 

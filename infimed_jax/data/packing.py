@@ -24,12 +24,11 @@ import numpy as np
 from infimed_jax import config
 from infimed_jax.data.bins import first_fit_decreasing, least_bins, minimum_bin_slack
 from infimed_jax.data.chat import RENDERING, Tokenizer, render
-from infimed_jax.data.storage import CorruptRecord, Samples
+from infimed_jax.data.storage import UNREADABLE, CorruptRecord, Samples, record_name
 from infimed_jax.errors import UserError
 
 TOO_LONG = "too long"
 TOO_MANY_IMAGES = "too many images"
-UNREADABLE = "unreadable record"
 NO_LOSS = "nothing to learn"
 
 VERSION = 2
@@ -182,11 +181,6 @@ def _name(samples: Samples, number: int) -> str:
         return samples[number].id
     except CorruptRecord:
         return record_name(samples, number)
-
-
-def record_name(samples: Samples, number: int) -> str:
-    """What stands for the id of a record that cannot be read."""
-    return f"{samples.name} record {number}"
 
 
 def _rendered(

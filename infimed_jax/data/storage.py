@@ -46,6 +46,10 @@ _DESCRIPTION = (
 )
 
 
+UNREADABLE = "unreadable record"
+"""What reports call a record that cannot be read back."""
+
+
 class CorruptRecord(ValueError):
     """A record that cannot be read back; the message names the dataset and the record's number."""
 
@@ -327,6 +331,11 @@ class Samples(Sequence[Sample]):
 
     def __repr__(self) -> str:
         return f"Samples({self.name!r}, {len(self)} samples, {self.fingerprint[:12]})"
+
+
+def record_name(samples: Samples, number: int) -> str:
+    """What stands for the id of a record that cannot be read."""
+    return f"{samples.name} record {number}"
 
 
 def _one_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ from infimed_jax.data.prompts import question_sample
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
+from tests.data_prep.samples import damage
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "vqa_rad" / "images"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"VQA-RAD is not at {REAL}")
@@ -112,6 +113,18 @@ def test_user_errors(test_set, tmp_path):
     assert not (tmp_path / "clean").exists()
     report = json.loads((tmp_path / "clean.json").read_text())  # which questions are affected is known all the same
     assert report["samples"] == 0 and set(report["affected"]["any"]) == {s.id for s in open_samples(test_set)}
+
+
+def test_damaged_records_are_left_out_by_name_but_a_test_set_must_be_whole(test_set, tmp_path):
+    rows = [asked(f"toy/train/{i}", encoded(picture(100 + i)), "What is seen?") for i in range(4)]
+    write_samples(tmp_path / "train", rows, name="toy")
+    damage(tmp_path / "train")
+    report = decontaminate(tmp_path / "train", [test_set], tmp_path / "clean")
+    assert list(open_samples(tmp_path / "clean")) == rows[1:]
+    assert report["removed"] == {"unreadable record": 1} and report["unreadable_records"] == ["toy record 0"]
+    damage(test_set)
+    with pytest.raises(UserError, match=r"1 records of the test set .*test cannot be read \(toy record 0 first\)"):
+        decontaminate(tmp_path / "train", [test_set], tmp_path / "other")
 
 
 def test_an_image_that_cannot_be_decoded_is_compared_by_its_bytes(tmp_path):

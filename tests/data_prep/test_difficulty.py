@@ -151,6 +151,7 @@ def test_unreadable_records_are_counted_and_the_rest_measured(tmp_path, tiny, mo
     script(monkeypatch, tiny, [])
     report = run(folder, tmp_path / "out", tiny)
     assert report["left_out"] == {"no gold answer": 1, "unreadable record": 1}
+    assert report["unreadable_records"] == [f"{open_samples(folder).name} record 0"]
     assert report["right"] == {f"tiny/train/{i}": i % 9 for i in range(1, 20)}
 
 

@@ -15,6 +15,7 @@ from data_prep.sources import slake, vqa_rad
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
+from tests.data_prep.samples import damage
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 REFUSALS = [
@@ -119,6 +120,16 @@ def test_what_goes_is_counted_and_listed_and_the_rest_stays_in_order(tmp_path):
     with pytest.raises(UserError, match="nothing is left"):
         filter_dataset(tmp_path / "in", tmp_path / "none", Rules(excluded=("toy",)))
     assert not (tmp_path / "none").exists()
+
+
+def test_damaged_records_are_named_counted_and_left_out(tmp_path):
+    rows = [chat(REFUSALS[0] if i == 2 else f"clear lung number {i}", i) for i in range(6)]
+    write_samples(tmp_path / "in", rows, name="toy")
+    damage(tmp_path / "in")
+    report = filter_dataset(tmp_path / "in", tmp_path / "out", Rules())
+    assert list(open_samples(tmp_path / "out")) == [rows[1], *rows[3:]]
+    assert report["removed"] == {"refusal": 1, "unreadable record": 1} and report["read"] == 6
+    assert report["unreadable_records"] == ["toy record 0"]
 
 
 def test_the_assessments_decision(tmp_path):

@@ -14,6 +14,7 @@ from data_prep.sources import SOURCES
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
+from tests.data_prep.samples import damage
 
 
 def dataset(folder: Path, source: str, count: int, split: str = "train") -> Path:
@@ -93,15 +94,12 @@ def test_user_errors(parts, tmp_path):
         mix([Part(tmp_path / "nowhere")], tmp_path / "mix", 0)
 
 
-def test_a_corrupt_record_stops_the_mixture(parts, tmp_path):
-    (shard,) = parts[0].glob("*array_record*")
-    data = bytearray(shard.read_bytes())
-    records = slice(1000, 6000)  # in a file that is mostly padding
-    data[records] = bytes(records.stop - records.start)
-    shard.write_bytes(data)
-    with pytest.raises(UserError, match=r"cannot be read.*prepare that dataset again"):
-        mix([Part(folder) for folder in parts], tmp_path / "mix", 0)
-    assert not (tmp_path / "mix").exists()
+def test_damaged_records_are_named_and_the_others_stay_where_they_were(parts, tmp_path):
+    mix([Part(folder) for folder in parts], tmp_path / "whole", 0)
+    damage(parts[0])
+    report = mix([Part(folder) for folder in parts], tmp_path / "mix", 0)
+    assert report["unreadable_records"] == ["phantom record 0"] and report["samples"] == 69
+    assert ids(tmp_path / "mix") == [id for id in ids(tmp_path / "whole") if id != "phantom/train/0"]
 
 
 def test_groups_are_balanced_by_the_scarcer_one(parts, tmp_path):

@@ -15,6 +15,7 @@ from infimed_jax.data.packing import build_index
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
+from tests.data_prep.samples import damage
 
 MODEL = config.Model(
     vision=config.Vision(image_size=16, patch_size=4, hidden_size=8, num_heads=2),
@@ -36,7 +37,7 @@ def exported(tmp_path):
     samples = open_samples(tmp_path / "set")
     tokenizer = load_tokenizer(make_tokenizer(["welche Seite weil left"] * 3, tmp_path / "tok", vocab_size=330))
     index = build_index(samples, tokenizer, config.Data(context=128, images_per_row=6), MODEL, tmp_path / "p")
-    assert export_json(samples, index, tmp_path / "rows.jsonl") == index.rows
+    assert export_json(samples, index, tmp_path / "rows.jsonl") == []
     return samples, index, tmp_path
 
 
@@ -59,6 +60,16 @@ def test_the_layout_is_the_papers(exported):
         assert value["lengths"] == index.row(row)[1].tolist()
         first = samples[int(index.row(row)[0][0])]
         assert base64.b64decode(value["data"][0]["images"][0]) == first.images[0]
+
+
+def test_records_damaged_after_packing_are_named_and_leave_their_rows_with_their_lengths(exported):
+    samples, index, folder = exported
+    whole = list(read_rows(folder / "rows.jsonl"))
+    damage(samples.folder)
+    assert export_json(open_samples(samples.folder), index, folder / "again.jsonl") == ["toy record 0"]
+    assert list(read_rows(folder / "again.jsonl")) == [[s for s in row if s.id != "toy/train/0"] for row in whole]
+    for row, line in enumerate((folder / "again.jsonl").read_text(encoding="utf-8").split("\n")[:-1]):
+        assert json.loads(line)["lengths"] == [int(size) for n, size in zip(*index.row(row), strict=True) if n != 0]
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ def decontaminate_(args: argparse.Namespace) -> None:
 
 def mix_(args: argparse.Namespace) -> None:
     from data_prep.mixture import load_mixture, mix
+    from data_prep.steps import UNREADABLE_RECORDS
 
     mixture, missing = load_mixture(args.mixture, args.data, args.skip_missing)
     with bar("mix") as told:
@@ -71,6 +72,8 @@ def mix_(args: argparse.Namespace) -> None:
             mixture.parts, args.output, args.seed, balance=mixture.balance, engine=engine_of(args), on_progress=told
         )
     _print_parts(report)
+    if lost := report[UNREADABLE_RECORDS]:
+        print(f"unreadable records, left out: {len(lost):,} ({', '.join(lost[:3])}{', …' if len(lost) > 3 else ''})")
     for folder in missing:
         print(f"missing, so left out: {folder}")
     print(f"Outputs: {args.output}, {args.output}.json")

@@ -53,18 +53,20 @@ def inspect(args: argparse.Namespace) -> None:
 
 def export_json(args: argparse.Namespace) -> None:
     from data_prep.packed_json import export_json as write
+    from data_prep.steps import UNREADABLE_RECORDS, counted
+    from infimed_jax.data.storage import UNREADABLE
     from infimed_jax.files import write_json
 
     _, samples, index = _packed(args, training=True)
     with bar("export", "rows") as told:
-        rows = write(samples, index, args.output, told)
-    dropped = index.dropped_by_reason()
-    write_json(
-        args.output.with_name(f"{args.output.name}.report.json"),
-        {"rows": rows, "samples": len(index.samples), "dataset": samples.fingerprint, "dropped": dropped},
-    )
+        lost = write(samples, index, args.output, told)
+    written = len(index.samples) - len(lost)
+    unreadable = [name for name, reason in index.dropped if reason == UNREADABLE] + lost
+    dropped = counted(index.dropped_by_reason(), unreadable)
+    report = {"rows": index.rows, "samples": written, "dataset": samples.fingerprint, "dropped": dropped}
+    write_json(args.output.with_name(f"{args.output.name}.report.json"), report | {UNREADABLE_RECORDS: unreadable})
     left_out = "".join(f"; left out, {reason}: {count:,}" for reason, count in dropped.items())
-    print(f"{len(index.samples):,} samples in {rows:,} rows{left_out}")
+    print(f"{written:,} samples in {index.rows:,} rows{left_out}")
     print(f"Outputs: {args.output}")
 
 

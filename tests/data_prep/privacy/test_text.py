@@ -232,12 +232,18 @@ def test_a_stopped_scrub_goes_on_by_shard(tmp_path, monkeypatch):
     assert list(open_samples(tmp_path / "out")) == list(open_samples(tmp_path / "whole"))
 
 
-def test_unreadable_records_are_counted(tmp_path):
-    folder = dataset(tmp_path, [caption(i) for i in range(4)])
+def test_unreadable_records_are_counted_and_named_until_their_shard_is_mended(tmp_path):
+    samples = [caption(i) for i in range(4)]
+    folder = dataset(tmp_path, samples)
+    (shard,) = folder.glob("*.array_record*")
+    content = shard.read_bytes()
     damage(folder)
     report = scrub(folder, tmp_path / "out")
-    lost = report["left_out"]["unreadable record"]
-    assert 0 < lost < 4 and report["samples"] == 4 - lost
+    assert report["left_out"] == {"unreadable record": 1} and report["unreadable_records"] == ["d record 0"]
+    assert list(open_samples(tmp_path / "out")) == samples[1:]
+    shard.write_bytes(content)
+    report = scrub(folder, tmp_path / "out")
+    assert report["left_out"] == {} and list(open_samples(tmp_path / "out")) == samples
 
 
 def test_an_unknown_mode_is_refused(tmp_path):

@@ -18,7 +18,7 @@ from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import write_samples
 from infimed_jax.errors import UserError
 from tests.data_prep import loopback as lo
-from tests.data_prep.samples import caption, picture, question
+from tests.data_prep.samples import caption, damage, picture, question
 
 SECRET = "SECRET-PATIENT-TEXT"
 
@@ -178,6 +178,17 @@ def test_every_reason_for_no_rating_is_named_and_too_few_ratings_decide_nothing(
     assert row["keep"] is None and "no rating" not in row["reason"]
     output = "".join(capsys.readouterr()) + str(error.value) + (tmp_path / "out/report.html").read_text()
     assert SECRET not in output
+
+
+def test_a_damaged_record_has_its_name_among_the_ratings_and_none_itself(tmp_path):
+    write_samples(tmp_path / "d", [caption(i) for i in range(6)], name="d")
+    damage(tmp_path / "d")
+    with lo.serve(lambda body, _: lo.say(rating(4))) as server:
+        result = assess([tmp_path / "d"], tmp_path / "out", endpoint(server), Plan())
+    assert result["sources"]["vqa_rad"]["unrated"] == {"unreadable record": 1}
+    lines = [json.loads(line) for line in (tmp_path / "out/ratings.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["d record 0", *(f"vqa_rad/train/{i}" for i in range(1, 6))]
+    assert [line["rating"] is None for line in lines] == [True] + [False] * 5
 
 
 def test_long_samples_are_cut_for_the_rater_and_counted(tmp_path):

@@ -15,7 +15,7 @@ from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
 from infimed_jax.rl.rewards import score
 from tests.data_prep import loopback as lo
-from tests.data_prep.samples import caption, question
+from tests.data_prep.samples import caption, damage, question
 
 SECRET = "SECRET-PATIENT-TEXT"
 
@@ -80,6 +80,16 @@ def test_only_what_reaches_its_answer_is_kept_and_the_rest_is_counted(tmp_path):
     assert report["sources"] == {"vqa_rad": {"questions": 6, "reached": 3, "draws": 24, "draws_right": 6}}
     assert sum(report["rejected"].values()) + 6 == 24
     assert json.loads((tmp_path / "out.json").read_text()) == report
+
+
+def test_damaged_records_are_named_counted_and_not_asked(tmp_path):
+    folder = dataset(tmp_path, [question(i) for i in range(3)])
+    damage(folder)
+    with lo.serve(lambda body, _: reply("left lung")) as server:
+        report = reflect(folder, tmp_path / "out", endpoint(server), Plan(draws=1, sparse_words=0))
+    assert [s.meta["parent"] for s in open_samples(tmp_path / "out")] == ["vqa_rad/train/1", "vqa_rad/train/2"]
+    assert report["left_out"] == {"unreadable record": 1}
+    assert report["unreadable_records"] == [f"{open_samples(folder).name} record 0"]
 
 
 def test_the_gold_answer_is_never_told(tmp_path):
