@@ -2,6 +2,18 @@
 
 Dates are full dates and months: a year alone is none, as in the Safe Harbor rule of HIPAA (45 CFR 164.514), which also
 sets the age. Every repetition is bounded, so that no text takes more than linear time.
+
+A name stands after its title. By how the title is written:
+
+- `Dr`, `Mr`, `Mrs`, `Ms`, `Miss`, `Prof`, `Doctor`, `Professor`, with a dot or without: a capitalised name.
+- `dr.`, `mr.`, `mrs.`, `ms.`, `prof.` with the dot: a name, capitalised or not. Without it (`dr Smith`): after `dr`,
+  `mrs`, `prof`, `doctor`, `professor`, a capitalised one.
+- `DR.`, `MRS.`, `PROF.` with the dot: a name in capitals. `DR. Smith` is left: diabetic retinopathy ends sentences.
+- Never `MR` and `MS` (magnetic resonance, multiple sclerosis), `dr smith`, `DR SMITH` (digital radiography), `miss`.
+
+Where capitals do not tell names, a name is two words at most, beside initials and particles, and none of `_ORDINARY`
+("dr. said", "DR. NO EDEMA"), so Dr. Will and Dr. May are found in their usual writing alone; nor has it an article or
+a possessive before it ("the dr. wants"), nor `mr.` and `ms.` a number, "on" or "in" ("30 ms. noise").
 """
 
 from __future__ import annotations
@@ -43,6 +55,39 @@ _LISTED = (
 )
 """As lists have it, surname first; "Smith, Age: 61" is followed by another label."""
 
+_ORDINARY = (
+    "a|about|advised|advises|after|again|agreed|agrees|also|am|an|and|appointment|appointments|are|as|asked|asks|at|be"
+    "|because|been|before|but|by|called|calls|can|cannot|chest|comparison|conclusion|could|demonstrated|demonstrates"
+    "|did|do|does|during|examined|examines|explained|explains|felt|feels|findings|for|from|gave|gives|had|has|have|he"
+    "|her|here|his|history|how|i|if|image|images|imaging|impression|in|indication|into|is|it|its|left|lesion|lesions"
+    "|may|might|must|my|no|nor|normal|not|noted|notes|of|office|on|or|ordered|orders|our|patient|performed|performs"
+    "|plaque|plaques|please|prescribed|prescribes|read|reads|recommended|recommends|referred|refers|reported|reports"
+    "|requested|requests|revealed|reveals|reviewed|reviews|right|said|saw|say|says|scan|scans|seen|sees|shall|she"
+    "|should|show|showed|shows|signed|since|so|suggested|suggests|technique|tells|than|that|the|their|then|there|these"
+    "|they|thinks|this|those|thought|to|today|told|tomorrow|visit|visits|was|we|were|what|when|where|which|while|who"
+    "|why|will|with|without|would|writes|wrote|yes|yesterday|you|your"
+)
+"""Words that follow a title which is no title, or a name."""
+_NO_WORD = rf"(?!(?i:{_ORDINARY})(?![{_LETTER}]))"
+_SMALL_LETTER, _CAPITAL = "a-zß-öø-ÿ", "A-ZÀ-ÖØ-Þ"
+
+
+def _in_one_case(first: str, rest: str) -> str:
+    """A name in text whose capitals tell nothing, of such letters."""
+    word = rf"(?i:{_PARTICLES}){_NO_WORD}[{first}][{rest}'’-]{{1,30}}(?![{_LETTER}])"
+    return rf"(?P<x>(?:[{first}]\.\s?){{0,2}}{word}(?:\s(?:[{first}]\.\s)?{word})?)"
+
+
+_NONE_BEFORE = "(?<![A-Za-z])" + "".join(
+    rf"(?<!(?i:\b{word}\s))"
+    for word in (
+        *("the", "a", "an", "this", "that", "another", "every", "each", "any", "no"),
+        *("your", "his", "her", "my", "our", "their", "its"),
+    )
+)
+"""An article or a possessive before a title makes it a noun."""
+_SMALL_TITLE = r"(?:dr|mrs|prof|(?<!\bon\s)(?<!\bin\s)(?<!\d)(?<!\d\s)(?:mr|ms))\."
+
 _OVER_89 = r"(?P<x>9\d|1[0-4]\d)"
 
 _SOURCES: dict[str, tuple[str, ...]] = {
@@ -78,8 +123,11 @@ _SOURCES: dict[str, tuple[str, ...]] = {
         f"(?P<x>{_ZH_DIGITS}{{2,4}}年{_ZH_DIGITS}{{1,3}}月(?:{_ZH_DIGITS}{{1,3}}[日号])?)",
     ),
     "name": (
-        # MR and DR are modalities
         rf"(?<![A-Za-z])(?:Dr|Mr|Mrs|Ms|Miss|Prof|Professor|Doctor)(?:\.\s{{0,3}}|\s{{1,3}}){_PERSON}",
+        rf"(?=[dmp]){_NONE_BEFORE}(?:{_SMALL_TITLE}\s{{0,3}}|(?:dr|mrs|prof|doctor|professor)\s{{1,3}})"
+        rf"{_NO_WORD}{_PERSON}",
+        rf"(?=[dmp]){_NONE_BEFORE}{_SMALL_TITLE}\s{{1,3}}{_in_one_case(_SMALL_LETTER, _SMALL_LETTER)}",
+        rf"(?=[DMP]){_NONE_BEFORE}(?:DR|MRS|PROF)\.\s{{0,3}}{_in_one_case(_CAPITAL, _CAPITAL)}",
         r"(?<![A-Za-z])(?:[Pp]atient(?:'s)?\s[Nn]ame|PATIENT\sNAME|[Nn]ame\sof\s(?:the\s)?patient|Name|NAME)"
         r"\s{0,3}[:=]\s{0,3}" + _LISTED,
         r"(?<![A-Za-z])(?:Radiologist|[Rr]eferring\s(?:[Pp]hysician|[Dd]octor)|[Rr]eported\sby|[Ss]igned\sby)"

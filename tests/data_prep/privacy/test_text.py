@@ -61,6 +61,19 @@ IDENTIFIERS = [
     ("Name: Smith, Age: 61", "Name: [NAME], Age: 61"),
     ("Name: Smith, Male", "Name: [NAME], Male"),
     ("Reported by: Smith, Normal chest", "Reported by: [NAME], Normal chest"),
+    ("seen by dr. smith today", "seen by dr. [NAME] today"),
+    ("dr. john q. smith reviewed the film with prof. van der berg.", "dr. [NAME] reviewed the film with prof. [NAME]."),
+    ("dr. j. smith and mrs. o'brien-müller, per mr. jones", "dr. [NAME] and mrs. [NAME], per mr. [NAME]"),
+    ("ms. jones is a 45 yo", "ms. [NAME] is a 45 yo"),
+    ("in dr. smith's office", "in dr. [NAME] office"),
+    (
+        "dr Smith, dr. Smith, dr.Smith; mrs Jones; doctor John Doe",
+        "dr [NAME], dr. [NAME], dr.[NAME]; mrs [NAME]; doctor [NAME]",
+    ),
+    ("ms. Jones and mr. Jones", "ms. [NAME] and mr. [NAME]"),
+    ("SEEN BY DR. SMITH.", "SEEN BY DR. [NAME]."),
+    ("DR. JOHN SMITH REVIEWED; MRS. O'BRIEN; PROF. VAN DER BERG", "DR. [NAME] REVIEWED; MRS. [NAME]; PROF. [NAME]"),
+    ("PER DR. J. Q. SMITH AND DR. DOE", "PER DR. [NAME] AND DR. [NAME]"),
 ]
 
 
@@ -76,6 +89,13 @@ HARMLESS = [
     "In 2019, stage III, grade 2/3; case no. 5; patient id: unknown.",
     "It may be 5 mm; May the reader decide; the march of time; in the second week.",
     "HU 1234567, 0.123456789, 100000000 cells, 1e-05, pages 1234-1239.",
+    "The dr. said so, the dr. wants it; his dr. Then a dr. came; dr. recommends rest; ask your doctor. Smoking harms.",
+    "dr image, dr chest, dr said, doctor said; saw the doctor Monday; can miss Crohn disease.",
+    "DR IMAGE, DR CHEST, MR IMAGE, MR BRAIN, MS LESION; DO NOT MISS THE APPENDIX; MRS SHOWS CHOLINE.",
+    "SEEN ON MR. LESION IS STABLE. KNOWN MS. PLAQUES PERSIST. SEVERE DR. NO EDEMA. THE DR. CAME.",
+    "Signs of DR. Macula is normal. Proliferative DR. No edema. Compared with MR. Findings: MS. Plaques.",
+    "TE of 30 ms. noise was low, 15ms. Images at TE 30 ms Flip 90, given in ms. Images on mr. lesion; the mr. images.",
+    "mr imaging, ms lesions, mr Imaging; mr.nii, dr.com; mrs. and mr. with dr. or prof.",
     "Doctor and patient agree; Miss rate; miss nothing; the professor.",
     "随访2年3个月，3月后复查，89岁，约5号床，患者王某，女。",
     "对于医生而言，主任医师，高血压，黄色瘤，金属伪影，CT号未知。",
@@ -132,7 +152,26 @@ def test_findings_lie_apart_in_order_inside_the_text(pieces):
 
 
 @pytest.mark.parametrize(
-    "unit", ["a", "1", "1 ", "a.b-", "Dr. ", "A^", "姓名：张", "1-", "+1 ", "patient id ", "王", "a@", "百"]
+    "unit",
+    [
+        "a",
+        "1",
+        "1 ",
+        "a.b-",
+        "Dr. ",
+        "dr. ",
+        "dr. a. ",
+        "dr. van ",
+        "DR. A",
+        "A^",
+        "姓名：张",
+        "1-",
+        "+1 ",
+        "patient id ",
+        "王",
+        "a@",
+        "百",
+    ],
 )
 def test_long_hostile_text_takes_no_more_than_linear_work(unit):
     # a pattern that backtracks would not come back from these
