@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import shutil
 import sys
@@ -62,7 +63,7 @@ def measure_ingest(args: argparse.Namespace) -> list[dict[str, Any]]:
     images = write_images(folder, args.images)
     write_tars(tars, images, 8)
     rows = []
-    for source, input, jobs in (("llava_json", folder, 1), ("datacomp", tars, 1), ("datacomp", tars, -1)):
+    for (source, input), jobs in itertools.product((("llava_json", folder), ("datacomp", tars)), (1, -1)):
         files = images if source == "llava_json" else sorted(tars.iterdir())
         reads, copies, ingests = [], [], []
         for _ in range(args.rounds):

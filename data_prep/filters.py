@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from data_prep.engine import HERE, Engine, Progress
-from data_prep.sources.files import read_json
+from data_prep.sources.rows import read_json
 from data_prep.steps import Slice, make_dataset, removed_report, slices, write_kept
 from infimed_jax.data.images import FORMATS
 from infimed_jax.data.sample import Sample

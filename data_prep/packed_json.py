@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 from data_prep.engine import HERE, Engine, Progress
 from data_prep.faults import NOT_JSON, Unusable
-from data_prep.sources.files import json_rows, read_json
+from data_prep.sources.rows import json_rows, read_json
 from data_prep.steps import make_dataset, readable, write_stream
 from infimed_jax.data.packing import PackingIndex
 from infimed_jax.data.sample import Kind, Sample, Turn

@@ -16,15 +16,16 @@ from typing import Any
 from data_prep.engine import HERE, Engine
 from data_prep.image_bytes import Kept, keep_image
 from data_prep.sources import SOURCES
-from data_prep.sources.files import NoFiles, read_json
+from data_prep.sources.files import NoFiles
+from data_prep.sources.rows import read_json
 from data_prep.sources.source import Source, check_split, with_options
-from data_prep.steps import NoSamples, forget, make_dataset
+from data_prep.steps import NoSamples, finished_report, forget, make_dataset
 from infimed_jax.data.sample import Sample, Skipped
 from infimed_jax.data.storage import SHARD_SIZE, write_shard
 from infimed_jax.errors import UserError
 from infimed_jax.files import write_json
 
-VERSION = 4
+VERSION = 5
 """Of what adapters make of the same files; raise it when that changes, so that datasets are prepared again."""
 _REMEMBERED = 100_000
 """Images whose verdict is kept, in case they come again."""
@@ -116,9 +117,11 @@ def _ingest_split(
 ) -> dict[str, Any]:
     recipe = {"version": VERSION, "source": adapter.name, "split": split, "inputs": inputs, "limit": limit}
     recipe |= {"options": recorded}
+    if (finished := finished_report(output / split, recipe)) is not None:
+        return finished  # before a long file is cut
     # Without shards of its own a source is one stream, in this process; a limit counts along the stream, too.
-    shards = [] if adapter.shards is None else adapter.shards(input, split)
-    pieces = [tuple(shards)] if limit or not shards else [(shard,) for shard in shards]
+    shards = [] if limit or adapter.shards is None else adapter.shards(input, split)
+    pieces = [(shard,) for shard in shards] or [()]
     if len(pieces) == 1:
         engine = HERE
     work = partial(_ingest_piece, adapter.name, options, input, split, limit, on_progress if len(pieces) == 1 else None)
@@ -183,16 +186,18 @@ def _ingest_piece(
     split: str,
     limit: int | None,
     on_progress: Progress | None,
-    shards: tuple[str, ...],
+    shard: tuple[Any, ...],
     folder: Path,
     name: str,
 ) -> dict[str, Any]:
-    """Write the piece's shards, each with the place where it ended, so that a stopped run goes on behind the last."""
+    """Write the piece's shards, each with the place where it ended, so that a stopped run goes on behind the last.
+
+    `shard` is one of the source's; empty, the piece is the whole split.
+    """
     adapter, _ = with_options(SOURCES[source], options)
     places = [read_json(file, dict) for file in sorted(folder.glob(f"at-{name}-*.json"))]
-    streams = [adapter.read(input, split, shard) for shard in shards] or [adapter.read(input, split)]
     read = places[-1]["read"] if places else 0
-    records = enumerate(itertools.islice(itertools.chain.from_iterable(streams), read, None), start=read + 1)
+    records = enumerate(itertools.islice(adapter.read(input, split, *shard), read, None), start=read + 1)
     kept = sum(place["kept"] for place in places)
     seen: dict[bytes, Kept] = {}
     while not places or places[-1]["kept"] == SHARD_SIZE:

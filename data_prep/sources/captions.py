@@ -8,17 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.faults import NO_TEXT, Unusable
-from data_prep.sources.files import (
-    Images,
-    all_files,
-    csv_rows,
-    find_files,
-    json_rows,
-    read_json,
-    shard_name,
-    shards_of,
-)
+from data_prep.sources.files import Images, all_files, find_files, shard_name, shards_of
 from data_prep.sources.parquet import parquet_rows
+from data_prep.sources.parts import csv_parts, json_parts
+from data_prep.sources.rows import WHOLE, Part, Table, csv_rows, json_rows, read_json
 from data_prep.sources.source import Row, Source, caption_sample, filled, need, once, records, text
 from infimed_jax.data.sample import Sample, Skipped
 
@@ -38,18 +31,26 @@ def _sample_by_id(images: Images, caption: str, source_id: str, id: str, row: Ro
     return _sample(images, "image", caption, source_id, id, row | {"image": f"{text(row[source_id])}.jpg"})
 
 
-def read_roco(folder: Path, split: str) -> Iterator[Sample | Skipped]:
+def _roco_table(folder: Path, split: str) -> tuple[Path, Table]:
     """The table that `name`s the image files where there is one, else the repository's tab-separated captions."""
     short = {"train": "train", "validation": "val", "test": "test"}[split]
-    images = Images(folder / split / "radiology" / "images", folder / split / "radiology" / "images.zip")
     names = (f"radiology{short}data.csv", f"radiology{split}data.csv", "radiology/captions.txt")
     found = find_files(folder, *(f"{split}/{name}" for name in names))[0]
     if found.suffix == ".csv":
-        rows, make = csv_rows(found, ("id", "name", "caption")), partial(_sample, images, "name", "caption", "id")
-    else:
-        rows = csv_rows(found, ("id", "caption"), delimiter="\t", header=False, quoted=False)
-        make = partial(_sample_by_id, images, "caption", "id")
-    yield from records(f"roco/{split}", rows, make)
+        return found, Table(("id", "name", "caption"))
+    return found, Table(("id", "caption"), delimiter="\t", header=False, quoted=False)
+
+
+def _roco_parts(folder: Path, split: str) -> list[Part]:
+    return csv_parts(*_roco_table(folder, split))
+
+
+def read_roco(folder: Path, split: str, part: Part = WHOLE) -> Iterator[Sample | Skipped]:
+    images = Images(folder / split / "radiology" / "images", folder / split / "radiology" / "images.zip")
+    file, table = _roco_table(folder, split)
+    named = partial(_sample, images, "name", "caption", "id")
+    make = named if table.header else partial(_sample_by_id, images, "caption", "id")
+    yield from records(f"roco/{split}", csv_rows(file, table, part), make, part.first)
 
 
 def _rocov2_files(folder: Path, split: str) -> list[Path]:
@@ -57,29 +58,48 @@ def _rocov2_files(folder: Path, split: str) -> list[Path]:
     return find_files(folder, f"{short}_captions.csv", f"data/{split}-*.parquet")
 
 
-def read_rocov2(folder: Path, split: str, shard: str | None = None) -> Iterator[Sample | Skipped]:
+_ROCOV2_TABLE = Table(("ID", "Caption"))
+
+
+def _rocov2_shards(folder: Path, split: str) -> list[str | Part]:
+    files = _rocov2_files(folder, split)
+    if files[0].suffix == ".csv":
+        return csv_parts(files[0], _ROCOV2_TABLE)
+    return [shard_name(folder, file) for file in files]
+
+
+def read_rocov2(folder: Path, split: str, shard: str | Part = WHOLE) -> Iterator[Sample | Skipped]:
     short = {"train": "train", "validation": "valid", "test": "test"}[split]
     images = Images(folder / short, folder / f"{short}_images", folder / short / short, folder / f"{short}_images.zip")
-    for file in [folder / shard] if shard else _rocov2_files(folder, split):
+    part = shard if isinstance(shard, Part) else WHOLE
+    for file in _rocov2_files(folder, split) if isinstance(shard, Part) else [folder / shard]:
         if file.suffix == ".csv":
-            rows, make = csv_rows(file, ("ID", "Caption")), partial(_sample_by_id, images, "Caption", "ID")
+            rows, make = csv_rows(file, _ROCOV2_TABLE, part), partial(_sample_by_id, images, "Caption", "ID")
         else:
             columns = ("image", "image_id", "caption")
             rows, make = parquet_rows(file, columns), partial(_sample, images, "image", "caption", "image_id")
-        yield from records(f"rocov2/{split}/{shard_name(folder, file)}", rows, make)
+        yield from records(f"rocov2/{split}/{shard_name(folder, file)}", rows, make, part.first)
 
 
-def read_pmc_oa(folder: Path, split: str) -> Iterator[Sample | Skipped]:
+def _pmc_oa_file(folder: Path, split: str) -> Path:
     files = {
         "train": ("train.jsonl", "pmc_oa.jsonl"),
         "validation": ("valid.jsonl",),
         "test": ("test.jsonl",),
         "train_beta": ("pmc_oa_beta.jsonl",),
     }
+    return find_files(folder, *files[split])[0]
+
+
+def _pmc_oa_parts(folder: Path, split: str) -> list[Part]:
+    return json_parts(_pmc_oa_file(folder, split))
+
+
+def read_pmc_oa(folder: Path, split: str, part: Part = WHOLE) -> Iterator[Sample | Skipped]:
     places = ("caption_T060_filtered_top4_sep_v0_subfigures", "images")
     images = Images(*(folder / place for place in places), folder / "images.zip")
-    rows = json_rows(find_files(folder, *files[split])[0])
-    yield from records(f"pmc_oa/{split}", rows, partial(_sample, images, "image", "caption", "pmcid"))
+    rows = json_rows(_pmc_oa_file(folder, split), part=part)
+    yield from records(f"pmc_oa/{split}", rows, partial(_sample, images, "image", "caption", "pmcid"), part.first)
 
 
 def _medtrinity_files(folder: Path, split: str) -> list[Path]:
@@ -153,6 +173,7 @@ SOURCES = (
         obtain="razorx89/roco-dataset, whose scripts/fetch.py fetches the images; the tables are in its copy on Kaggle",
         notes="licences are listed by image in the repository's licences.txt and are not read here",
         read=read_roco,
+        shards=_roco_parts,
     ),
     Source(
         name="rocov2",
@@ -166,7 +187,7 @@ SOURCES = (
         notes="the licence is the Hub card's; its articles are CC BY or CC BY-NC. The folders of the Zenodo archives "
         "are not verified here",
         read=read_rocov2,
-        shards=shards_of(_rocov2_files),
+        shards=_rocov2_shards,
     ),
     Source(
         name="pmc_oa",
@@ -179,6 +200,7 @@ SOURCES = (
         obtain="axiong/pmc_oa on the Hugging Face Hub",
         notes="excluded by the paper for its quality; layout as of the dataset card",
         read=read_pmc_oa,
+        shards=_pmc_oa_parts,
     ),
     Source(
         name="medtrinity",

@@ -12,8 +12,10 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.faults import NO_ANSWER, NO_IMAGE, NO_QUESTION, NOT_AN_OPTION, Unusable
-from data_prep.sources.files import Images, csv_rows, find_files, json_rows, shard_name, shards_of
+from data_prep.sources.files import Images, find_files, shard_name, shards_of
 from data_prep.sources.parquet import parquet_rows
+from data_prep.sources.parts import csv_parts
+from data_prep.sources.rows import WHOLE, Part, Table, csv_rows, json_rows
 from data_prep.sources.source import Row, Source, choice_sample, filled, need, qa_sample, records, text
 from infimed_jax.data.prompts import LETTERS
 from infimed_jax.data.sample import Sample, Skipped
@@ -28,13 +30,24 @@ _PMC_FILES = {
 _CHOICES = re.compile(r"\s*Answer Choices:\s*\(A\).*\Z", re.DOTALL)
 
 
-def read_pmc_vqa(folder: Path, split: str) -> Iterator[Sample | Skipped]:
+def _pmc_table(folder: Path, split: str) -> tuple[Path, Table]:
+    columns = ("Figure_path", "Question", *(f"Choice {letter}" for letter in "ABCD"), _pmc_answer(split))
+    return find_files(folder, *_PMC_FILES[split])[0], Table(columns)
+
+
+def _pmc_answer(split: str) -> str:
+    return "Answer_label" if split.endswith("v1") else "Answer"
+
+
+def _pmc_parts(folder: Path, split: str) -> list[Part]:
+    return csv_parts(*_pmc_table(folder, split))
+
+
+def read_pmc_vqa(folder: Path, split: str, part: Part = WHOLE) -> Iterator[Sample | Skipped]:
     """Version 2 (`Answer` is the letter) and version 1 (`Answer_label` is, `Answer` the text)."""
-    file = find_files(folder, *_PMC_FILES[split])[0]
-    answer = "Answer_label" if split.endswith("v1") else "Answer"
     images = Images(*(folder / place for place in ("figures", "images", "images_2", "images_2.zip", "images.zip")))
-    rows = csv_rows(file, ("Figure_path", "Question", *(f"Choice {letter}" for letter in "ABCD"), answer))
-    yield from records(f"pmc_vqa/{split}", rows, partial(_pmc_sample, images, answer))
+    rows = csv_rows(*_pmc_table(folder, split), part)
+    yield from records(f"pmc_vqa/{split}", rows, partial(_pmc_sample, images, _pmc_answer(split)), part.first)
 
 
 def _pmc_sample(images: Images, answer: str, id: str, row: Row) -> Sample:
@@ -168,6 +181,7 @@ SOURCES = (
         obtain="xmcmic/PMC-VQA on the Hugging Face Hub",
         notes="the card says CC BY-SA without a version, from articles whose licence allows commercial use",
         read=read_pmc_vqa,
+        shards=_pmc_parts,
     ),
     Source(
         name="omnimedvqa",

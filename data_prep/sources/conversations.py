@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.faults import BAD_TURNS, IMAGE_MARKS, NO_TEXT, VIDEO, Unusable
-from data_prep.sources.files import Images, find_files, json_rows
+from data_prep.sources.files import Images, find_files
+from data_prep.sources.parts import json_parts
+from data_prep.sources.rows import WHOLE, Part, json_rows
 from data_prep.sources.source import Option, Row, Source, caption_sample, filled, records, text
 from infimed_jax.data.sample import Sample, Skipped, Turn
 
@@ -30,6 +32,7 @@ def read(
     flat: bool,
     folder: Path,
     split: str,
+    part: Part = WHOLE,
     annotations: str | None = None,
     images: str | None = None,
 ) -> Iterator[Sample | Skipped]:
@@ -37,8 +40,17 @@ def read(
     places = (images,) if images else image_places
     found = Images(*(folder / place for place in places), flat=flat)
     make = partial(_sample, found, split == "documents", captioning)
+    rows = json_rows(_file(file, folder, split, annotations), part=part)
+    yield from records(f"{name}/{split}", rows, make, part.first)
+
+
+def _file(file: str, folder: Path, split: str, annotations: str | None) -> Path:
     pattern = annotations or file.format(split=split)
-    yield from records(f"{name}/{split}", json_rows(find_files(folder, *pattern.split("|"))[0]), make)
+    return find_files(folder, *pattern.split("|"))[0]
+
+
+def parts(file: str, folder: Path, split: str, annotations: str | None = None, images: str | None = None) -> list[Part]:
+    return json_parts(_file(file, folder, split, annotations))
 
 
 def _sample(images: Images, document: bool, captioning: bool, id: str, row: Row) -> Sample:
@@ -112,6 +124,7 @@ def _source(
         "columns": _COLUMNS,
         "layout": f"{' or '.join(file.split('|'))}; images in {' or '.join(place or '.' for place in places)}",
         "read": partial(read, name, file, places, captioning, flat),
+        "shards": partial(parts, file),
     }
     return Source(name=name, title=title, **(defaults | facts))
 

@@ -23,8 +23,9 @@ from data_prep.faults import (
     TOO_MANY_IMAGES,
     Unusable,
 )
-from data_prep.sources.files import Images, all_files, find_files, json_rows, shard_name, shards_of
+from data_prep.sources.files import Images, all_files, find_files, shard_name, shards_of
 from data_prep.sources.parquet import parquet_rows
+from data_prep.sources.rows import json_rows
 from data_prep.sources.source import Row, Source, text
 from data_prep.sources.webdataset import json_member
 from infimed_jax.data.sample import Sample, Skipped, Turn

@@ -9,7 +9,8 @@ from itertools import chain
 from pathlib import Path
 
 from data_prep.faults import IMAGE_MISSING, NO_TEXT, Unusable
-from data_prep.sources.files import Images, csv_rows
+from data_prep.sources.files import Images
+from data_prep.sources.rows import Table, csv_rows
 from data_prep.sources.source import Row, Source, caption_sample, filled, once, records, text
 from infimed_jax.data.sample import Sample, Skipped
 
@@ -20,13 +21,13 @@ def read(folder: Path, split: str) -> Iterator[Sample | Skipped]:
     """Frontal views first. A row of the projections that cannot be read is listed too."""
     projections: dict[str, list[tuple[str, str]]] = defaultdict(list)
     broken: list[Unusable] = []
-    for row in csv_rows(folder / "indiana_projections.csv", ("uid", "filename", "projection")):
+    for row in csv_rows(folder / "indiana_projections.csv", Table(("uid", "filename", "projection"))):
         if isinstance(row, Unusable):
             broken.append(row)
         else:
             projections[text(row["uid"])].append((text(row["projection"]), text(row["filename"])))
     images = Images(folder / "images" / "images_normalized", folder / "images", folder / "images.zip")
-    reports = csv_rows(folder / "indiana_reports.csv", ("uid", "findings", "impression"))
+    reports = csv_rows(folder / "indiana_reports.csv", Table(("uid", "findings", "impression")))
     rows = chain(once(reports, "uid"), broken)
     yield from records(f"{NAME}/{split}", rows, partial(_sample, images, projections))
 

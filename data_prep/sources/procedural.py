@@ -21,7 +21,8 @@ import joblib
 import numpy as np
 
 from data_prep.faults import IMAGE_MISSING
-from data_prep.sources.files import read_image, read_json, read_rows
+from data_prep.sources.files import read_image
+from data_prep.sources.rows import read_json, read_rows
 from data_prep.sources.source import Source
 from infimed_jax.data.prompts import LETTERS, question_sample
 from infimed_jax.data.sample import Kind, Sample, Skipped, Turn

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.faults import LANGUAGE, Unusable
-from data_prep.sources.files import Images, read_rows
+from data_prep.sources.files import Images
+from data_prep.sources.rows import read_rows
 from data_prep.sources.source import Row, Source, filled, qa_sample, question_and_answer, records, text
 from infimed_jax.data.sample import Sample, Skipped
 

@@ -53,8 +53,8 @@ class Source:
     obtain: str
     """How a user comes by those files."""
     read: Callable[..., Iterator[Sample | Skipped]]
-    """(input folder, split, **options) to samples in a fixed order; (input folder, split, shard, **options) where there
-    are `shards`. UserError: the folder or a file of annotations is unusable."""
+    """(input folder, split, **options) to samples in a fixed order; (input folder, split, shard, **options) to those of
+    one of the `shards`. UserError: the folder or a file of annotations is unusable."""
     size: str = ""
     """As published."""
     columns: tuple[str, ...] = ()
@@ -63,9 +63,10 @@ class Source:
     notes: str = ""
     """What a user should know, and what has not been verified on the published files."""
     options: tuple[Option, ...] = ()
-    shards: Callable[[Path, str], list[str]] | None = None
-    """(input folder, split) to the names of pieces that can be read apart, so in parallel: the tars of a WebDataset.
-    One after the other they give the samples of the split, ids included. None: a split is one piece."""
+    shards: Callable[..., list[Any]] | None = None
+    """(input folder, split, **options) to what can be read apart, so in parallel: the tars of a WebDataset, by name, or
+    the `Part`s of one long file. One after the other they give the samples of the split, ids included. None: a split
+    is one piece."""
 
 
 def with_options(source: Source, given: Mapping[str, str]) -> tuple[Source, dict[str, str]]:
@@ -93,7 +94,8 @@ def with_options(source: Source, given: Mapping[str, str]) -> tuple[Source, dict
     recorded = {name: str(value) for name, value in values.items() if value is not None}
     if not values:
         return source, recorded
-    return replace(source, read=partial(source.read, **values)), recorded
+    shards = source.shards and partial(source.shards, **values)
+    return replace(source, read=partial(source.read, **values), shards=shards), recorded
 
 
 class Secret(bytes):
@@ -135,9 +137,12 @@ def check_split(source: Source, split: str) -> None:
     raise UserError(f"source {source.name} has no split {split!r}: its splits are {have}")
 
 
-def records(prefix: str, rows: Iterable[Any], sample: Callable[[str, Any], Sample]) -> Iterator[Sample | Skipped]:
-    """One record a row, numbered: the sample, or why there is none. `sample(id, row)` may raise Unusable."""
-    for number, row in enumerate(rows):
+def records(
+    prefix: str, rows: Iterable[Any], sample: Callable[[str, Any], Sample], first: int = 0
+) -> Iterator[Sample | Skipped]:
+    """One record a row, numbered from `first` on: the sample, or why there is none. `sample(id, row)` may raise
+    Unusable."""
+    for number, row in enumerate(rows, start=first):
         id = f"{prefix}/{number:05d}"
         try:
             if isinstance(row, Unusable):

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources.files import Images, csv_rows
+from data_prep.sources.files import Images
+from data_prep.sources.rows import Table, csv_rows
 from data_prep.sources.source import Row, Source, filled, qa_sample, question_and_answer, records, text
 from infimed_jax.data.sample import Sample, Skipped
 
@@ -28,7 +29,7 @@ _LAYOUT = {
 def read(folder: Path, split: str) -> Iterator[Sample | Skipped]:
     place, file, image_folders, columns = _LAYOUT[split]
     images = Images(*(folder / place / name for name in image_folders))
-    rows = csv_rows(folder / place / file, columns, delimiter="|", header=False, quoted=False)
+    rows = csv_rows(folder / place / file, Table(columns, delimiter="|", header=False, quoted=False))
     yield from records(f"{NAME}/{split}", rows, partial(_sample, images))
 
 

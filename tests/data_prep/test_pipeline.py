@@ -282,13 +282,14 @@ def test_what_a_killed_worker_had_begun_makes_room_before_work_begins(hostile, t
 
 def lettered(folder: Path, split: str, shard: str | None = None) -> Iterator[Sample | Skipped]:
     """A source whose shards are files, a sample a line."""
-    for number, line in enumerate((folder / shard).read_text().splitlines()):
-        id = f"lettered/{split}/{shard}/{number}"
-        yield (
-            Sample(id, "lettered", split, "document", (), (Turn("document", (line,)),))
-            if line
-            else Skipped(id, "blank")
-        )
+    for file in [folder / shard] if shard else sorted(folder.iterdir()):
+        for number, line in enumerate(file.read_text().splitlines()):
+            id = f"lettered/{split}/{file.name}/{number}"
+            yield (
+                Sample(id, "lettered", split, "document", (), (Turn("document", (line,)),))
+                if line
+                else Skipped(id, "blank")
+            )
 
 
 def test_a_source_in_shards_is_read_apart_and_joined_in_order(tmp_path, monkeypatch):
