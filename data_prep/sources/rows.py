@@ -43,6 +43,13 @@ _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*("?)|[{}\[\],]', re.DOTALL)
 """A whole string, or as much of it as there is, or a mark of structure."""
 _INSIDE = re.compile(rb'(?:[^"{}\[\]]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+', re.DOTALL)
 """What an element holds up to its next bracket, or up to a string that is cut: passed over at once."""
+_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_FLAT = _INNER = rb'(?:[^"{}\[\]]++|' + _STRING + rb")*+"
+for _ in range(4):
+    _INNER = _FLAT + rb"(?:[{\[]" + _INNER + rb"[}\]]" + _FLAT + rb")*+"
+_NEST = re.compile(_INNER + rb"[}\]]", re.DOTALL)
+"""What follows an opening bracket up to its closing one, where no more than four lie in one another between them: at
+once, as nearly all rows allow, in less than half of the time that bracket by bracket takes."""
 _STRING_REST = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*("?)', re.DOTALL)
 
 
@@ -245,7 +252,10 @@ def elements(file: Path, limit: int, start: int = 0) -> Iterator[tuple[bytes | N
             if mark[:1] == b'"':
                 quoted = not match[1]
             elif mark in b"{[":
-                depth += 1
+                if depth == 0 and (nest := _NEST.match(chunk, at)):
+                    at = nest.end()
+                else:
+                    depth += 1
             elif depth and mark in b"}]":
                 depth -= 1
             elif not depth and mark in b",]":

@@ -67,7 +67,7 @@ def small():
     mark=st.sampled_from([b"", codecs.BOM_UTF8]),
     head=st.sampled_from([b"", b"\n \n"]),
     listed=st.booleans(),
-    chunk=st.integers(1, 40),
+    chunk=st.integers(1, 40) | st.just(2**20),
 )
 def test_json_read_apart_is_what_it_is_whole(tmp_path_factory, lines, newline, mark, head, listed, chunk):
     file = tmp_path_factory.mktemp("json") / "x.json"

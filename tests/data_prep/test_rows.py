@@ -31,7 +31,7 @@ VALUES = st.recursive(
 @settings(deadline=None, max_examples=60)
 @given(
     rows=st.lists(st.dictionaries(st.text('ab\\"', max_size=3), VALUES, max_size=3), max_size=6),
-    chunk=st.integers(1, 40),
+    chunk=st.integers(1, 40) | st.just(2**20),
     ascii_only=st.booleans(),
     indent=st.sampled_from([None, 1]),
 )
@@ -43,6 +43,13 @@ def test_json_lists_equal_the_standard_parser_at_any_chunk_size(tmp_path_factory
         assert list(json_rows(file)) == rows
     file.write_text("\n".join(json.dumps(row, ensure_ascii=ascii_only) for row in rows), encoding="utf-8")
     assert list(json_rows(file)) == rows
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 5, 6, 7, 40])
+def test_rows_of_any_depth_are_told_apart(tmp_path, depth):
+    row = {"a": json.loads("[" * depth + '"]}", 1' + "]" * depth), "b": '[{"'}
+    (tmp_path / "x.json").write_text(json.dumps([row, {"c": []}, row]))
+    assert list(json_rows(tmp_path / "x.json")) == [row, {"c": []}, row]
 
 
 def test_bad_lines_are_named_and_the_others_kept(tmp_path):
