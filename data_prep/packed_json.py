@@ -104,8 +104,12 @@ def _samples(row: dict[str, Any], where: str) -> list[Sample]:
             raise ValueError(f"{len(data)} samples, but {len(lengths)} lengths")
         return [_from_json(value) for value in data]
     except (ValueError, KeyError, TypeError, AttributeError, binascii.Error) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"{where} is no packed row ({what}): export it again") from error
+        if isinstance(
+            error, KeyError
+        ):  # as in rows of other programs, whose text does not say who speaks to which image
+            mend = "give what `data export-json` writes; what other programs wrote enters by a source of `data ingest`"
+            raise UserError(f"{where} is no packed row (no {error}): {mend}") from error
+        raise UserError(f"{where} is no packed row ({error}): export it again") from error
 
 
 def _to_json(sample: Sample) -> dict[str, Any]:

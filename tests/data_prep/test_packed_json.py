@@ -86,6 +86,14 @@ def test_broken_lines_are_named_and_leave_nothing(exported, line):
         import_json([folder / "nowhere"], folder / "back", "toy")
 
 
+def test_bare_rows_of_other_programs_are_sent_to_a_source(tmp_path):
+    """Image and text alone do not say who speaks, what is learnt, or where images stand: no guess is made."""
+    row = {"data": [{"image": "AAD/", "text": "<image>\nA chest."}], "lengths": [7]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match=r"row 1 is no packed row \(no 'turns'\): .* a source of `data ingest`"):
+        import_json([tmp_path / "rows.jsonl"], tmp_path / "back", "toy")
+
+
 def put(value: dict, path: tuple, other: object) -> None:
     *parents, last = path
     for key in parents:
