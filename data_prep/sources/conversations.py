@@ -50,6 +50,7 @@ def _file(file: str, folder: Path, split: str, annotations: str | None) -> Path:
 
 
 def parts(file: str, folder: Path, split: str, annotations: str | None = None, images: str | None = None) -> list[Part]:
+    """`Source.shards`: where the images are does not matter."""
     return json_parts(_file(file, folder, split, annotations))
 
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep.archives import ZipFiles
 from data_prep.faults import Unusable
 from data_prep.sources import files
 from data_prep.sources.files import Images, all_files, find_files, shards_of
@@ -101,6 +102,16 @@ def test_images_come_from_folders_then_archives(tmp_path):
     for cell in (None, {}, {"bytes": b""}, b"", 7):
         with pytest.raises(Unusable, match="image missing"):
             images.cell(cell)
+
+
+def test_an_archive_is_indexed_once_and_again_when_it_is_another(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(files, "ZipFiles", lambda file: made.append(file) or ZipFiles(file))
+    for content in (b"one", b"another"):
+        with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+            archive.writestr("a.jpg", content)
+        assert [Images(tmp_path / "images.zip").read("a.jpg") for _ in range(3)] == [content] * 3
+    assert len(made) == 2
 
 
 def test_an_image_above_the_bound_is_named_and_not_read(tmp_path, monkeypatch):
