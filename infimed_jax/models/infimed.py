@@ -131,6 +131,11 @@ def hidden_states(params: Params, batch: Batch, model: config.Model, compute: Co
     return Qwen3(model.text, compute).apply({"params": params["text"]}, x, batch.positions, mask)
 
 
+def next_tokens(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """What each place predicts; the last predicts nothing and gets 0, so its weight must be 0 (`build_row`)."""
+    return jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+
+
 def token_logprobs(
     params: Params,
     hidden: Float[Array, "B T D"],

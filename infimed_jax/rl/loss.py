@@ -86,7 +86,7 @@ def completion_logprobs(
     hidden = infimed.hidden_states(params, batch, model, compute)
     if temperature != 1.0:
         hidden = hidden / temperature
-    targets = jnp.roll(batch.tokens, -1, axis=1)  # the last position has no successor, and weight 0
+    targets = infimed.next_tokens(batch.tokens)
     return infimed.token_logprobs(params, hidden, targets, batch.loss_weights, model, compute)
 
 

@@ -31,8 +31,7 @@ def next_token_loss(model: config.Model, compute: Compute) -> LossFn:
 
     def loss_fn(params: Params, batch: Batch) -> tuple[Array, dict[str, Array]]:
         hidden = infimed.hidden_states(params, batch, model, compute)
-        # The last place predicts nothing: build_row gives it weight 0, so whatever roll brings there is unused.
-        targets = jnp.roll(batch.tokens, -1, axis=1)
+        targets = infimed.next_tokens(batch.tokens)
         logprobs, entropy = infimed.token_logprobs(params, hidden, targets, batch.loss_weights, model, compute)
         weights = batch.loss_weights
         return -jnp.sum(weights * logprobs), {"weight": jnp.sum(weights), "entropy": jnp.sum(weights * entropy)}

@@ -39,7 +39,7 @@ def models(draw) -> config.Model:
         num_layers=draw(number),
         num_heads=kv_heads * draw(number),
         num_kv_heads=kv_heads,
-        head_dim=2 * draw(number),
+        head_dim=2 + 2 * draw(number),  # JAX >= 0.11 drops the sharding of slices of one element: half a head of two
         tie_embeddings=draw(st.booleans()),
     )
     return config.Model(vision, config.Projector(vision.num_patches), text)
