@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from infimed_jax.models.compute import Compute
 from infimed_jax.models.infimed import abstract_params, init_params
 from infimed_jax.models.lora import merge_lora, scale_of
 from infimed_jax.plan.memory import choose_remat
+from infimed_jax.processes import gathered, speaker
 from infimed_jax.train import telemetry
 from infimed_jax.train.checkpoint import Checkpoints
 from infimed_jax.train.curve import CURVE, draw_curve
@@ -148,7 +150,7 @@ def _run(
         metrics_log.close()
     checkpoints.wait()
     checkpoints.verify(loader.steps, state)
-    result = _result(cfg, state, metrics_log.rows, _data_report(loader, metadata))
+    result = _result(cfg, state, metrics_log.rows, _data_report(loader, metadata, metrics_log.rows))
     if main:
         draw_curve(result.history, f"{cfg.train.stage}: {folder}", folder / CURVE)
         write_json(folder / RESULT, {k: v for k, v in vars(result).items() if k not in ("params", "history")})
@@ -268,10 +270,11 @@ def _steps(
         if row["bad_records"]:
             met = [*metrics_log.rows, row]
             loader.check_bad_records(*(sum(row[name] for row in met) for name in ("bad_records", "samples")))
-        _check_weight(row, ids)
         if row["skipped"]:
-            row["skipped_ids"] = ids
-            log.warning("step %d: loss or gradient not finite, update skipped; samples %s", step, _few(ids))
+            words = "%sstep %d: loss or gradient not finite, update skipped; samples %s"
+            log.warning(words, speaker(), step, _few(ids))
+            row["skipped_ids"] = ids = [name for part in gathered(ids) for name in part]
+        _check_weight(row, ids)
         metrics_log.write(row)
         _check_skips(cfg, metrics_log.rows, ids, checkpoints)
         if step % cfg.train.log_every == 0 or step == total:
@@ -310,8 +313,8 @@ def _steps(
             # In a run of skipped updates saves would push out the states from before it.
             if stop or step == total or (due and not metrics_log.rows[-1]["skipped"]):
                 due = False
-                bad = metadata["bad_records"] | loader.report()["bad_record_ids"]
                 watchdog.beat(f"step {step}: saving")
+                bad = _bad_records(loader, metadata, metrics_log.rows)
                 checkpoints.save(step, state, metadata | {"bad_records": bad, "step": step})
             if stop and step < total:
                 checkpoints.wait()
@@ -353,10 +356,19 @@ def _few(ids: list[str], most: int = 8) -> str:
     return ", ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
 
 
-def _data_report(loader: Loader, metadata: Metadata) -> dict[str, Any]:
-    """The loader's report, with the bad records that were met before the last resume."""
-    report = loader.report()
-    return report | {"bad_record_ids": metadata["bad_records"] | report["bad_record_ids"]}
+def _bad_records(loader: Loader, metadata: Metadata, rows: list[Row]) -> dict[str, str]:
+    """Id -> reason, of all processes and of the whole run; asked of the others only where a step counted one."""
+    met = any(row["bad_records"] for row in rows if row["step"] > loader.start_step)
+    found = gathered(loader.report()["bad_record_ids"]) if met else []
+    return dict(sorted(item for part in (metadata["bad_records"], *found) for item in part.items()))
+
+
+def _data_report(loader: Loader, metadata: Metadata, rows: list[Row]) -> dict[str, Any]:
+    """The loader's report, of all processes, with the bad records that were met before the last resume."""
+    report, bad = loader.report(), _bad_records(loader, metadata, rows)
+    counts = dict(sorted(Counter(bad.values()).items()))
+    read = sum(gathered(report["records_read"]))
+    return report | {"records_read": read, "bad_records": counts, "bad_record_ids": bad}
 
 
 def _result(cfg: Config, state: TrainState, rows: list[Row], data: dict[str, Any]) -> TrainResult:

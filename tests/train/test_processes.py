@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
 from infimed_jax.train.loop import train
 from infimed_jax.train.parameters import load_params
+from infimed_jax.train.stored import read_metadata
 from infimed_jax.train.telemetry import read_metrics
 from tests import two_processes
 
 _CHILD = """
-import json, os, signal, sys, time
+import json, logging, os, signal, sys, time
 import jax
 number, port, stop_at, cfg = *map(int, sys.argv[1:4]), json.loads(sys.argv[4])
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -26,6 +28,8 @@ jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
 from infimed_jax import config
 from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.train.loop import train
+
+logging.basicConfig(level=logging.WARNING)
 
 def on_step(step, total, row):
     if stop_at:
@@ -70,19 +74,54 @@ def test_two_processes_train_stop_and_resume_as_one_does(stage, tmp_path: Path):
     np.testing.assert_allclose(params["text"]["embed_tokens"], expected.params["text"]["embed_tokens"], atol=5e-4)
 
 
+def _damaged(folder: Path, dataset: Path) -> Path:
+    """The dataset with four of its samples unreadable, in different rows."""
+    samples = list(open_samples(dataset))
+    for number in (3, 9, 14, 20):
+        samples[number] = dataclasses.replace(samples[number], images=(b"no image",))
+    write_samples(folder, samples, name="toy")
+    return folder
+
+
+@pytest.mark.timeout(600)
+def test_what_one_process_knows_is_written_by_the_first(stage, dataset, tmp_path: Path):
+    """Bad records and the samples of skipped updates: each process meets some, the files hold all, as one alone."""
+    damaged = str(_damaged(tmp_path / "damaged", dataset(count=24)))
+
+    def run_in(folder: str) -> Config:
+        # The first update of 1e30 is finite, no loss after it is.
+        cfg = stage(steps=8, global_batch=4, rate=1e30, output=str(tmp_path / folder), max_skipped_updates=0)
+        return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, dataset=damaged, max_bad_records=1.0))
+
+    alone, together = run_in("alone"), run_in("together")
+    train(alone)
+    ended = _two_processes(together, tmp_path / "cache")
+    assert [code for code, _, _ in ended] == [0, 0], ended[0][2][-2000:] + ended[1][2][-2000:]
+    skipped = [
+        {row["step"]: sorted(row["skipped_ids"]) for row in read_metrics(cfg.train.output) if row["skipped"]}
+        for cfg in (alone, together)
+    ]
+    assert skipped[0] == skipped[1] and len(skipped[0]) >= 5
+    data = [json.loads(Path(cfg.train.output, "result.json").read_text())["data"] for cfg in (alone, together)]
+    assert data[0] == data[1] and sorted(data[0]["bad_record_ids"]) == [f"toy/train/{n}" for n in (14, 20, 3, 9)]
+    assert read_metadata(together.train.output)["bad_records"] == data[0]["bad_record_ids"]
+    errors = [error for _, _, error in ended]
+    named = [{n for n in (3, 9, 14, 20) if f"left out: toy/train/{n} (" in error} for error in errors]
+    assert named[0] and named[1] and named[0] | named[1] == {3, 9, 14, 20}, "each names its own"
+    for number, error in enumerate(errors):
+        assert f"process {number} of 2: left out: toy/train/" in error
+        own = re.findall(rf"process {number} of 2: step 8: .* update skipped; samples (.*)", error)[0].split(", ")
+        assert set(own) < set(skipped[0][8]), "a part of the batch"
+
+
 @pytest.mark.timeout(600)
 def test_two_processes_end_over_bad_records_when_one_does(stage, dataset, tmp_path: Path):
     """The limit is two of 24 records. Each process meets some of the four: none of them passes it alone."""
-    samples = list(open_samples(dataset(count=24)))
-    for number in (3, 9, 14, 20):
-        samples[number] = dataclasses.replace(samples[number], images=(b"no image",))
-    write_samples(tmp_path / "damaged", samples, name="toy")
+    damaged = str(_damaged(tmp_path / "damaged", dataset(count=24)))
 
     def run_in(folder: str) -> Config:
         cfg = stage(steps=12, global_batch=4, output=str(tmp_path / folder))
-        return dataclasses.replace(
-            cfg, data=dataclasses.replace(cfg.data, dataset=str(tmp_path / "damaged"), max_bad_records=0.1)
-        )
+        return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, dataset=damaged, max_bad_records=0.1))
 
     with pytest.raises(UserError, match=r"records read of .*damaged were bad") as alone:
         train(run_in("alone"))
