@@ -11,7 +11,6 @@ The rest of that folder (about 28 GB at 4B) is deleted, unless --keep.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -25,7 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from infimed_jax import config
-from infimed_jax.files import write_json
+from infimed_jax.files import to_json, write_json
 from infimed_jax.hf import names
 from infimed_jax.hf.configuration import TEXT, llava_config
 from infimed_jax.hf.processor import TOKENIZER_FILES
@@ -57,7 +56,7 @@ def main() -> None:
     for step in STEPS if args.verify else STEPS[:2]:
         result[step] = measure([sys.executable, ROOT / "launch/run.py", "convert", step, *commands[step]])
         write_json(args.work / "convert.json", result)
-        print(step, json.dumps(result[step]), flush=True)
+        print(step, to_json(result[step]), flush=True)
         if result[step]["exit_code"]:
             sys.exit(1)
     if args.verify:
@@ -112,7 +111,7 @@ def write_sources(model: config.Model, tokenizer: Path, text: Path, vision: Path
         spelled = {names.spell(key, architecture): shape for key, shape in shapes[part].items()}
         write_weights(folder, draw(spelled), spelled, dtype, SHARD_BYTES)
         written = values[f"{part}_config"] | {"architectures": [architecture], "dtype": dtype}
-        (folder / "config.json").write_text(json.dumps(written))
+        (folder / "config.json").write_text(to_json(written))
     for name in (*TOKENIZER_FILES, "tokenizer_config.json", "chat_template.jinja"):
         if (tokenizer / name).is_file():
             shutil.copy(tokenizer / name, text / name)

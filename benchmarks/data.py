@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import io
 import itertools
-import json
 import shutil
 import sys
 import tarfile
@@ -31,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_prep.engine import Engine
 from data_prep.pipeline import ingest
 from infimed_jax.data.bins import first_fit_decreasing, least_bins, minimum_bin_slack
-from infimed_jax.files import write_json
+from infimed_jax.files import to_json, write_json
 
 
 def main() -> None:
@@ -49,7 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = args.run(args)
     for row in rows:
-        print(json.dumps(row))
+        print(to_json(row))
     write_json(args.output, rows)
     print(f"Outputs: {args.output}")
 
@@ -115,7 +114,7 @@ def write_images(folder: Path, count: int) -> list[Path]:
         files[-1].write_bytes(encoded[number % 16])
         turns = [{"from": "human", "value": "<image>\nWhat is seen?"}, {"from": "gpt", "value": f"Finding {number}."}]
         rows.append({"id": str(number), "image": f"images/{files[-1].name}", "conversations": turns})
-    (folder / "train.json").write_text(json.dumps(rows))
+    (folder / "train.json").write_text(to_json(rows))
     return files
 
 

@@ -9,7 +9,6 @@ a single device, which is float32 rounding carried along. The data are random pi
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -36,7 +35,9 @@ def main() -> None:
         print(f"data {shape[0]}, fsdp {shape[1]}, tensor {shape[2]}: {curves[shape][0]:.5f} -> {curves[shape][-1]:.5f}")
     draw(curves, args.output)
     if args.json:
-        args.json.write_text(json.dumps({str(shape): curve for shape, curve in curves.items()}), encoding="utf-8")
+        from infimed_jax.files import write_json
+
+        write_json(args.json, {str(shape): curve for shape, curve in curves.items()})
     print(f"Outputs: {args.output}")
 
 

@@ -32,7 +32,7 @@ from infimed_jax.data.chat import Tokenizer
 from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import Samples
 from infimed_jax.errors import UserError
-from infimed_jax.files import write_json
+from infimed_jax.files import to_json, write_json
 from infimed_jax.models.compute import Compute
 from infimed_jax.rl.rewards import score
 from infimed_jax.rl.rollout import Questions, questions, render_prompts
@@ -148,7 +148,7 @@ def fingerprint(params: Params) -> str:
     """16 hexadecimal digits of the weights' names and bits, wherever their folder stands."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     sums = sorted((jax.tree_util.keystr(path), int(numpy_checksum(np.asarray(leaf)))) for path, leaf in leaves)
-    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
+    return hashlib.sha256(to_json(sums).encode()).hexdigest()[:16]
 
 
 def _measure_all(
@@ -163,7 +163,7 @@ def _measure_all(
     on_progress: NotedProgress | None,
 ) -> np.ndarray:
     """i64[n]: right answers of each question; a chunk that an earlier run has measured is read back."""
-    identity = hashlib.sha256(json.dumps([measured, found.fingerprint, CHUNK], sort_keys=True).encode()).hexdigest()
+    identity = hashlib.sha256(to_json([measured, found.fingerprint, CHUNK], sort_keys=True).encode()).hexdigest()
     parts = output.with_name(f"{output.name}.parts")
     parts.mkdir(parents=True, exist_ok=True)
     counts: list[int] = []

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from infimed_jax.data.packing import PackingIndex
 from infimed_jax.data.sample import Kind, Sample, Turn
 from infimed_jax.data.storage import Samples
 from infimed_jax.errors import UserError
-from infimed_jax.files import open_whole
+from infimed_jax.files import open_whole, to_json
 
 VERSION = 1
 _LONGEST = 2**30
@@ -42,7 +41,7 @@ def export_json(samples: Samples, index: PackingIndex, file: Path, on_progress: 
             length_of = dict(zip(*(values.tolist() for values in index.row(row)), strict=True))
             found = list(readable(samples, length_of, unreadable))
             value = {"data": [_to_json(sample) for _, sample in found], "lengths": [length_of[n] for n, _ in found]}
-            out.write(json.dumps(value, ensure_ascii=False) + "\n")
+            out.write(to_json(value, ensure_ascii=False) + "\n")
             if on_progress is not None:
                 on_progress(row + 1, index.rows)
     return unreadable

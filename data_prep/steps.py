@@ -30,7 +30,7 @@ from infimed_jax.data.storage import (
     write_shard,
 )
 from infimed_jax.errors import UserError
-from infimed_jax.files import write_json
+from infimed_jax.files import to_json, write_json
 
 T = TypeVar("T")
 UNREADABLE_RECORDS = "unreadable_records"
@@ -220,7 +220,7 @@ def refuse_other_files(output: Path) -> None:
 def _work_folder(output: Path, recipe: dict[str, Any]) -> Path:
     """`.NAME.new`, emptied where another recipe left it, and without what a killed worker had begun."""
     fresh = _begun(output)
-    text = json.dumps(recipe, sort_keys=True)
+    text = to_json(recipe, sort_keys=True)
     try:
         same = (fresh / _RECIPE).read_text(encoding="utf-8") == text
     except OSError:

@@ -7,7 +7,6 @@ texts of the procedural sources: `python -m data_prep.tokenizer --output DIR`.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
@@ -19,6 +18,7 @@ from data_prep.sources import phantom, shapes
 from data_prep.sources.procedural import write_folder
 from infimed_jax.data.prompts import QUESTION_KINDS, prompt_for
 from infimed_jax.errors import UserError
+from infimed_jax.files import to_json
 
 PRETOKENIZER = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -61,7 +61,7 @@ def make_tokenizer(texts: Iterable[str], folder: str | Path, vocab_size: int = 1
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = json.dumps(_config(first_added), indent=2, ensure_ascii=False)
+    config = to_json(_config(first_added), indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
     return folder
 

@@ -43,6 +43,18 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
 
 
+def to_json(value: Any, **layout: Any) -> str:
+    """`value` as JSON, laid out as json.dumps is asked to; null for a number that is not finite.
+
+    RFC 8259 has no word for such a number: Python's own NaN is refused by jq, JavaScript and every strict reader.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, **layout)  # noqa: TID251
+    except ValueError:
+        plain = json.loads(json.dumps(value), parse_constant=lambda _: None)  # noqa: TID251
+        return json.dumps(plain, allow_nan=False, **layout)  # noqa: TID251
+
+
 def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON, by `write_text`."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """`value` as indented JSON (see `to_json`), by `write_text`."""
+    write_text(path, to_json(value, indent=1, ensure_ascii=False) + "\n")

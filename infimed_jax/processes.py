@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from infimed_jax.files import to_json
+
 
 def speaker() -> str:
     """`process 1 of 2: ` before a line that only this process can write; nothing where it is alone."""
@@ -19,7 +21,7 @@ def gathered(value: Any) -> list[Any]:
     """Every process's `value` (plain JSON), in the order of the processes. All of them call this at the same step."""
     if jax.process_count() == 1:
         return [value]
-    own = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    own = np.frombuffer(to_json(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(len(own)))
     padded = np.zeros(sizes.max(), np.uint8)
     padded[: len(own)] = own

@@ -23,6 +23,7 @@ from infimed_jax.hf.verify import verify
 from infimed_jax.sharding import make_mesh
 from infimed_jax.train.history import history_of
 from infimed_jax.train.parameters import load_params
+from infimed_jax.train.telemetry import read_metrics
 from launch.progress import clock
 from launch.quickstart import LAST_SUPERVISED, SAMPLED, STAGES, Chain
 from launch.quickstart_data import by_reason, test_samples
@@ -159,14 +160,9 @@ def _share(rows: list[Record]) -> dict[str, Any]:
     return {"accuracy": share.accuracy, "n": share.n}
 
 
-def _history(folder: Path) -> list[dict[str, Any]]:
-    file = folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
 def _stage(chain: Chain, results: dict[str, Any], records: dict[str, list[Record]], name: str, title: str) -> Stage:
     result, reward = results[name], name in ("grpo", "control")
-    history = _history(chain.run_folder(name))
+    history = read_metrics(chain.run_folder(name))
     return Stage(
         name=name,
         title=title,

@@ -63,6 +63,8 @@ def test_a_configuration_survives_its_own_file(steps, rate, remat, masked):
         ("train.rows_per_device=-1", ("rows_per_device",)),
         ("train.lora.rank=-1", ("lora.rank",)),
         ("train.lora.targets=[qproj]", ("train.lora.targets", "q_proj")),
+        ("optimizer.weight_decay=.nan", ("optimizer.weight_decay", "finite", "nan")),
+        ("optimizer.clip_norm=inf", ("optimizer.clip_norm", "finite", "inf")),
         ("optimizer.moments_dtype=float16", ("moments_dtype", "bfloat16")),
         ("mesh.tensor=-2", ("mesh",)),
         ("grpo.group_size=1", ("group_size",)),

@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from infimed_jax.files import to_json
+
 
 class Cache:
     """Entries appear whole or not at all, whatever else reads or writes there. Holds replies, never requests."""
@@ -20,7 +22,7 @@ class Cache:
     @staticmethod
     def key(url: str, body: dict[str, Any]) -> str:
         """SHA-256 of address and request: another model, setting, word or pixel is another key."""
-        text = json.dumps([url, body], sort_keys=True, separators=(",", ":"))
+        text = to_json([url, body], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def get(self, key: str) -> dict[str, Any] | None:
@@ -39,7 +41,7 @@ class Cache:
         handle, part = tempfile.mkstemp(prefix=".", suffix=".part", dir=file.parent)
         try:
             with open(handle, "wb") as stream:
-                stream.write(json.dumps({"key": key, "value": value}).encode())
+                stream.write(to_json({"key": key, "value": value}).encode())
             os.replace(part, file)
         except BaseException:
             Path(part).unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from data_prep.endpoint.messages import Message, image_count, text_bytes
 from data_prep.endpoint.settings import Endpoint
 from data_prep.sources import SOURCES
 from infimed_jax.errors import UserError
+from infimed_jax.files import to_json
 
 MAX_REPLY_BYTES = 2**24
 """Of one HTTP reply: far above any text that a model writes."""
@@ -150,7 +151,7 @@ class ChatClient:
             return reply
 
     async def _call(self, body: dict[str, Any], messages: Sequence[Message]) -> Reply:
-        payload = json.dumps(body).encode()
+        payload = to_json(body).encode()
         prompt = text_bytes(messages) + image_count(messages) * self.endpoint.budget.image_tokens
         for attempt in range(self.endpoint.attempts):
             await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from infimed_jax.data.images import ImageError
 from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import UNREADABLE, CorruptRecord, Samples, open_samples, record_name
 from infimed_jax.errors import UserError
-from infimed_jax.files import write_json, write_text
+from infimed_jax.files import to_json, write_json, write_text
 
 TRIES = 3
 """Replies asked for until one is a rating; each further one is shown what was wrong."""
@@ -115,7 +114,7 @@ def assess(
 
 def _write(output: Path, outcomes: Sequence[Outcome], assessment: dict[str, Any]) -> None:
     """All files, the decision last. UserError where a source cannot be decided on."""
-    lines = [json.dumps(_line(outcome), ensure_ascii=False) for outcome in outcomes]
+    lines = [to_json(_line(outcome), ensure_ascii=False) for outcome in outcomes]
     write_text(output / "ratings.jsonl", "\n".join(lines) + "\n")
     write_json(output / "assessment.json", assessment)
     write_page(output / "report.html", assessment)

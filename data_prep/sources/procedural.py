@@ -6,7 +6,6 @@ A folder holds `images/*.png`, one `SPLIT.json` a split (a list of `{image, scen
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -27,6 +26,7 @@ from data_prep.sources.source import Source
 from infimed_jax.data.prompts import LETTERS, question_sample
 from infimed_jax.data.sample import Kind, Sample, Skipped, Turn
 from infimed_jax.errors import UserError
+from infimed_jax.files import to_json
 
 SceneT = TypeVar("SceneT")
 
@@ -109,7 +109,7 @@ def write_folder(
         (part / "images").mkdir()
         for split, count in sizes.items():
             _write_split(procedure, part, seed, split, count, per_image)
-        (part / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+        (part / RECIPE).write_text(to_json(recipe, indent=2) + "\n", encoding="utf-8")
         part.chmod(0o755)  # mkdtemp's 0700 would keep colleagues out
         os.rename(part, folder)
     except BaseException:
@@ -136,7 +136,7 @@ def _write_split(procedure: Procedure, folder: Path, seed: int, split: str, coun
             "caption": captions[number],
             "questions": [asdict(question) for question in questions],
         }
-        records.append(json.dumps(record, ensure_ascii=False))
+        records.append(to_json(record, ensure_ascii=False))
     (folder / f"{split}.json").write_text("[\n" + ",\n".join(records) + "\n]\n", encoding="utf-8")
 
 

@@ -32,6 +32,7 @@ from data_prep.faults import (
 from data_prep.sources.files import NoFiles
 from data_prep.sources.source import Row
 from infimed_jax.errors import UserError
+from infimed_jax.files import to_json
 
 MAX_RECORD = 2**26
 """Characters of one row, bytes of a JSON list's: 64 million. A conversation has thousands."""
@@ -180,7 +181,7 @@ def _check_unicode(raw: str, value: Any) -> None:
         if not raw.isascii():
             raw.encode()
         if _LONE_SURROGATE.search(raw):
-            json.dumps(value, ensure_ascii=False).encode()
+            to_json(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise Unusable(NOT_UNICODE) from error
 

@@ -13,6 +13,7 @@ from data_prep.faults import NO_IMAGE, NO_TEXT, NOT_JSON, NOT_UNICODE, Unusable
 from data_prep.sources.files import all_files, shard_name, shards_of
 from data_prep.sources.source import Source, caption_sample, filled, records
 from infimed_jax.data.sample import Sample, Skipped
+from infimed_jax.files import to_json
 
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
@@ -52,7 +53,7 @@ def json_member(group: dict[str, bytes]) -> dict[str, Any]:
     """The sample's JSON object. Raises Unusable."""
     try:
         value = json.loads(group.get("json", b""))
-        json.dumps(value, ensure_ascii=False).encode()
+        to_json(value, ensure_ascii=False).encode()
     except UnicodeError as error:
         raise Unusable(NOT_UNICODE) from error
     except (ValueError, RecursionError) as error:

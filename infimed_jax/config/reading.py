@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from infimed_jax.config.settings import Config, ConfigError, require
+from infimed_jax.files import to_json
 
 T = TypeVar("T")
 
@@ -50,17 +53,16 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         raise ConfigError(f"{path}: optional settings are not used here")
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-5 as a string
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            value = float(value)  # YAML 1.1 reads 1e-5 as a string
     require(type(value) is hint, f"{path} must be {hint.__name__}, not {value!r}")
+    require(hint is not float or math.isfinite(value), f"{path} must be a finite number, not {value!r}")
     return value
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain values that `from_dict` reads back to an equal config."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    return json.loads(to_json(dataclasses.asdict(config)))
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from infimed_jax.data.bins import first_fit_decreasing, least_bins, minimum_bin_
 from infimed_jax.data.chat import RENDERING, Tokenizer, render
 from infimed_jax.data.storage import UNREADABLE, CorruptRecord, Samples, record_name
 from infimed_jax.errors import UserError
+from infimed_jax.files import to_json
 
 TOO_LONG = "too long"
 TOO_MANY_IMAGES = "too many images"
@@ -245,11 +246,11 @@ def _save(index: PackingIndex, settings: dict[str, Any], folder: Path) -> None:
         "dropped_by_reason": index.dropped_by_reason(),
         "dropped": index.dropped,
     }
-    _replace(file, json.dumps(text, indent=1, ensure_ascii=False).encode())  # last: its presence says that all is there
+    _replace(file, to_json(text, indent=1, ensure_ascii=False).encode())  # last: its presence says that all is there
 
 
 def _fingerprint(settings: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(to_json(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _read_arrays(file: Path) -> dict[str, np.ndarray]:

@@ -6,7 +6,6 @@ No question is ever left out: an image that cannot be decoded ends the run by na
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections import defaultdict
@@ -29,7 +28,7 @@ from infimed_jax.errors import UserError
 from infimed_jax.evaluation.answers import Status
 from infimed_jax.evaluation.protocols import PROTOCOLS
 from infimed_jax.evaluation.statistics import Accuracy, Comparison, accuracy, compare
-from infimed_jax.files import write_text
+from infimed_jax.files import to_json, write_json, write_text
 from infimed_jax.models.compute import Compute
 from infimed_jax.sampling.generate import Completion, generate
 
@@ -123,11 +122,9 @@ class Evaluation:
     def write(self, folder: Path) -> None:
         """`replies.jsonl`, a record a line, and `summary.json`; each written whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(asdict(record), ensure_ascii=False) for record in self.records]
+        lines = [to_json(asdict(record), ensure_ascii=False) for record in self.records]
         write_text(folder / "replies.jsonl", "\n".join(lines) + "\n")
-        write_text(
-            folder / "summary.json", json.dumps(self.summary(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        )
+        write_json(folder / "summary.json", self.summary())
 
 
 def evaluate(
@@ -227,7 +224,7 @@ def fingerprint(samples: Sequence[Sample]) -> str:
     rows = sorted(
         (s.id, s.kind, s.question, list(s.options), s.answer, [_digest(image) for image in s.images]) for s in samples
     )
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+    return hashlib.sha256(to_json(rows).encode()).hexdigest()[:16]
 
 
 def image_id(sample: Sample) -> str:

@@ -11,7 +11,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import io
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -360,6 +359,6 @@ def _config_faults(model: config.Model, exported: config.Model) -> list[str]:
 
 
 def _finish(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
-    write_json(folder / "verify.json", json.loads(json.dumps(result), parse_constant=str))  # a bare NaN is no JSON
+    write_json(folder / "verify.json", result)
     log.info("export %s: %s", folder, result.get("reason") or result["status"])
     return result

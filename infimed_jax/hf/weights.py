@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from infimed_jax.errors import UserError
+from infimed_jax.files import to_json
 from infimed_jax.hf.names import Found
 
 SINGLE = "model.safetensors"
@@ -167,7 +168,7 @@ def write_weights(
         weight_map |= dict.fromkeys(keys, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / INDEX).write_text(to_json(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _header(keys: Iterable[str], shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int], dtype: str) -> bytes:
@@ -176,6 +177,6 @@ def _header(keys: Iterable[str], shapes: Mapping[str, tuple[int, ...]], sizes: M
     for key in keys:
         start, end = end, end + sizes[key]
         header[key] = {"dtype": dtype, "shape": list(shapes[key]), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = to_json(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the bytes start on a multiple of 8, as the format asks
     return struct.pack("<Q", len(text)) + text

@@ -19,7 +19,7 @@ from typing import Any
 
 from infimed_jax import config
 from infimed_jax.errors import UserError
-from infimed_jax.files import write_json
+from infimed_jax.files import to_json, write_json
 
 PACKAGE = Path(__file__).resolve().parents[1]
 HOW_TO_GET_IT = "libtpu is not installed: pip install 'jax[tpu]' (no TPU is needed) to compile instead of estimate"
@@ -97,13 +97,13 @@ def _key(question: dict[str, Any], library: str) -> str:
         path = PACKAGE / source
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             made_by.append(hashlib.sha256(file.read_bytes()).hexdigest())
-    return hashlib.sha256(json.dumps([question, made_by], sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(to_json([question, made_by], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _in_a_process(question: dict[str, Any], library: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "infimed_jax.plan.compile"],
-        input=json.dumps(question),
+        input=to_json(question),
         env=os.environ | ENVIRONMENT | {"TPU_LIBRARY_PATH": library},
         cwd=PACKAGE.parent,
         capture_output=True,
@@ -144,7 +144,7 @@ def _main() -> None:
         answer = found | {"seconds": round(time.perf_counter() - since, 1)}
     except (UserError, ValueError, jax.errors.JaxRuntimeError) as error:
         answer = {"error": " ".join(str(error).split())[:400]}
-    print(json.dumps(answer))
+    print(to_json(answer))
 
 
 def does_not_fit(said: str) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from infimed_jax import config
 from infimed_jax.data.chat import Tokenizer
 from infimed_jax.data.sample import Sample
 from infimed_jax.errors import Interrupted, UserError
-from infimed_jax.files import write_json, write_text
+from infimed_jax.files import to_json, write_json, write_text
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.infimed import abstract_params
 from infimed_jax.models.lora import merge_lora, scale_of
@@ -304,7 +304,7 @@ def _write_replies(file: TextIO, step: int, replies: Sequence[Reply]) -> None:
         return
     for reply in replies:
         values = {"step": step, "sample": reply.sample, "reply": reply.text, "finish": reply.finish}
-        file.write(json.dumps(values | {"reward": reply.reward._asdict()}, ensure_ascii=False) + "\n")
+        file.write(to_json(values | {"reward": reply.reward._asdict()}, ensure_ascii=False) + "\n")
 
 
 def _result(cfg: config.Config, state: TrainState, rows: list[Row], found: Questions) -> GrpoResult:

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from infimed_jax import config
 from infimed_jax.data.batch import NO_IMAGE, Batch
 from infimed_jax.data.chat import Tokenizer
 from infimed_jax.errors import UserError
-from infimed_jax.files import write_text
+from infimed_jax.files import to_json, write_text
 from infimed_jax.train.board import Board
 
 Row = dict[str, Any]
@@ -150,16 +151,20 @@ def _wandb_run(wandb: Any, folder: Path, cfg: config.Config) -> Any:
 
 
 def read_metrics(folder: str | Path) -> list[Row]:
-    """Lines of a run's metrics.jsonl; none where there is no file, and a line cut by a kill is left out."""
+    """Lines of a run's metrics.jsonl, null read as the NaN it was; none where there is no file.
+
+    A line cut by a kill is left out.
+    """
     file = Path(folder) / METRICS
     if not file.exists():
         return []
     lines = file.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # what stands after the last newline was never finished
+    rows = map(json.loads, lines[:-1])  # what stands after the last newline was never finished
+    return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
 
 
 def _line(row: Row) -> str:
-    return json.dumps(row) + "\n"
+    return to_json(row) + "\n"
 
 
 def mean_loss(rows: Sequence[Row], share: float = 0.05, *, last: bool = False) -> float:

@@ -152,5 +152,6 @@ def test_a_nan_is_never_within_tolerance(model, make_params, tokenizer_folder, t
     params["text"]["norm"]["scale"][0] = np.nan
     folder = to_hf(params, model, tokenizer_folder, tmp_path / "out")
     assert verify(params, model, folder, tokenizer_folder)["status"] == "failed"
-    json.loads((folder / "verify.json").read_text(), parse_constant=pytest.fail)  # a bare NaN is no JSON
+    written = json.loads((folder / "verify.json").read_text(), parse_constant=pytest.fail)  # a bare NaN is no JSON
+    assert written["cases"][0]["logits"]["max_abs"] is None
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params["vision"]))

@@ -272,7 +272,9 @@ def test_non_finite_updates_end_the_run_and_name_the_samples(stage, caplog):
     with pytest.raises(UserError, match=r"3 updates in a row .* step 3 on samples toy/train/"):
         train(cfg, params=params)
     rows = read_metrics(cfg.train.output)
-    assert [row["skipped"] for row in rows] == [1, 1, 1]
+    assert [row["skipped"] for row in rows] == [1, 1, 1] and np.isnan([row["loss"] for row in rows]).all()
+    written = (Path(cfg.train.output) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail)["loss"] for line in written] == [None] * 3
     assert all(len(row["skipped_ids"]) == row["samples"] > 0 for row in rows)
     assert "step 1: loss or gradient not finite, update skipped; samples toy/train/" in caplog.text
 

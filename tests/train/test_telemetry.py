@@ -81,6 +81,18 @@ def test_resuming_drops_the_lines_of_steps_that_run_again_and_a_torn_one(tmp_pat
     assert [json.loads(line)["loss"] for line in lines] == [1, 2, 30]
 
 
+def test_a_loss_that_is_not_finite_is_null_in_the_file_and_itself_in_memory(tmp_path: Path):
+    """Also after a resume, which writes the lines before it again."""
+    for start in (0, 1):
+        log = MetricsLog(tmp_path, start, LOGGING)
+        log.write(_row(start + 1, loss=float("nan"), skipped=1))
+        log.close()
+        assert all(np.isnan(row["loss"]) for row in log.rows)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail)["loss"] for line in lines] == [None, None]
+    assert [np.isnan(row["loss"]) for row in read_metrics(tmp_path)] == [True, True]
+
+
 def test_processes_other_than_the_first_write_nothing(tmp_path: Path):
     log = MetricsLog(tmp_path, 0, LOGGING, active=False)
     log.write(_row(1))
