@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 import errno
+import os
+
+_MENDS = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of the quota",
+    errno.EFBIG: "allow larger files (ulimit -f)",
+    errno.EACCES: "give this user the right to it, or name another folder",
+    errno.EPERM: "give this user the right to it, or name another folder",
+    errno.EROFS: "name a folder on a disk that can be written",
+}
+"""What a file system refuses, and what the user can do about it."""
 
 
 class UserError(ValueError):
@@ -15,6 +26,19 @@ class Interrupted(Exception):
 
 def describe(error: Exception) -> str:
     """One line for an error that is the user's to mend."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"no space left on the disk of {error.filename or 'the output'}: free some and run it again"
+    if isinstance(error, OSError) and (refusal := disk_refusal(error)):
+        return f"{error.filename or 'the output'}: {refusal}, and run it again"
     return " ".join(str(error).split())
+
+
+def disk_refusal(error: BaseException) -> str | None:
+    """Cause and mend where the file system refused, as `permission denied; give this user …`; else None.
+
+    tensorstore has no class for it: its ValueErrors hold the system's words for the code.
+    """
+    code, text = getattr(error, "errno", None), str(error).lower()
+    for known, mend in _MENDS.items():
+        cause = os.strerror(known).lower()
+        if code == known or (code is None and cause in text):
+            return f"{cause}; {mend}"
+    return None

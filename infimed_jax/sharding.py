@@ -6,6 +6,7 @@ ambiguous matmul is an error at trace time, and gradients and moments inherit th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -40,14 +41,16 @@ def settle_mesh(cfg: config.Config, devices: int) -> config.Mesh:
     Raises UserError where no `tensor` that divides the model helps.
     """
     mesh = cfg.mesh
-    if mesh.tensor != 0:
-        return mesh
+    fixed = math.prod(size for size in (mesh.data, mesh.fsdp) if size != -1)
+    if mesh.tensor != 0 or devices % fixed:
+        return mesh  # mesh_sizes refuses what does not divide
     if -1 not in (mesh.data, mesh.fsdp):
-        return replace(mesh, tensor=max(1, devices // (mesh.data * mesh.fsdp)))
-    rows, fixed = cfg.train.global_batch // cfg.train.micro_batches, max(mesh.data, mesh.fsdp)
+        return replace(mesh, tensor=devices // fixed)
+    rows = cfg.train.global_batch // cfg.train.micro_batches
+    common = math.gcd(*_split(cfg.model).values())
     for tensor in range(1, devices + 1):
         shards = devices // tensor
-        if devices % tensor == 0 and shards % fixed == 0 and rows % shards == 0 and not _undivided(cfg.model, tensor):
+        if devices % tensor == 0 and shards % fixed == 0 and rows % shards == 0 and common % tensor == 0:
             return replace(mesh, tensor=tensor)
     raise UserError(
         f"{rows} rows (train.global_batch / train.micro_batches) do not split over {devices} devices with any "
@@ -60,15 +63,15 @@ def mesh_sizes(mesh: config.Mesh, devices: int) -> dict[str, int]:
 
     Raises UserError where the sizes do not multiply to the number of devices.
     """
-    sizes = [mesh.data, mesh.fsdp, mesh.tensor or 1]
-    fixed = int(np.prod([size for size in sizes if size != -1]))
-    sizes = [devices // fixed if size == -1 else size for size in sizes]
-    if int(np.prod(sizes)) != devices:
-        asked = ", ".join(f"mesh.{axis}={getattr(mesh, axis)}" for axis in AXES)
-        raise UserError(
-            f"{asked} do not multiply to the {devices} devices at hand: change one, or set one to -1 for the rest"
-        )
-    return dict(zip(AXES, sizes, strict=True))
+    given = {axis: getattr(mesh, axis) or 1 for axis in AXES}
+    fixed = math.prod(size for size in given.values() if size != -1)
+    sizes = {axis: devices // fixed if size == -1 else size for axis, size in given.items()}
+    if math.prod(sizes.values()) != devices:
+        asked = " * ".join(f"mesh.{axis}={size}" for axis, size in given.items() if size != -1)
+        if -1 in given.values():
+            raise UserError(f"{asked} = {fixed} does not divide the {devices} devices at hand: change a size")
+        raise UserError(f"{asked} = {fixed}, not the {devices} devices at hand: change a size, or set one to -1")
+    return sizes
 
 
 def make_mesh(mesh: config.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -85,13 +88,18 @@ def abstract_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh
 
 def check_fits(model: config.Model, mesh: Mesh | AbstractMesh) -> None:
     """UserError where `mesh.tensor` does not divide the heads, the feed-forward or the vocabulary of `model`."""
-    for name, size in _undivided(model, mesh.shape["tensor"]).items():
-        raise UserError(f"mesh.tensor={mesh.shape['tensor']} does not divide model.{name}={size}: choose a divisor")
+    tensor, split = mesh.shape["tensor"], _split(model)
+    for name, size in split.items():
+        if size % tensor:
+            raise UserError(
+                f"mesh.tensor={tensor} does not divide model.{name}={size}: choose a divisor of "
+                f"{math.gcd(*split.values())}, and leave the other devices to mesh.data or mesh.fsdp"
+            )
 
 
-def _undivided(model: config.Model, tensor: int) -> dict[str, int]:
-    """Sizes of the model that `tensor` must divide and does not."""
-    split = {
+def _split(model: config.Model) -> dict[str, int]:
+    """Sizes of the model that `mesh.tensor` splits."""
+    return {
         "text.num_kv_heads": model.text.num_kv_heads,
         "text.intermediate_size": model.text.intermediate_size,
         "text.hidden_size": model.text.hidden_size,
@@ -99,7 +107,6 @@ def _undivided(model: config.Model, tensor: int) -> dict[str, int]:
         "vision.num_heads": model.vision.num_heads,
         "vision.intermediate_size": model.vision.intermediate_size,
     }
-    return {name: size for name, size in split.items() if size % tensor}
 
 
 def stored_spec(axes: LogicalAxes, shape: tuple[int, ...]) -> PartitionSpec:

@@ -66,11 +66,11 @@ def test_a_configuration_survives_its_own_file(steps, rate, remat, masked):
         ("optimizer.weight_decay=.nan", ("optimizer.weight_decay", "finite", "nan")),
         ("optimizer.clip_norm=inf", ("optimizer.clip_norm", "finite", "inf")),
         ("optimizer.moments_dtype=float16", ("moments_dtype", "bfloat16")),
-        ("mesh.tensor=-2", ("mesh",)),
+        ("mesh.tensor=-2", ("mesh.tensor=-2 must count devices, or be -1", "or 0 to have it chosen")),
         ("grpo.group_size=1", ("group_size",)),
         ("grpo.update_prompts=100", ("prompts", "update_prompts")),
         ("sampling.top_p=0", ("top_p",)),
-        ("mesh.data=0", ("mesh",)),
+        ("mesh.data=0", ("mesh.data=0 must count devices, or be -1 for what the others leave",)),
         ("data.buckets=5", ("buckets",)),
     ],
 )
@@ -95,9 +95,17 @@ def test_settings_that_contradict_each_other_are_refused(overrides, words):
     assert all(word in str(caught.value) for word in words)
 
 
-def test_two_open_mesh_axes_are_refused():
-    with pytest.raises(ConfigError, match="only one"):
-        load([], ["mesh.data=-1"])
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["mesh.data=-1"], "mesh.data and mesh.fsdp are -1"),  # mesh.fsdp is by default
+        (["mesh.tensor=-1"], "mesh.fsdp and mesh.tensor are -1"),
+        (["mesh.data=-1", "mesh.tensor=-1"], "mesh.data and mesh.fsdp and mesh.tensor are -1"),
+    ],
+)
+def test_two_open_mesh_axes_are_refused(overrides, named):
+    with pytest.raises(ConfigError, match=f"{named}, only one may be: give the others a number"):
+        load([], overrides)
 
 
 def test_broken_and_missing_files_are_named(tmp_path):

@@ -1,5 +1,6 @@
 """The mesh and where batches lie; many devices are in tests/multi_device."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -23,10 +24,22 @@ def test_all_axes_exist_and_are_explicit():
     assert set(mesh.axis_types) == {AxisType.Explicit}
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 2), (3, 1, 1), (2, -1, 1)])
-def test_sizes_that_do_not_multiply_are_refused(sizes):
-    with pytest.raises(UserError, match=r"do not multiply to the 1 devices.*set one to -1"):
-        sharding.make_mesh(config.Mesh(*sizes), jax.devices()[:1])
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ((2, 2, 1), "mesh.data=2 * mesh.fsdp=2 * mesh.tensor=1 = 4, not the 8 devices at hand: change a size, or set"),
+        ((16, 1, 0), "mesh.data=16 * mesh.fsdp=1 * mesh.tensor=1 = 16, not the 8 devices at hand: change a size, or"),
+        ((1, 3, 0), "mesh.data=1 * mesh.fsdp=3 * mesh.tensor=1 = 3, not the 8 devices at hand: change a size, or set"),
+        ((3, -1, 0), "mesh.data=3 * mesh.tensor=1 = 3 does not divide the 8 devices at hand: change a size"),
+        ((16, -1, 0), "mesh.data=16 * mesh.tensor=1 = 16 does not divide the 8 devices at hand: change a size"),
+        ((1, -1, 3), "mesh.data=1 * mesh.tensor=3 = 3 does not divide the 8 devices at hand: change a size"),
+        ((3, 1, -1), "mesh.data=3 * mesh.fsdp=1 = 3 does not divide the 8 devices at hand: change a size"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_devices_are_refused_by_the_product_of_what_was_given(sizes, words):
+    settled = sharding.settle_mesh(replace(_config(128), mesh=config.Mesh(*sizes)), 8)
+    with pytest.raises(UserError, match=re.escape(words)):
+        sharding.mesh_sizes(settled, 8)
 
 
 def test_a_batch_is_split_over_data_and_fsdp_and_keeps_its_values():
@@ -58,7 +71,7 @@ def test_weights_are_stored_over_fsdp_and_used_whole():
 
 def test_a_tensor_axis_must_divide_the_model():
     sharding.check_fits(config.Model(), sharding.abstract_mesh(1, 1, 8))
-    with pytest.raises(UserError, match=r"mesh.tensor=16 does not divide model.text.num_kv_heads=8"):
+    with pytest.raises(UserError, match=r"mesh.tensor=16 does not divide .*num_kv_heads=8: choose a divisor of 8, and"):
         sharding.check_fits(config.Model(), sharding.abstract_mesh(1, 1, 16))
 
 
@@ -90,7 +103,7 @@ def test_a_tensor_axis_that_was_asked_for_stays():
     assert sharding.settle_mesh(asked, 256) is asked.mesh
     both = replace(_config(128), mesh=config.Mesh(2, 2))
     assert sharding.settle_mesh(both, 8) == config.Mesh(2, 2, 2)
-    with pytest.raises(UserError, match=r"mesh.data=2, mesh.fsdp=2, mesh.tensor=1 do not multiply to the 1 devices"):
+    with pytest.raises(UserError, match=r"mesh.data=2 \* mesh.fsdp=2 \* mesh.tensor=1 = 4, not the 1 devices"):
         sharding.run_mesh(both, jax.devices()[:1])
 
 

@@ -188,10 +188,13 @@ class Mesh:
     """0: 1, or where the global batch has too few rows for the devices, the least that lets it split over the rest."""
 
     def __post_init__(self) -> None:
-        sizes = (self.data, self.fsdp, self.tensor)
-        positive = all(s == -1 or s > 0 for s in (self.data, self.fsdp, self.tensor or 1))
-        require(positive, "mesh sizes must be positive, or -1 for the rest (mesh.tensor also 0, for automatic)")
-        require(sizes.count(-1) <= 1, "only one of mesh.data, mesh.fsdp, mesh.tensor may be -1")
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        for axis, size in sizes.items():
+            or_zero = ", or 0 to have it chosen" if axis == "tensor" else ""
+            right = size == -1 or size > 0 or (axis == "tensor" and size == 0)
+            require(right, f"mesh.{axis}={size} must count devices, or be -1 for what the others leave{or_zero}")
+        taking = [f"mesh.{axis}" for axis, size in sizes.items() if size == -1]
+        require(len(taking) <= 1, f"{' and '.join(taking)} are -1, only one may be: give the others a number")
 
 
 @dataclass(frozen=True)

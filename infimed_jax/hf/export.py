@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import logging
 import math
 import shutil
@@ -16,7 +15,7 @@ import numpy as np
 
 from infimed_jax.config import Lora, Model
 from infimed_jax.data.chat import Tokenizer, load_tokenizer
-from infimed_jax.errors import UserError
+from infimed_jax.errors import UserError, disk_refusal
 from infimed_jax.files import write_json
 from infimed_jax.hf import names
 from infimed_jax.hf.adapter import take_adapters, write_adapter
@@ -136,12 +135,8 @@ def _whole_or_nothing(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise UserError(
-            f"no space left to write {output}: free some or choose another folder; nothing was kept"
-            if full
-            else f"cannot write {output}: {error.strerror or error}"
-        ) from error
+        refusal = disk_refusal(error) or error.strerror or error
+        raise UserError(f"cannot write {output}: {refusal}; nothing was kept") from error
 
 
 def _check_resolution(model: Model, visual_tokens: int | None) -> None:

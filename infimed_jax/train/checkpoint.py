@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ class Checkpoints:
         flat = flatten(state)
         custom = custom_metadata(metadata, checksums(flat))
         with disk_errors(self._describe(step)):
+            # Where Orbax cannot make its folder, its threads wait ten minutes for it and hold the process's end.
+            tempfile.TemporaryFile(dir=self.folder).close()
             self._pending = step, self._orbax.save_async(step, flat, custom_metadata=custom)
 
     def wait(self, seconds: float | None = None) -> None:

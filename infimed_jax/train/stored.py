@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from infimed_jax.errors import UserError
+from infimed_jax.errors import UserError, disk_refusal
 from infimed_jax.train.checksum import checksums
 
 CHECKPOINTS = "checkpoints"
@@ -27,7 +27,6 @@ READ_BYTES = 1 << 30
 _CHECKSUMS, _USER = "checksums", "metadata"
 _OLDER = "remove it, and the one before it is used"
 _OTHER = "give the configuration it was trained with (its run's config.yaml), or another checkpoint"
-_DISK_ERRORS = ("no space left", "file too large", "resource_exhausted", "disk quota", "permission denied")
 
 Metadata = dict[str, Any]
 
@@ -139,11 +138,11 @@ def disk_errors(what: str) -> Iterator[None]:
     """Turns what the file system refuses into one line for the user; anything else passes."""
     try:
         yield
-    except Exception as error:  # tensorstore has no class for a full disk: its ValueErrors differ in their text alone
-        reason = next((text for text in _DISK_ERRORS if text in str(error).lower()), None)
-        if reason is None:
+    except Exception as error:
+        refusal = disk_refusal(error)
+        if refusal is None:
             raise
-        raise UserError(f"{what}: {reason}; free some space and run the same command") from error
+        raise UserError(f"{what}: {refusal}, and run the same command") from error
 
 
 def _one_line(error: BaseException) -> str:

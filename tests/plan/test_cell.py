@@ -111,7 +111,11 @@ def test_a_tower_that_does_not_fit_is_said_so_and_comes_last():
 
 @pytest.mark.parametrize(
     ("mesh", "word"),
-    [(Mesh(3, -1, 1), "do not multiply"), (Mesh(1, 1, 16), "does not divide"), (Mesh(1, -1, 0), None)],
+    [
+        (Mesh(3, -1, 1), "= 3 does not divide the 16 devices"),
+        (Mesh(1, 1, 16), "does not divide"),
+        (Mesh(1, -1, 0), None),
+    ],
 )
 def test_a_mesh_that_cannot_be(mesh, word):
     cfg = stage("foundation_4b", "pretrain", "train.remat=full")

@@ -1,7 +1,9 @@
 """Checkpoints: round trips, damage, mismatches, a full disk, and a kill in the middle of a save."""
 
 import contextlib
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -296,6 +298,17 @@ if mode == "kill":
     checkpoints.save(2, large, {"n": 2})
     print("writing", flush=True)
     time.sleep(60)
+if mode == "readonly":
+    folder.chmod(0o555)
+    try:
+        checkpoints.save(2, small, {"n": 2})
+        checkpoints.wait()
+    except UserError as error:
+        print("refused:", error)
+    folder.chmod(0o755)
+    checkpoints.save(4, small, {"n": 4})
+    checkpoints.close()
+    sys.exit()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
 checkpoints.save(2, large, {"n": 2})
@@ -311,9 +324,9 @@ checkpoints.close()
 """
 
 
-def _writer(folder: Path, mode: str) -> subprocess.Popen:
+def _writer(folder: Path, mode: str, *before: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", _WRITER, str(folder), mode],
+        [*before, sys.executable, "-c", _WRITER, str(folder), mode],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
@@ -339,7 +352,51 @@ def test_a_full_disk_is_one_line_and_the_previous_checkpoint_stays(tmp_path: Pat
     output, _ = _writer(tmp_path, seen_at).communicate(timeout=120)
     (line,) = output.splitlines()
     assert line.startswith("refused: checkpoint of step 2 in") and "step 1 is the latest complete one" in line
+    assert line.endswith("file too large; allow larger files (ulimit -f), and run the same command")
     assert _verified_number(tmp_path) == 4, "once there is space again, saving goes on"
+
+
+def test_a_folder_that_may_not_be_written_is_no_want_of_space(tmp_path: Path):
+    """Root passes by a folder's mode, unless it lacks that capability."""
+    as_owner = ["setpriv", "--bounding-set", "-dac_override"] if os.geteuid() == 0 else []
+    if as_owner and not shutil.which("setpriv"):
+        pytest.skip("root writes everywhere, and there is no setpriv")
+    output, _ = _writer(tmp_path, "readonly", *as_owner).communicate(timeout=120)
+    (line,) = output.splitlines()
+    assert line.startswith("refused: checkpoint of step 2 in") and "step 1 is the latest complete one" in line
+    assert line.endswith(
+        ": permission denied; give this user the right to it, or name another folder, and run the same command"
+    )
+    assert _verified_number(tmp_path) == 4, "once it may be written again, saving goes on"
+
+
+@pytest.mark.parametrize(
+    ("error", "mend"),
+    [
+        (OSError(errno.ENOSPC, "x"), "no space left on device; free some space"),
+        (OSError(errno.EDQUOT, "x"), "disk quota exceeded; free some of the quota"),
+        (OSError(errno.EROFS, "x"), "read-only file system; name a folder on a disk"),
+        (OSError(errno.EPERM, "x"), "operation not permitted; give this user the right"),
+        # As tensorstore words it; the code is not always there.
+        (
+            ValueError('PERMISSION_DENIED: Error writing "/a": Permission denied [os_error_code=13]'),
+            "permission denied; give",
+        ),
+        (ValueError("RESOURCE_EXHAUSTED: write failed: No space left on device"), "no space left on device; free some"),
+    ],
+)
+def test_what_a_disk_refuses_is_named_with_its_own_mend(error: Exception, mend: str):
+    with pytest.raises(UserError, match=f"^saving: {mend}.*, and run the same command$"), stored.disk_errors("saving"):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"), OSError(errno.ENOENT, "full")]
+)
+def test_what_no_disk_refused_passes(error: Exception):
+    with pytest.raises(type(error)) as raised, stored.disk_errors("saving"):
+        raise error
+    assert raised.value is error
 
 
 def _verified_number(folder: Path) -> int:
