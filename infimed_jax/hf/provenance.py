@@ -121,8 +121,10 @@ def _line(entry: Entry) -> str:
     else:
         what = f"{cfg.train.global_batch} rows of at most {cfg.data.context} tokens a step"
     adapters = f", the text model by LoRA adapters of rank {cfg.train.lora.rank}" if cfg.train.lora.rank else ""
+    # No stage ends at step 0: an older version wrote it where a checkpoint did not say.
+    steps = f"{entry['step']:,} steps" if entry.get("step") else "number of steps not recorded"
     return (
-        f"{entry['stage']}: {entry['step']:,} steps, {what}; learning rate {cfg.optimizer.learning_rate:g}; "
+        f"{entry['stage']}: {steps}, {what}; learning rate {cfg.optimizer.learning_rate:g}; "
         f"{cfg.model.projector.visual_tokens} visual tokens an image; learnt: {', '.join(cfg.train.train)}{adapters}"
     )
 

@@ -21,10 +21,12 @@ UNKNOWN = "not stated"
 def history_of(metadata: Metadata) -> list[Entry]:
     """Every stage behind a checkpoint with this metadata, the first one first, each with the `step` that it ended at.
 
-    Empty for parameters that were saved without one.
+    Without a `step` where the checkpoint does not say it (an import, or one of an older version); empty for parameters
+    that were saved without a history.
     """
     *before, last = metadata.get("history") or [{}]
-    return [*before, last | {"step": metadata.get("step", 0)}] if last else []
+    step = {"step": metadata["step"]} if "step" in metadata else {}
+    return [*before, last | step] if last else []
 
 
 def stage_entry(cfg: config.Config, fingerprint: str, *, grpo: bool = False) -> Entry:

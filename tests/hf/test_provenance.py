@@ -73,8 +73,17 @@ def test_what_is_not_known_is_not_claimed(tmp_path):
     history = [{"stage": "sft"}, stage_entry(Config(train=Train(stage="grpo")), "", grpo=True)]
     card = checkpoint_card(history_of(read_metadata(checkpoint(tmp_path / "grpo", history))))
     assert card.stages[0] == "sft (its settings are not known)"
-    assert card.stages[1].startswith("grpo: 0 steps, GRPO, ")
+    assert card.stages[1].startswith("grpo: number of steps not recorded, GRPO, ")
     assert all(not source.commercial_use for source in card.sources) and len(card.sources) == 2
+
+
+@pytest.mark.parametrize("known", [{}, {"step": 0}], ids=["no step", "step 0, as an older version passed it on"])
+def test_a_number_of_steps_that_no_checkpoint_recorded_is_not_made_up(tmp_path, known):
+    before = stage_entry(Config(train=Train(stage="pretrain")), "") | known
+    history = [before, stage_entry(Config(train=Train(stage="sft")), "")]
+    card = checkpoint_card(history_of(read_metadata(checkpoint(tmp_path / "sft", history, step=1200))))
+    assert card.stages[0].startswith("pretrain: number of steps not recorded, ")
+    assert card.stages[1].startswith("sft: 1,200 steps, ")
 
 
 def test_an_evaluation_must_be_one(tmp_path):
