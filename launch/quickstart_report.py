@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from data_prep.sources import SOURCES
+from data_prep.sources import COMMERCIAL_USE
 from infimed_jax.evaluation.report import Report, Stage, write_report
 from infimed_jax.evaluation.run import Record
 from infimed_jax.evaluation.statistics import Comparison, accuracy, compare, majority_baseline
@@ -70,9 +70,8 @@ def read_records(folder: Path) -> list[Record]:
 def _export(chain: Chain) -> tuple[dict[str, Any], str]:
     config = chain.stage_config("grpo")
     params, metadata = load_params(chain.run_folder("grpo"))
-    commercial = {name: source.commercial_use for name, source in SOURCES.items()}
     scored = [chain.folder / "evaluation" / name for name in ("sft_cross_distribution", LAST_SUPERVISED, "grpo")]
-    card = checkpoint_card(history_of(metadata), scored, commercial)
+    card = checkpoint_card(history_of(metadata), scored, COMMERCIAL_USE)
     card = replace(card, title=chain.plan["title"])
     shutil.rmtree(chain.folder / "export", ignore_errors=True)  # of a run that was stopped before its proof
     with jax.set_mesh(make_mesh(config.mesh)):

@@ -43,6 +43,9 @@ SOURCES: dict[str, Source] = {
     )
 }
 
+COMMERCIAL_USE: dict[str, bool] = {name: source.commercial_use for name, source in SOURCES.items()}
+"""What a model card says of each source where the licence's text alone would have to."""
+
 
 def evaluation_only(origins: Iterable[str]) -> list[str]:
     """Of a dataset's origins (`source/split`), as its manifest lists them, those that may never be trained on."""

@@ -88,7 +88,7 @@ def from_hf(args: argparse.Namespace) -> None:
 
 
 def to_hf(args: argparse.Namespace) -> None:
-    from data_prep.sources import SOURCES
+    from data_prep.sources import COMMERCIAL_USE
     from infimed_jax.config import Config, from_dict
     from infimed_jax.hf import provenance
     from infimed_jax.hf.export import to_hf as write_hf
@@ -103,7 +103,6 @@ def to_hf(args: argparse.Namespace) -> None:
         raise UserError(f"{args.checkpoint} holds no adapters (train.lora.rank is 0): leave out --lora peft")
     history = history_of(metadata)
     positions = provenance.max_positions(history)
-    commercial = {name: source.commercial_use for name, source in SOURCES.items()}
     with ByteProgress("to-hf") as progress:
         write_hf(
             params,
@@ -114,7 +113,7 @@ def to_hf(args: argparse.Namespace) -> None:
             source_vision=args.vision,
             visual_tokens=args.visual_tokens,
             lora=config.train.lora if apart else None,
-            card=provenance.checkpoint_card(history, args.evaluation, commercial),
+            card=provenance.checkpoint_card(history, args.evaluation, COMMERCIAL_USE),
             on_progress=progress.update,
             **({"max_positions": positions} if positions else {}),
         )
