@@ -67,7 +67,7 @@ class Comparison:
     """95 % interval of the difference."""
     z: float
     p_value: float
-    """Two-sided, normal, clustered by image."""
+    """Two-sided, normal, clustered by image; where all questions differ one way, the exact sign test of the images."""
     only_a: int
     """Questions that only a answers."""
     only_b: int
@@ -97,18 +97,18 @@ def compare(a: Sequence[Scored], b: Sequence[Scored]) -> Comparison:
         raise UserError(f"a paired comparison needs the same questions in both runs, not {len(a)} and {len(b)} others")
     differences = np.array([float(record.correct) - float(theirs[record.id].correct) for record in a])
     mean, error, images = _clustered_mean(differences, [record.image_id for record in a])
+    low, high = _difference_interval(mean, error, images)
     only_a, only_b = int((differences > 0).sum()), int((differences < 0).sum())
-    z = mean / error if error > 0 else math.copysign(math.inf, mean) if mean else 0.0
-    known = not math.isnan(error)
+    z = math.nan if math.isnan(error) else mean / error if error > 0 else math.copysign(math.inf, mean) if mean else 0.0
     return Comparison(
         n=len(a),
         images=images,
         difference=mean,
         standard_error=error,
-        low=max(mean - Z95 * error, -1.0) if known else -1.0,
-        high=min(mean + Z95 * error, 1.0) if known else 1.0,
-        z=z if known else math.nan,
-        p_value=math.erfc(abs(z) / math.sqrt(2)) if known else math.nan,
+        low=low,
+        high=high,
+        z=z,
+        p_value=0.5 ** (images - 1) if math.isinf(z) else math.erfc(abs(z) / math.sqrt(2)),
         only_a=only_a,
         only_b=only_b,
         mcnemar_p=exact_mcnemar(only_a, only_b),
@@ -200,3 +200,13 @@ def _share_interval(mean: float, error: float, images: int) -> tuple[float, floa
         bound = 0.025 ** (1 / images)
         return (bound, 1.0) if mean else (0.0, 1 - bound)
     return max(mean - Z95 * error, 0.0), min(mean + Z95 * error, 1.0)
+
+
+def _difference_interval(mean: float, error: float, images: int) -> tuple[float, float]:
+    """95 % interval of a difference of shares; where all questions differ one way, from that of the share that does."""
+    if math.isnan(error):
+        return -1.0, 1.0
+    if abs(mean) == 1.0:
+        low, high = _share_interval((1 + mean) / 2, error, images)
+        return 2 * low - 1, 2 * high - 1
+    return max(mean - Z95 * error, -1.0), min(mean + Z95 * error, 1.0)

@@ -125,6 +125,8 @@ def test_paired_comparison_equals_a_paired_test_where_images_are_single():
     assert result.difference == pytest.approx(a.mean() - b.mean())
     assert result.z == pytest.approx(expected.statistic)
     assert result.p_value == pytest.approx(2 * scipy.stats.norm.sf(abs(expected.statistic)))
+    half = scipy.stats.norm.ppf(0.975) * scipy.stats.sem(a.astype(float) - b)
+    assert (result.low, result.high) == pytest.approx((a.mean() - b.mean() - half, a.mean() - b.mean() + half))
     assert (result.only_a, result.only_b) == ((a & ~b).sum(), (b & ~a).sum())
     assert result.mcnemar_p == pytest.approx(scipy.stats.binomtest(result.only_a, result.only_a + result.only_b).pvalue)
 
@@ -158,6 +160,18 @@ def test_comparing_a_run_with_itself_or_backwards():
     assert (same.difference, same.z, same.p_value, same.mcnemar_p) == (0, 0, 1, 1)
     assert there.difference == -back.difference and there.p_value == back.p_value
     assert (there.only_a, there.only_b) == (back.only_b, back.only_a)
+
+
+@pytest.mark.parametrize("images", [2, 5, 40])
+def test_questions_that_all_differ_one_way_are_not_taken_for_certain(images):
+    index = np.repeat(np.arange(images), 3)
+    ones, zeros = rows(np.ones(3 * images), index), rows(np.zeros(3 * images), index)
+    better, worse = compare(ones, zeros), compare(zeros, ones)
+    exact = scipy.stats.binomtest(images, images)  # each image one way, as of a fair coin
+    share = exact.proportion_ci(0.95, method="exact")
+    assert better.p_value == worse.p_value == pytest.approx(exact.pvalue)
+    assert (better.low, better.high) == pytest.approx((2 * share.low - 1, 1.0))
+    assert (worse.low, worse.high) == pytest.approx((-1.0, 1 - 2 * share.low))
 
 
 def test_a_single_image_cannot_be_tested():
