@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 
 from infimed_jax.data.prompts import LETTERS
@@ -72,6 +72,16 @@ PROTOCOLS: dict[str, Callable[[Sample, str, bool], Verdict]] = {
     "medevalkit-fixed": grade_medevalkit_fixed,
     "medevalkit-2025-06": grade_medevalkit_2025_06,
 }
+
+
+def posed(sample: Sample, protocol: str) -> Sample:
+    """The question of the kind that the protocol asks and grades it as.
+
+    MedEvalKit knows VQA-RAD's questions by their answers alone: what is not yes or no is open, its closed ones too.
+    """
+    if protocol != "strict" and sample.kind == "closed" and sample.source.startswith("vqa_rad"):
+        return replace(sample, kind="open")
+    return sample
 
 
 def _verdict(correct: bool, parsed: str | None, finished: bool, rule: str) -> Verdict:

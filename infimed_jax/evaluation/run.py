@@ -26,7 +26,7 @@ from infimed_jax.data.prompts import QUESTION_KINDS, prompt_for
 from infimed_jax.data.sample import Kind, Sample
 from infimed_jax.errors import UserError
 from infimed_jax.evaluation.answers import Status
-from infimed_jax.evaluation.protocols import PROTOCOLS
+from infimed_jax.evaluation.protocols import PROTOCOLS, posed
 from infimed_jax.evaluation.statistics import Accuracy, Comparison, accuracy, compare
 from infimed_jax.files import to_json, write_json, write_text
 from infimed_jax.models.compute import Compute
@@ -158,7 +158,9 @@ def evaluate(
     began = time.monotonic()
     visual_tokens = model.projector.visual_tokens
     prompts = [
-        render_prompt(prompt_for(sample, reasoning, image), tokenizer, visual_tokens, thinking=reasoning)
+        render_prompt(
+            prompt_for(posed(sample, protocol), reasoning, image), tokenizer, visual_tokens, thinking=reasoning
+        )
         for sample in samples
     ]
     longest = max(map(len, prompts))
@@ -273,7 +275,7 @@ def _offset(
 
 def _grade(sample: Sample, completion: Completion, tokenizer: Tokenizer, protocol: str) -> Record:
     reply = tokenizer.decode(completion.text_tokens)
-    verdict = PROTOCOLS[protocol](sample, reply, completion.finish == "stop")
+    verdict = PROTOCOLS[protocol](posed(sample, protocol), reply, completion.finish == "stop")
     return Record(
         id=sample.id,
         image_id=image_id(sample),

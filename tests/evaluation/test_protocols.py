@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infimed_jax.data.prompts import question_sample
-from infimed_jax.evaluation.protocols import PROTOCOLS
+from infimed_jax.evaluation.protocols import PROTOCOLS, posed
 
 STRICT, FIXED, FIRST = (PROTOCOLS[name] for name in ("strict", "medevalkit-fixed", "medevalkit-2025-06"))
 ORGANS = ("lung", "liver", "left kidney")
@@ -95,6 +95,7 @@ def test_first_release_leaves_slake_to_the_judge_so_to_exact_match():
         ("F", "C", "choice by similarity"),  # no letter of this question; "left kidney" has an f
         ("", "A", "choice by similarity"),
         ("left kidneys", "C", "choice by similarity"),
+        ("lobe right", "A", "choice by similarity"),  # difflib's ratio of option and reply; the other way round B
     ],
 )
 def test_choice_is_never_unparsed(reply, letter, rule):
@@ -127,6 +128,9 @@ def test_an_option_that_reads_like_the_gold_letter_counts_under_compat():
         ("\\boxed{Liver}", True, True),
         ("The answer is liver", True, False),  # the blank after the marker stays
         ("The answer is:liver", True, False),
+        ("Answer:liver", True, True),
+        ("**Answer**:liver", True, True),  # the longer marker goes first, colon and all
+        ("Answer:lung, answer:liver", False, True),  # what follows the last marker
         ("lung", False, False),
         ("liver lung", False, False),
     ],
@@ -151,7 +155,24 @@ def test_open_questions_by_exact_match(reply, strict, fixed):
     ],
 )
 def test_closed_questions_by_equal_text(reply, fixed):
-    assert FIXED(question("closed", "Left lung"), reply, True).correct is fixed
+    assert FIXED(question("closed", "Left lung", source="slake"), reply, True).correct is fixed
+
+
+def test_answer_tags_are_joined_by_blanks():
+    sample = question("open", "left lung")
+    reply = "<answer>left</answer> or <answer>lung</answer>"
+    assert FIXED(sample, reply, True).correct and FIRST(sample, reply, True).correct
+    assert not STRICT(sample, reply, True).correct
+
+
+def test_only_slake_has_closed_questions_beside_yes_and_no_under_compat():
+    """MedEvalKit asks and scores all that VQA-RAD answers otherwise as open: there a full stop is an error."""
+    for protocol, kind in (("strict", "closed"), ("medevalkit-fixed", "open"), ("medevalkit-2025-06", "open")):
+        assert posed(question("closed", "left lung"), protocol).kind == kind
+        assert posed(question("closed", "left lung", source="slake"), protocol).kind == "closed"
+        assert posed(question("yes_no", "yes"), protocol).kind == "yes_no"
+    sample = posed(question("closed", "left lung"), "medevalkit-fixed")
+    assert FIXED(sample, "Left lung", True).correct and not FIXED(sample, "Left lung.", True).correct
 
 
 def test_cut_replies_are_counted_apart_and_only_strict_calls_them_wrong():

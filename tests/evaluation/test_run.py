@@ -138,6 +138,14 @@ def test_chunks_change_nothing(ask, monkeypatch):
     assert ask().records == whole.records
 
 
+def test_chunks_draw_differently(ask, monkeypatch):
+    """Sampled replies to one question, asked in two chunks."""
+    monkeypatch.setattr(run, "CHUNK", 1)
+    twice = [SAMPLES[0], replace(SAMPLES[0], id="again")]
+    first, second = ask(twice, sampling=replace(SAMPLING, temperature=1.0)).records
+    assert first.reply != second.reply
+
+
 def test_the_model_sees_the_image_and_the_blind_control_does_not(ask):
     swapped = [replace(sample, images=(png(50 + i),)) for i, sample in enumerate(SAMPLES)]
 
@@ -184,6 +192,16 @@ def test_groups_add_up_to_the_whole(ask, script):
 def test_protocol_decides(ask, script):
     script(REPLIES)
     assert [r.correct for r in ask(protocol="medevalkit-fixed").records] == [True, True, False, False, False, True]
+
+
+def test_a_question_is_asked_as_its_protocol_knows_it(ask, script, tokenizer):
+    """MedEvalKit asks VQA-RAD's closed questions in the words of open ones; the record keeps the question's own kind."""
+    sample = replace(question(7, "closed", "left"), source="vqa_rad")
+    for protocol, wording, correct in (("strict", "word or phrase", True), ("medevalkit-fixed", "concisely", False)):
+        calls = script([("Left.", "stop")])
+        (record,) = ask([sample], protocol=protocol).records
+        assert wording in tokenizer.decode(calls[0]["prompts"][0].tokens)
+        assert (record.kind, record.correct) == ("closed", correct)
 
 
 def test_progress_counts_over_chunks(ask, script, monkeypatch):
