@@ -102,11 +102,13 @@ def test_the_planned_rows_hold_every_rollout(data):
     )
     layout = plan_layout(Questions(np.arange(9), longest, images, {}, ""), cfg)
     asked, said = [], []
+    fullest = data.draw(st.booleans())  # everything at its bound, where the planned rows are just enough
+    size = lambda low, high: high if fullest else data.draw(st.integers(low, high))  # noqa: E731
     for _ in range(prompts):
-        pixels = tuple(np.zeros(0) for _ in range(data.draw(st.integers(0, images))))
-        tokens = np.zeros(data.draw(st.integers(1, longest)), np.int32)
+        pixels = tuple(np.zeros(0) for _ in range(size(0, images)))
+        tokens = np.zeros(size(1, longest), np.int32)
         asked += [Segment(tokens, tokens, tokens > 0, pixels)] * group
-        said += [np.zeros(data.draw(st.integers(1, reply)), np.int32) for _ in range(group)]
+        said += [np.zeros(size(1, reply), np.int32) for _ in range(group)]
     bins = next_fit(asked, said, layout)
     assert len(bins) <= layout.rows and layout.piece == 2 and layout.shared == cfg.grpo.share_prompts
     assert [i for numbers in bins for i in numbers] == list(range(len(said)))
