@@ -120,6 +120,11 @@ def dimensions(text: config.Text, lora: config.Lora) -> dict[str, tuple[int, int
     return found
 
 
+def splits_inputs(target: str) -> bool:
+    """Whether `tensor` divides that linear's inputs; else its outputs."""
+    return _AXES[target][1][0] != "embed"
+
+
 def param_count(text: config.Text, lora: config.Lora) -> int:
     """Elements of all adapters."""
     return text.num_layers * lora.rank * sum(map(sum, dimensions(text, lora).values()))

@@ -38,11 +38,12 @@ def counted(cfg: config.Config, topology: Topology, mesh: config.Mesh) -> Cell:
         rows, pieces = rows_and_pieces(cfg, abstract)
     state = state_bytes(program.state, program.batch)
     work, moved = products(cfg, rows), network.collectives(cfg, rows, sizes, pieces)
-    learnt = state["gradients"]
-    bound = roofline(cfg, topology, sizes, work, moved, learnt)
+    bound = roofline(cfg, topology, sizes, work, moved, state["gradients"], state["moments"])
     activations = activation_estimate(cfg, rows // pieces, sizes)
+    # GRPO's reference is as large as the parameters, and stays while it updates as while it samples.
+    reference = state["parameters"] if is_grpo(cfg) and cfg.grpo.kl_coefficient > 0 else 0
     available = int(topology.chip.memory * (1.0 if topology.chip.tpu else GPU_SHARE))
-    needed = sum(state.values()) + activations
+    needed = sum(state.values()) + reference + activations
     tokens = rows * cfg.data.context
     return {
         "stage": cfg.train.stage,
@@ -56,6 +57,7 @@ def counted(cfg: config.Config, topology: Topology, mesh: config.Mesh) -> Cell:
         "fits": needed <= available,
         "memory": {
             **state,
+            "reference": reference,
             "activations_and_temporaries": activations,
             "needed": needed,
             "available": available,
@@ -77,8 +79,9 @@ def counted(cfg: config.Config, topology: Topology, mesh: config.Mesh) -> Cell:
             "peak_share": bound.peak_share,
         },
         "chip": dataclasses.asdict(topology.chip),
-        # The reference is as large as the parameters, and stays like the state.
-        "rollout": rollout(cfg, topology, sizes, 2 * state["parameters"] + state["moments"]) if is_grpo(cfg) else None,
+        "rollout": rollout(cfg, topology, sizes, state["parameters"] + state["moments"] + reference, available)
+        if is_grpo(cfg)
+        else None,
     }
 
 
@@ -87,14 +90,16 @@ def compiled(cell: Cell, cfg: config.Config, library: str) -> Cell:
     train = dataclasses.replace(cfg.train, remat=cell["remat"], attention=cell["attention"])
     found = compile_step(dataclasses.replace(cfg, train=train), cell["topology"], cell["mesh"], library)
     memory = cell["memory"]
-    # The gradients are among the temporaries.
+    # The gradients are among the temporaries; the reference is no argument of the update.
     rest = max(0, found.temporaries - memory["gradients"]) if found.fits else None
-    measured = memory | {
-        "activations_and_temporaries": rest,
-        "needed": found.needed,
-        "available": found.available or memory["available"],
+    needed, available = found.needed + memory["reference"], found.available or memory["available"]
+    measured = memory | {"activations_and_temporaries": rest, "needed": needed, "available": available}
+    return cell | {
+        "estimate": False,
+        "fits": found.fits and needed <= available,
+        "memory": measured,
+        "compiled": dataclasses.asdict(found),
     }
-    return cell | {"estimate": False, "fits": found.fits, "memory": measured, "compiled": dataclasses.asdict(found)}
 
 
 def best_first(cells: list[Cell]) -> list[Cell]:

@@ -8,6 +8,7 @@ even of an explicit `psum_scatter` over all devices. tests/aot/test_aot.py compa
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 
 from infimed_jax import config, sharding
+from infimed_jax.models import lora
 from infimed_jax.models.infimed import abstract_params
 from infimed_jax.plan.flops import text_learns
 
@@ -46,6 +48,10 @@ def collectives(cfg: config.Config, rows: int, mesh: dict[str, int], pieces: int
     """Those of one step over `rows` rows in `pieces` micro-batches; needs no devices."""
     with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(**mesh)):
         leaves = jax.tree_util.tree_leaves_with_path(abstract_params(cfg.model))
+        if cfg.train.lora.rank:
+            make = functools.partial(lora.init_lora, text=cfg.model.text, lora=cfg.train.lora)
+            adapters = jax.eval_shape(lambda: {"text": make(jax.random.key(0))})
+            leaves += jax.tree_util.tree_leaves_with_path(adapters)
     found: list[Collective] = []
     for path, leaf in leaves:
         found += _weight(cfg, tuple(entry.key for entry in path), leaf, mesh, pieces)
@@ -72,7 +78,7 @@ def _weight(cfg: config.Config, path: tuple[str, ...], leaf: Any, mesh: dict[str
     width = 4 if norm or cfg.train.compute_dtype == "float32" else 2
     used = math.prod(leaf.shape) * width // (mesh["tensor"] if "tensor" in axes else 1)
     rows = mesh["data"] * mesh["fsdp"]
-    learns = text_learns(cfg) if part == "text" else part in cfg.train.train
+    learns = part in cfg.train.train if part != "text" else name in (lora.A, lora.B) or text_learns(cfg)
     fsdp = mesh["fsdp"] if "fsdp" in axes else 1
     if part != "text" and cfg.data.images_per_row == 0:
         return []
@@ -123,6 +129,10 @@ def _activations(cfg: config.Config, rows: int, tensor: int) -> list[Collective]
         # Float32, a number a position: the maximum and four sums, then the maximum and one sum again.
         Collective("loss", "head", REDUCE, tokens * 4, tensor, 7),
     ]
+    adapted = lora.dimensions(text, cfg.train.lora)
+    behind = sum(map(lora.splits_inputs, adapted))  # x A is summed forward there, its gradient elsewhere
+    low = tokens * cfg.train.lora.rank
+    found.append(summed("text", low, text.num_layers * (behind * (1 + again) + len(adapted) - behind)))
     if images:
         patches = images * vision.num_patches * vision.hidden_size
         visual = images * cfg.model.projector.visual_tokens

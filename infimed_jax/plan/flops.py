@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from infimed_jax import config
 from infimed_jax.models import lora
@@ -41,8 +42,8 @@ class Product:
     """Times in the backward pass that it runs again for activations that were not kept."""
     backward: int = 0
     """Products of the backward pass: 1 for the gradient of either operand."""
-    split: bool = True
-    """Whether `tensor` divides the work; else its devices repeat it."""
+    split: Literal["rows", "inner", "outer", ""] = "outer"
+    """The dimension that `tensor` divides; "": its devices repeat the work."""
     fused: bool = False
     """Its result (attention scores) never reaches HBM."""
     needed: float = 1.0
@@ -70,9 +71,11 @@ class Product:
 
     def bytes(self, batch_shards: int, tensor: int) -> int:
         """Read and written in HBM by one device, operands and result once a run, in bfloat16."""
-        rows, outer = self.rows // batch_shards, self.outer // (tensor if self.split else 1)
+        share = {name: tensor if name == self.split else 1 for name in ("rows", "inner", "outer")}
+        rows, inner, outer = (getattr(self, name) // parts for name, parts in share.items())
+        rows //= batch_shards
         result = 0 if self.fused else rows * outer
-        return BF16 * (rows * self.inner + self.inner * outer + result) * self.count * self.runs
+        return BF16 * (rows * inner + inner * outer + result) * self.count * self.runs
 
 
 def products(cfg: config.Config, rows: int) -> list[Product]:
@@ -93,14 +96,14 @@ def _vision(cfg: config.Config, rows: int) -> list[Product]:
     head = d // vision.num_heads
     inner = {"count": vision.num_blocks, "recomputed": int(trains and cfg.train.remat != "none"), "backward": back}
     return [
-        Product("vision", "patch_embedding", patches, 3 * vision.patch_size**2, d, backward=int(trains), split=False),
+        Product("vision", "patch_embedding", patches, 3 * vision.patch_size**2, d, backward=int(trains), split=""),
         Product("vision", "q_proj k_proj v_proj", patches, d, 3 * d, **block),
-        Product("vision", "scores", scores, head, vision.num_patches, **inner),
-        Product("vision", "mix", scores, vision.num_patches, head, **inner),
-        Product("vision", "out_proj", patches, d, d, **block),
+        Product("vision", "scores", scores, head, vision.num_patches, split="rows", **inner),
+        Product("vision", "mix", scores, vision.num_patches, head, split="rows", **inner),
+        Product("vision", "out_proj", patches, d, d, split="inner", **block),
         Product("vision", "fc1", patches, d, f, **block),
         # The block's output is no operand of its own backward pass: it is not computed again.
-        Product("vision", "fc2", patches, f, d, **block | {"recomputed": 0}),
+        Product("vision", "fc2", patches, f, d, split="inner", **block | {"recomputed": 0}),
     ]
 
 
@@ -113,12 +116,12 @@ def _projector(cfg: config.Config, rows: int) -> list[Product]:
     seen, learns = int("vision" in cfg.train.train), int("projector" in cfg.train.train)
     first = {"backward": learns + seen}
     pooling = [
-        Product("projector", "pool_rows", images * grid, side, side * d, backward=seen, split=False),
-        Product("projector", "pool_columns", images * grid * grid, side, d, backward=seen, split=False),
+        Product("projector", "pool_rows", images * grid, side, side * d, backward=seen, split=""),
+        Product("projector", "pool_columns", images * grid * grid, side, d, backward=seen, split=""),
     ]
     return (pooling if grid != side else []) + [
         Product("projector", "linear_1", tokens, d, width, **first),
-        Product("projector", "linear_2", tokens, width, width, backward=learns + (learns | seen)),
+        Product("projector", "linear_2", tokens, width, width, backward=learns + (learns | seen), split="inner"),
     ]
 
 
@@ -133,25 +136,26 @@ def _text(cfg: config.Config, rows: int) -> list[Product]:
         Product("text", "q_proj", tokens, d, heads * width, **block),
         Product("text", "k_proj v_proj", tokens, d, 2 * kv * width, **block),
         *_self_attention(cfg, rows),
-        Product("text", "o_proj", tokens, heads * width, d, **block),
+        Product("text", "o_proj", tokens, heads * width, d, split="inner", **block),
         Product("text", "gate_proj up_proj", tokens, d, 2 * f, **block),
-        Product("text", "down_proj", tokens, f, d, **block | {"recomputed": 0}),
+        Product("text", "down_proj", tokens, f, d, split="inner", **block | {"recomputed": 0}),
         *_adapters(cfg, tokens),
     ]
 
 
 def _adapters(cfg: config.Config, tokens: int) -> list[Product]:
     """Both factors of each LoRA adapter, which learn where the kernels beside them do not."""
-    rank, text = cfg.train.lora.rank, cfg.model.text
-    both = {"count": text.num_layers, "recomputed": int(cfg.train.remat == "full"), "backward": 2}
-    return [
-        product
-        for target, (inputs, outputs) in lora.dimensions(text, cfg.train.lora).items()
-        for product in (
-            Product("text", f"{target} lora_a", tokens, inputs, rank, split=False, **both),
-            Product("text", f"{target} lora_b", tokens, rank, outputs, **both),
-        )
-    ]
+    rank, again = cfg.train.lora.rank, int(cfg.train.remat == "full")
+    both = {"count": cfg.model.text.num_layers, "backward": 2}
+    found = []
+    for target, (inputs, outputs) in lora.dimensions(cfg.model.text, cfg.train.lora).items():
+        a, b = ("inner", "") if lora.splits_inputs(target) else ("", "outer")
+        last = target == "down_proj"  # whose result, as that of the kernel beside it, is the block's
+        found += [
+            Product("text", f"{target} lora_a", tokens, inputs, rank, recomputed=again, split=a, **both),
+            Product("text", f"{target} lora_b", tokens, rank, outputs, recomputed=again * (not last), split=b, **both),
+        ]
+    return found
 
 
 def _self_attention(cfg: config.Config, rows: int) -> list[Product]:
@@ -164,6 +168,7 @@ def _self_attention(cfg: config.Config, rows: int) -> list[Product]:
     shared = {
         "count": text.num_layers,
         "recomputed": int(cfg.train.remat != "none"),
+        "split": "rows",
         "fused": kernel == "splash",
         "needed": (length + 1) / 2 / keys,
     }

@@ -13,11 +13,13 @@ from infimed_jax.plan.flops import forward_flops
 from infimed_jax.plan.topology import Topology
 
 
-def rollout(cfg: config.Config, topology: Topology, mesh: dict[str, int], state: int) -> dict[str, Any]:
+def rollout(
+    cfg: config.Config, topology: Topology, mesh: dict[str, int], state: int, available: int
+) -> dict[str, Any]:
     """Of `grpo.prompts * grpo.group_size` completions, each prompt with one image and every length at its bound.
 
-    Bytes are a device's: `state` (given) and the reference stay while it decodes. `fits` compares their sum with the
-    device's memory. The time is the larger of arithmetic and of reading the text model and the cache once a token.
+    Bytes are a device's: `state`, the reference included, stays while it decodes; all must fit `available`. The time is
+    the larger of arithmetic and of reading the text model (of an untied one's table: nothing) and the cache once a token.
     """
     text, grpo, chip = cfg.model.text, cfg.grpo, topology.chip
     width = 2 if cfg.train.compute_dtype == "bfloat16" else 4
@@ -29,9 +31,10 @@ def rollout(cfg: config.Config, topology: Topology, mesh: dict[str, int], state:
         leaves = jax.tree.leaves(tree)
         return sum(width * math.prod(x.shape) // (mesh["tensor"] if "tensor" in x.sharding.spec else 1) for x in leaves)
 
-    # The table is whole on every device.
-    decoder = held(params["text"] | {"embed_tokens": {}}) + width * math.prod(params["text"]["embed_tokens"].shape)
-    weights = decoder + held(params["vision"]) + held(params["projector"])
+    blocks = held(params["text"] | {"embed_tokens": {}})
+    table = width * math.prod(params["text"]["embed_tokens"].shape)  # whole on every device, but split as the head
+    decoder = blocks + (table // mesh["tensor"] if text.tie_embeddings else 0)
+    weights = blocks + table + held(params["vision"]) + held(params["projector"])
     slots = -(-cfg.sampling.slots // (mesh["data"] * mesh["fsdp"]))
     length = grpo.max_prompt + grpo.max_response
     cache = 2 * width * slots * length * text.num_kv_heads // mesh["tensor"] * text.head_dim * text.num_layers
@@ -48,7 +51,7 @@ def rollout(cfg: config.Config, topology: Topology, mesh: dict[str, int], state:
         "sampler_weights": weights,
         "cache": cache,
         "needed": needed,
-        "fits": needed <= chip.memory,
+        "fits": needed <= available,
         "prefill_flops": round(grpo.prompts * prefill),
         "decode_flops": round(completions * decode),
         "decode_steps": steps,

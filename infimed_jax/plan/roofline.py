@@ -17,8 +17,6 @@ ASSUMPTIONS = (
     "network: rings over all links of a device, one direction; GPUs of several nodes at the node's links",
     "share of peak: without recomputation and masked scores, the frozen encoder's forward pass counted",
 )
-_OPTIMIZER_BYTES = 28
-"""A learnt parameter: gradient, master and two moments read, three of them written, in float32."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +51,13 @@ def roofline(
     mesh: dict[str, int],
     work: Sequence[Product],
     moved: Sequence[Collective],
-    learnt_bytes: int,
+    masters: int,
+    moments: int,
 ) -> Roofline:
-    """`learnt_bytes` are the float32 masters that one device holds."""
+    """`masters` and `moments`: bytes of what learns, and of its optimizer's state, on one device."""
     chip, shards = topology.chip, mesh["data"] * mesh["fsdp"]
-    traffic = sum(item.bytes(shards, mesh["tensor"]) for item in work) + learnt_bytes // 4 * _OPTIMIZER_BYTES
+    optimizer = 3 * masters + 2 * moments  # the gradient is read, masters and moments are read and written
+    traffic = sum(item.bytes(shards, mesh["tensor"]) for item in work) + optimizer
     return Roofline(
         arithmetic=device_flops(work, mesh) / chip.flops,
         memory=traffic / chip.bandwidth,

@@ -49,7 +49,7 @@ def _row(cell: Cell) -> tuple[str, ...]:
         cell["remat"],
         about + ("yes" if cell["fits"] else "NO"),
         about + _gib(memory["needed"]),
-        _gib(memory["parameters"]),
+        _gib(memory["parameters"] + memory["reference"]),
         _gib(memory["moments"]),
         _gib(memory["gradients"]),
         about + ("?" if rest is None else _gib(rest)),
@@ -83,7 +83,8 @@ def notes() -> str:
     """What each column is, and what the bound assumes."""
     return "\n".join(
         (
-            "GiB a device: needed in all; parameters, moments, gradients, the rest (activations, gathered weights).",
+            "GiB a device: needed in all; parameters (GRPO: and its reference), moments, gradients, the rest "
+            "(activations, gathered weights).",
             "~ counted from the configuration; without it, the TPU compiler's own figure. Sent: by one device, a step.",
             *(f"Assumed: {line}." for line in ASSUMPTIONS),
         )

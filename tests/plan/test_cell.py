@@ -79,7 +79,24 @@ def test_flops_follow_the_rule_of_six(pretrain):
 def test_the_estimate_agrees_with_compilations(model, name, topology, tensor, remat, needed):
     """`needed`: GiB a chip that libtpu 0.0.42.1 found for these cells (`make test-aot`, `plan`)."""
     cell = counted(stage(model, name, f"train.remat={remat}"), parse_topology(topology), Mesh(1, -1, tensor))
-    np.testing.assert_allclose(cell["memory"]["needed"], needed * GIB, rtol=0.05)
+    update = cell["memory"]["needed"] - cell["memory"]["reference"]  # which is no argument of the compiled update
+    np.testing.assert_allclose(update, needed * GIB, rtol=0.05)
+
+
+@pytest.mark.parametrize("kl", [0.01, 0.0])
+def test_the_reference_stays_beside_update_and_rollout_where_there_is_one(kl):
+    settings = ("train.remat=full", f"grpo.kl_coefficient={kl}")
+    cell = counted(stage("foundation_1p7b", "grpo", *settings), parse_topology("h100x32"), Mesh(1, -1, 1))
+    memory, found = cell["memory"], cell["rollout"]
+    assert memory["reference"] == (memory["parameters"] if kl else 0)
+    parts = ("parameters", "moments", "batch", "gradients", "reference", "activations_and_temporaries")
+    assert memory["needed"] == sum(memory[part] for part in parts)
+    held = memory["parameters"] + memory["reference"] + memory["moments"]
+    assert found["needed"] == held + found["sampler_weights"] + found["cache"]
+    assert memory["available"] == 0.9 * 80e9  # what `launch/run.py` gives to JAX on a GPU
+    assert counted(stage("foundation_1p7b", "pretrain", *settings), parse_topology("h100x32"), Mesh(1, -1, 1))[
+        "memory"
+    ]["reference"] == 0
 
 
 def test_the_state_agrees_with_a_compilation(pretrain):

@@ -18,6 +18,10 @@ CASES = [
         "mesh_shape": [1, 4, 2],
         "settings": {"train": {"remat": "none", "micro_batches": 2}, "model": {"text": {"tie_embeddings": False}}},
     },
+    {
+        "mesh_shape": [2, 2, 2],
+        "settings": {"train": {"remat": "full", "lora": {"rank": 4}}},
+    },
 ]
 
 
