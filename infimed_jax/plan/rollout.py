@@ -13,13 +13,11 @@ from infimed_jax.plan.flops import forward_flops
 from infimed_jax.plan.topology import Topology
 
 
-def rollout(
-    cfg: config.Config, topology: Topology, mesh: dict[str, int], state: int, available: int
-) -> dict[str, Any]:
+def rollout(cfg: config.Config, topology: Topology, mesh: dict[str, int], state: int, available: int) -> dict[str, Any]:
     """Of `grpo.prompts * grpo.group_size` completions, each prompt with one image and every length at its bound.
 
     Bytes are a device's: `state`, the reference included, stays while it decodes; all must fit `available`. The time is
-    the larger of arithmetic and of reading the text model (of an untied one's table: nothing) and the cache once a token.
+    the larger of arithmetic and of reading the text model (an untied table aside) and the cache once a token.
     """
     text, grpo, chip = cfg.model.text, cfg.grpo, topology.chip
     width = 2 if cfg.train.compute_dtype == "bfloat16" else 4

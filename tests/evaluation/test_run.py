@@ -195,7 +195,7 @@ def test_protocol_decides(ask, script):
 
 
 def test_a_question_is_asked_as_its_protocol_knows_it(ask, script, tokenizer):
-    """MedEvalKit asks VQA-RAD's closed questions in the words of open ones; the record keeps the question's own kind."""
+    """MedEvalKit asks VQA-RAD's closed questions as open ones; the record keeps the question's own kind."""
     sample = replace(question(7, "closed", "left"), source="vqa_rad")
     for protocol, wording, correct in (("strict", "word or phrase", True), ("medevalkit-fixed", "concisely", False)):
         calls = script([("Left.", "stop")])

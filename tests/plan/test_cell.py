@@ -94,9 +94,12 @@ def test_the_reference_stays_beside_update_and_rollout_where_there_is_one(kl):
     held = memory["parameters"] + memory["reference"] + memory["moments"]
     assert found["needed"] == held + found["sampler_weights"] + found["cache"]
     assert memory["available"] == 0.9 * 80e9  # what `launch/run.py` gives to JAX on a GPU
-    assert counted(stage("foundation_1p7b", "pretrain", *settings), parse_topology("h100x32"), Mesh(1, -1, 1))[
-        "memory"
-    ]["reference"] == 0
+    assert (
+        counted(stage("foundation_1p7b", "pretrain", *settings), parse_topology("h100x32"), Mesh(1, -1, 1))["memory"][
+            "reference"
+        ]
+        == 0
+    )
 
 
 def test_the_state_agrees_with_a_compilation(pretrain):
