@@ -306,10 +306,14 @@ class Sampling:
     """Tokens decoded on the device before the host refills finished slots."""
 
     def __post_init__(self) -> None:
-        require(self.temperature >= 0, "sampling.temperature must not be negative")
+        # Beyond these bounds float32 logits overflow, and a distribution of NaN would be read as token 0.
+        require(
+            self.temperature == 0 or 1e-6 <= self.temperature <= 1e6,
+            "sampling.temperature must be 0 (greedy) or lie in [1e-6, 1e6]",
+        )
         require(0 < self.top_p <= 1, "sampling.top_p must lie in (0, 1]")
         require(self.top_k >= 0, "sampling.top_k must not be negative")
-        require(self.repetition_penalty > 0, "sampling.repetition_penalty must be positive")
+        require(1e-6 <= self.repetition_penalty <= 1e6, "sampling.repetition_penalty must lie in [1e-6, 1e6]")
         require(
             min(self.max_tokens, self.slots, self.burst) > 0, "sampling.max_tokens, slots and burst must be positive"
         )
