@@ -30,10 +30,10 @@ def read_architecture(folder: str | Path, allowed: tuple[str, ...]) -> tuple[str
     path = Path(folder) / "config.json"
     values = read_json(path)
     given = values.get("architectures")
-    for architecture in allowed:
-        if given == [architecture]:
-            return architecture, values
     names = given if isinstance(given, list) else [given] if given else []
+    for architecture in allowed:
+        if names == [architecture]:
+            return architecture, values
     said = ", ".join(map(str, names)) or f"no architecture (model_type {values.get('model_type')!r})"
     raise UserError(f"{path} is of {said}; this reads {' or '.join(allowed)}")
 
@@ -87,6 +87,8 @@ def vision_from_hf(values: dict[str, Any], where: str, feature_layer: int) -> co
 
 def llava_from_hf(values: dict[str, Any], where: str) -> config.Model:
     """Our Model from a LLaVA configuration with a SigLIP tower and a Qwen3 text model."""
+    # transformers goes by the type, whatever `architectures` says: LLaVA-NeXT and OneVision cut images into tiles.
+    _expect(values, where, "model_type", ("llava",), absent_is_fine=False)
     text, vision = (section(values, where, name) for name in ("text_config", "vision_config"))
     _expect(values, where, "projector_hidden_act", ("gelu",))
     _expect(values, where, "multimodal_projector_bias", (True,))

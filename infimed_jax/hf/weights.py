@@ -31,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object")
@@ -52,12 +52,16 @@ class WeightsFolder:
         self._file_of: dict[str, str] = {}
         self.found: dict[str, Found] = {}
         weight_map = self._weight_map()
-        files = sorted(set(weight_map.values()) if weight_map else {SINGLE})
+        files = sorted({SINGLE} if weight_map is None else set(weight_map.values()))
         absent = [name for name in files if not (self.folder / name).is_file()]
         if absent:
             raise UserError(f"{self.folder}: {', '.join(absent)} is missing, though {INDEX} names it")
-        for name in files:
-            self._scan(name)
+        if SINGLE not in files and (self.folder / SINGLE).is_file():
+            # transformers reads the single file then: another model, where the two differ
+            raise UserError(f"{self.folder} holds {SINGLE} beside shards, and {INDEX} does not name it: remove one")
+        faults = [fault for name in files for fault in self._scan(name)]
+        if faults:
+            raise UserError("; ".join(faults))
         if weight_map is not None:
             self._compare(weight_map)
 
@@ -71,7 +75,8 @@ class WeightsFolder:
         index = self.folder / INDEX
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            named = isinstance(weight_map, dict) and all(isinstance(v, str) for v in weight_map.values())
+            if not named or not weight_map:
                 raise UserError(f"{index} has no weight_map of keys to file names")
             for name in set(weight_map.values()):
                 if PurePath(name).name != name or "\\" in name or not name.endswith(".safetensors"):
@@ -101,14 +106,22 @@ class WeightsFolder:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is cut or damaged: {error}") from error
 
-    def _scan(self, name: str) -> None:
-        with self._open(name) as file:
+    def _scan(self, name: str) -> list[str]:
+        """Take note of a file's tensors; returns what is wrong with it."""
+        try:
+            file = self._open(name)
+        except UserError as error:
+            return [str(error)]
+        faults = []
+        with file:
             for key in file.keys():  # noqa: SIM118 (not a dict: it cannot be iterated over)
                 if key in self._file_of:
-                    raise UserError(f"{key} is in {self._file_of[key]} and in {name} of {self.folder}")
+                    faults.append(f"{key} is in {self._file_of[key]} and in {name} of {self.folder}")
+                    continue
                 view = file.get_slice(key)
                 self._file_of[key] = name
                 self.found[key] = Found(tuple(view.get_shape()), str(view.get_dtype()))
+        return faults
 
     def _compare(self, weight_map: Mapping[str, str]) -> None:
         """The index and the files must agree on every key."""

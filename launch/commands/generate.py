@@ -29,6 +29,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 def generate(args: argparse.Namespace) -> None:
     if not args.prompt.strip():  # before the model: a mistake is answered at once
         raise UserError("--prompt is empty: write a question, or what to do with the images")
+    if any("\ud800" <= letter <= "\udfff" for letter in args.prompt):  # how Python reads bytes that are no text
+        raise UserError("--prompt is no UTF-8: write it in that encoding (a UTF-8 terminal or locale)")
     images = [_read(file) for file in args.image]
     _keep_notes_off_stdout()
     import jax

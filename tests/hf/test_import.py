@@ -290,7 +290,43 @@ def test_an_index_that_disagrees_with_its_shards(llava):
         from_llava(llava)
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'])
+def test_a_single_file_beside_shards_is_not_passed_over(llava):
+    """transformers would take the file, we the shards: two models in one folder."""
+    shutil.copy(llava / FIRST, llava / "model.safetensors")
+    with pytest.raises(UserError, match=r"holds model.safetensors beside shards, and .*index.json does not name it"):
+        from_llava(llava)
+
+
+def test_faults_of_several_shards_come_together(llava):
+    """Two cut files, and two tensors that are in two files each."""
+    first, third = load_file(llava / FIRST), "model-00003-of-00004.safetensors"
+    twice = sorted(first)[:2]
+    save_file(load_file(llava / SECOND) | {key: first[key] for key in twice}, llava / SECOND, {"format": "pt"})
+    fourth = third.replace("3-of", "4-of")
+    for name in (third, fourth):
+        (llava / name).write_bytes((llava / name).read_bytes()[:-1])
+    with pytest.raises(UserError) as raised:
+        from_llava(llava)
+    for words in (f"{third} is cut", f"{fourth} is cut", *(f"{key} is in {FIRST} and in {SECOND}" for key in twice)):
+        assert words in str(raised.value)
+
+
+def test_the_links_of_a_hub_cache_are_followed(llava):
+    """There every file is a link to ../../blobs/HASH: what may not leave the folder is what an index names."""
+    plain, (blobs, snapshot) = from_llava(llava), (llava.parent / "blobs", llava.parent / "snapshots/main")
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(llava.iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(Path("../../blobs") / str(number))
+    assert jax.tree.all(jax.tree.map(np.array_equal, from_llava(snapshot)[0], plain[0]))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{", "[" * 100_000, '{"weight_map": 3}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}'],
+    ids=lambda content: content[:20],
+)
 def test_a_damaged_index(llava, content):
     index_of(llava).write_text(content)
     with pytest.raises(UserError, match=r"index\.json"):
@@ -330,6 +366,8 @@ def test_a_huge_header_is_refused(llava):
     ("values", "message"),
     [
         ({"architectures": ["Qwen3ForCausalLM"]}, "is of Qwen3ForCausalLM; this reads LlavaForConditionalGeneration"),
+        ({"architectures": "LlavaNextForConditionalGeneration"}, "is of LlavaNextForConditionalGeneration; this reads"),
+        ({"model_type": "llava_onevision"}, "model_type 'llava_onevision' is not supported, only 'llava'"),
         ({"vision_feature_select_strategy": "default"}, "vision_feature_select_strategy 'default'"),
         ({"vision_feature_layer": [-2, -1]}, "vision_feature_layer must be one number"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act 'relu'"),

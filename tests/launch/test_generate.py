@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import sys
 
 import pytest
@@ -87,6 +88,7 @@ def test_mistakes_are_one_line(models, tmp_path, capsys):
     asked = ("generate", "--checkpoint", models / "checkpoint", "--prompt", "x")
     for arguments, words in (
         ((*asked[:-1], " "), "--prompt is empty"),
+        ((*asked[:-1], os.fsdecode(b"caf\xe9")), "--prompt is no UTF-8"),
         ((*asked, "model.text.num_layers=3"), "of another shape: text/layers/input_layernorm/scale [2, 32]"),
         ((*asked[:-1], "x " * 2000), "sampling.max_tokens=512 exceed the model's context of 1234: shorten the prompt"),
         ((*asked, "sampling.max_tokens=99999999"), "exceed the model's context of 1234"),
