@@ -17,8 +17,8 @@ TEMPLATE = "chat_template.jinja"
 
 LIST_CONTENT = """\
 {#- Content may be a list of parts, as processors and serving engines send it: an image becomes one mark, which the
-    processor expands; text after an image begins on a new line, as in training, unless it is the next image's number
-    (<image_2>: ). Strings stay as they are. -#}
+    processor expands; text after an image begins on a new line, as in training, unless it does already or is no more
+    than the next image's number (<image_2>: ). Strings stay as they are. -#}
 {%- set parts = namespace(messages=[], text='', after_image=false) %}
 {%- for message in messages %}
     {%- if message.content is string or message.content is not iterable %}
@@ -31,7 +31,8 @@ LIST_CONTENT = """\
                 {%- set parts.text = parts.text + '<|image_pad|>' %}
                 {%- set parts.after_image = true %}
             {%- else %}
-                {%- if parts.after_image and not part.text.startswith('\\n') and not part.text.startswith('<image_') %}
+                {%- set number = part.text.startswith('<image_') and part.text.endswith('>: ') %}
+                {%- if parts.after_image and not number and not part.text.startswith('\\n') %}
                     {%- set parts.text = parts.text + '\\n' %}
                 {%- endif %}
                 {%- set parts.text = parts.text + part.text %}

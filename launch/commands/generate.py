@@ -182,5 +182,7 @@ def _sample(prompt: str, images: list[bytes]) -> Any:
     from infimed_jax.data.prompts import with_images
     from infimed_jax.data.sample import Sample, Turn
 
+    if images:  # after one the text begins on a new line: a prompt that does so already gets no second
+        prompt = prompt.removeprefix("\n")
     turn = Turn("user", with_images(prompt, len(images)))
     return Sample("prompt", "user", "", "chat", tuple(images), (turn,))

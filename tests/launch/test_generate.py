@@ -35,12 +35,12 @@ def transformers_reply(models):
     processor = AutoProcessor.from_pretrained(models / "hf")
     model = AutoModelForImageTextToText.from_pretrained(models / "hf").eval()
 
-    def reply(images: int) -> tuple[list[int], str]:
+    def reply(images: int, question: str = QUESTION) -> tuple[list[int], str]:
         parts = []
         for number in range(images):
             parts += [{"type": "text", "text": f"<image_{number + 1}>: "}] if images > 1 else []
             parts.append({"type": "image"})
-        messages = [{"role": "user", "content": [*parts, {"type": "text", "text": QUESTION}]}]
+        messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
         text = processor.apply_chat_template(
             messages, add_generation_prompt=True, enable_thinking=False, tokenize=False
         )
@@ -53,12 +53,12 @@ def transformers_reply(models):
     return reply
 
 
-def ask(models, source, images, *more):
+def ask(models, source, images, *more, question=QUESTION):
     """(exit code, the JSON that it wrote)."""
     output = models / "reply.json"
     output.unlink(missing_ok=True)
     files = [part for number in range(images) for part in ("--image", models / f"{number}.png")]
-    code = command("generate", f"--{source}", models / source, "--prompt", QUESTION, *files, "--output", output,
+    code = command("generate", f"--{source}", models / source, "--prompt", question, *files, "--output", output,
                    f"sampling.max_tokens={LENGTH}", *more)  # fmt: skip
     return code, json.loads(output.read_text())
 
@@ -72,6 +72,15 @@ def test_greedy_text_is_that_of_transformers(models, transformers_reply, capsys,
         assert code == 0 and reply["tokens"] == tokens
         assert reply["reply"] == text
         assert capsys.readouterr().out == text + "\n"
+
+
+@pytest.mark.parametrize("start", ["\n", "\n\n", "<image_1>", " "])
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_however_a_prompt_begins(models, transformers_reply, start, images):
+    """Text after an image begins on a new line once, on both sides."""
+    tokens, _ = transformers_reply(images, start + QUESTION)
+    code, reply = ask(models, "hf", images, question=start + QUESTION)
+    assert code == 0 and reply["tokens"] == tokens
 
 
 def test_a_drawn_reply_is_a_function_of_the_seed(models):
