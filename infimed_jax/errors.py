@@ -11,6 +11,7 @@ _MENDS = {
     errno.EFBIG: "allow larger files (ulimit -f)",
     errno.EACCES: "give this user the right to it, or name another folder",
     errno.EPERM: "give this user the right to it, or name another folder",
+    errno.ENOTDIR: "name another folder",
     errno.EROFS: "name a folder on a disk that can be written",
 }
 """What a file system refuses, and what the user can do about it."""

@@ -7,6 +7,7 @@ float32 a module at a time, as each runs, and logits go to the disk a few positi
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -96,12 +97,16 @@ def compute(folder: Path, prompts: Sequence[Prompt], work: Path) -> tuple[list[R
 
 @contextlib.contextmanager
 def _their_errors(doing: str) -> Iterator[None]:
-    """Damaged weights, an absent tokenizer or template: each library has a type of error of its own for it."""
+    """Damaged weights, an absent template, a config.json of another image token: each library has its type of error.
+
+    A full disk and a want of memory say nothing of the export.
+    """
     try:
         yield
-    except MemoryError:
-        raise
     except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or isinstance(error, MemoryError):
+            raise
         raise Unusable(f"transformers cannot {doing}: {' '.join(str(error).split())}") from error
 
 
@@ -123,7 +128,8 @@ def _answer(prompt: Prompt, processor: Any, model: Any, file: Path) -> Reference
         _save(file.with_suffix(".projector.npy"), projected)
 
     hook = model.model.multi_modal_projector.register_forward_hook(keep)
-    hidden = model.model(**inputs, use_cache=False).last_hidden_state[0]
+    with _their_errors("run the export"):
+        hidden = model.model(**inputs, use_cache=False).last_hidden_state[0]
     hook.remove()
     with open(file.with_suffix(".logits"), "wb") as out:
         for piece in hidden.split(POSITIONS):

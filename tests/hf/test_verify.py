@@ -100,6 +100,18 @@ def test_an_export_that_cannot_be_used_fails(model, make_params, tokenizer_folde
     assert [path.name for path in tmp_path.iterdir() if "verify" in path.name] == []
 
 
+def test_an_export_that_does_not_run_fails(model, make_params, tokenizer_folder, tmp_path):
+    """config.json names another token as the image's place: transformers finds no places for the features."""
+    params = make_params(model)
+    folder = to_hf(params, model, tokenizer_folder, tmp_path / "out")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"image_token_index": 1}))
+    result = verify(params, model, folder, tokenizer_folder)
+    (failure,) = result["failures"]
+    assert result["status"] == "failed" and failure.startswith("transformers cannot run the export: ")
+    assert "image tokens" in failure and "\n" not in failure
+
+
 def test_another_processor_fails(model, make_params, tokenizer_folder, tmp_path):
     params = make_params(model)
     folder = to_hf(params, model, tokenizer_folder, tmp_path / "out")

@@ -147,6 +147,12 @@ def test_parameters_are_never_written_over_something(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["p"]
 
 
+def test_parameters_for_a_place_that_takes_none_are_one_line(tmp_path: Path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=f"{tmp_path}/file/p were not written: not a directory; name another folder"):
+        save_params(tmp_path / "file/p", [("a.w", np.ones(3, np.float32))], {})
+
+
 def test_leaves_are_made_and_read_one_at_a_time(tmp_path: Path):
     """When a leaf is asked for, the one before is on the disk and gone."""
     before: list[weakref.ref] = []
