@@ -9,9 +9,11 @@ import argparse
 import glob
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from infimed_jax.errors import UserError
 
@@ -19,6 +21,8 @@ _PORT_RANGE = (61440, 65536)
 """A job's own port, so that two jobs on one host do not meet."""
 _GOOGLE_PCI_VENDOR = "0x1ae0"
 _CONNECT_SECONDS = 300
+_LOST = re.compile(r"Gloo|NCCL|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|heartbeat|by peer")
+"""In the runtime's words for a collective that another process left."""
 
 
 @dataclass(frozen=True)
@@ -140,3 +144,28 @@ def initialize(processes: Processes) -> None:
             f"{processes}: not joined ({' '.join(str(error).split())[:200]}); start every process, and see that each "
             "reaches that host and port; --num-processes 1 runs this one alone"
         ) from error
+
+
+def lost_another(error: Exception) -> str | None:
+    """What to tell where `error` is a collective's that another process has left; None for any other error.
+
+    Gloo (CPU) says so at once. Where the runtime waits instead, JAX ends this process itself once the other has sent
+    no heartbeat for 100 s, with C++'s words and exit code 134.
+    """
+    jax = sys.modules.get("jax")
+    if jax is None or not isinstance(error, jax.errors.JaxRuntimeError) or jax.process_count() == 1:
+        return None
+    text = " ".join(str(error).split())
+    if not _LOST.search(text):
+        return None
+    return (
+        f"process {jax.process_index()} of {jax.process_count()} lost another one, whose log says why ({text[:300]}): "
+        "start them all again, the same command continues from the latest checkpoint"
+    )
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once: JAX's own end waits for the others, and one of them is lost."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

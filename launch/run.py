@@ -1,7 +1,8 @@
 """The one entry: `python launch/run.py COMMAND --help`.
 
-A user's mistake ends with one line and exit code 2 (`--debug` shows the traceback); an interrupted run that can be
-resumed ends with exit code 75. Heavy imports happen inside the commands, so `--help` answers at once.
+A user's mistake ends with one line and exit code 2 (`--debug` shows the traceback); a run that was interrupted, or lost
+one of its processes, and can be resumed ends with exit code 75. Heavy imports happen inside the commands, so `--help`
+answers at once.
 """
 
 from __future__ import annotations
@@ -63,6 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"error: {describe(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except Exception as error:
+        lost = distributed.lost_another(error)
+        if lost is None:
+            raise
+        print(f"\n{lost}", file=sys.stderr)
+        distributed.leave(EXIT_RESUME_ME)
     return 0
 
 

@@ -7,15 +7,17 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jax
 import pytest
 import yaml
 
 from infimed_jax.config import to_dict
 from infimed_jax.errors import UserError
 from infimed_jax.train.telemetry import read_metrics
-from launch import distributed
+from launch import distributed, run
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [*sorted((ROOT / "launch/tpu").glob("*.sh")), *sorted((ROOT / "launch/slurm").glob("*.sbatch"))]
@@ -152,6 +154,47 @@ def test_two_slurm_tasks_train_together(stage, environment, tmp_path):
     assert [row["step"] for row in read_metrics(cfg.train.output)] == [1, 2]
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("killed", [0, 1], ids=["the coordinator", "another"])
+def test_a_process_whose_other_one_is_killed_ends_in_one_line_to_be_resumed(stage, environment, tmp_path, killed):
+    cfg = stage(steps=100_000, checkpoint_every=100_000, log_every=1000, output=str(tmp_path / "run"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    by_hand = ("--coordinator", address, "--num-processes", "2", "--process-id")
+    children = [
+        subprocess.Popen(
+            _command(tmp_path, cfg, *by_hand, str(number)),
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    try:
+        while len(read_metrics(cfg.train.output)) < 5:
+            assert [child.poll() for child in children] == [None, None], children[0].communicate()
+            time.sleep(0.1)
+        children[killed].kill()
+        _, error = children[1 - killed].communicate(timeout=200)
+    finally:
+        for child in children:
+            child.kill()
+    assert children[1 - killed].returncode == run.EXIT_RESUME_ME, error
+    assert "Traceback" not in error
+    last = error.splitlines()[-1]
+    assert last.startswith(f"process {1 - killed} of 2 lost another one, whose log says why (")
+    assert last.endswith("the same command continues from the latest checkpoint")
+
+
+def test_an_error_of_its_own_is_not_blamed_on_another_process(monkeypatch):
+    """Alone nothing can be lost; among others a device out of memory, or a program's fault, stays what it is."""
+    lost = jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer")
+    assert distributed.lost_another(lost) is None
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert "lost another one" in distributed.lost_another(lost)
+    assert distributed.lost_another(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")) is None
+    assert distributed.lost_another(ConnectionResetError("Connection reset by peer")) is None
+
+
 def _namespaces_work() -> bool:
     if os.geteuid() != 0 or not shutil.which("ip"):
         return False
@@ -243,8 +286,9 @@ def test_a_tpu_worker_gets_a_python_that_is_new_enough(tmp_path, own):
     assert called[-1] == "python launch/run.py doctor --platform tpu"
 
 
-def test_the_sbatch_file_gives_srun_the_settings(tmp_path):
-    """Run with a srun that prints: YAML files become --config, code 75 goes back to the queue."""
+@pytest.mark.parametrize(("restarts", "requeued"), [(None, True), (19, True), (20, False)])
+def test_the_sbatch_file_gives_srun_the_settings(tmp_path, restarts, requeued):
+    """Run with a srun that prints: YAML files become --config, code 75 goes back to the queue, but not for ever."""
     for name, text in {
         "srun": 'printf "%s\\n" "$@"; exit 75',
         "scontrol": 'echo "scontrol $*"',
@@ -254,13 +298,15 @@ def test_the_sbatch_file_gives_srun_the_settings(tmp_path):
     environment = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7", "USER": "u",
     }  # fmt: skip
+    environment |= {} if restarts is None else {"SLURM_RESTART_COUNT": str(restarts)}
     script = ROOT / "launch/slurm/train.sbatch"
     done = subprocess.run(
         ["bash", str(script), "a.yaml", "b c.yaml", "train.steps=2"], env=environment, capture_output=True, text=True
     )
-    lines = done.stdout.splitlines()
-    assert lines[-6:] == ["--config", "a.yaml", "--config", "b c.yaml", "train.steps=2", "scontrol requeue 7"]
-    assert done.returncode == 75
+    last = ["scontrol requeue 7"] if requeued else []
+    expected = ["--config", "a.yaml", "--config", "b c.yaml", "train.steps=2", *last]
+    assert done.stdout.splitlines()[-len(expected) :] == expected
+    assert done.returncode == 75 and ("submit the same line again" in done.stderr) == (not requeued)
 
 
 def test_the_jobset_names_what_a_slice_has():
