@@ -4,6 +4,7 @@ import argparse
 import itertools
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -319,6 +320,40 @@ def test_the_jobset_names_what_a_slice_has():
         chips *= int(side)
     container = pod["containers"][0]
     assert job["parallelism"] == job["completions"] == chips // container["resources"]["limits"]["google.com/tpu"]
+    assert pod["restartPolicy"] == "Never", "a podFailurePolicy asks for it"
     command = container["command"]
     files = [after for before, after in itertools.pairwise(command) if before == "--config"]
     assert files and all((ROOT / file).is_file() for file in files)
+
+
+@pytest.mark.parametrize(
+    ("code", "conditions", "action"),
+    [
+        (run.EXIT_USER_ERROR, {}, "FailJobSet"),
+        (1, {}, "FailJobSet"),  # a traceback
+        (run.EXIT_RESUME_ME, {}, "RestartJobSet"),
+        (128 + signal.SIGABRT, {}, "RestartJobSet"),  # JAX, of a lost host
+        (128 + signal.SIGKILL, {}, "RestartJobSet"),
+        (128 + signal.SIGTERM, {}, "RestartJobSet"),
+        (1, {"DisruptionTarget": "True"}, "RestartJobSet"),  # preempted: its code says nothing
+        (1, {"DisruptionTarget": "False"}, "FailJobSet"),
+    ],
+)
+def test_the_jobset_restarts_what_a_restart_can_mend(code, conditions, action):
+    """By the rules of the Job and JobSet controllers: the first that matches is taken, and each has its default."""
+    spec = yaml.safe_load((ROOT / "launch/gke/jobset.yaml").read_text(encoding="utf-8"))["spec"]
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+
+    def matches(rule: dict) -> bool:
+        if "onPodConditions" in rule:
+            return any(conditions.get(wanted["type"]) == wanted["status"] for wanted in rule["onPodConditions"])
+        wanted = rule["onExitCodes"]
+        assert wanted["containerName"] == container["name"] and wanted["operator"] == "In" and 0 not in wanted["values"]
+        return code in wanted["values"]
+
+    taken = next((rule["action"] for rule in job["podFailurePolicy"]["rules"] if matches(rule)), "Count")
+    assert taken in ("FailJob", "Count") and job["backoffLimit"] == 0, "Count is one too many"
+    reason = {"FailJob": "PodFailurePolicy", "Count": "BackoffLimitExceeded"}[taken]
+    rules = spec["failurePolicy"]["rules"]
+    assert next((rule["action"] for rule in rules if reason in rule["onJobFailureReasons"]), "RestartJobSet") == action
