@@ -107,11 +107,6 @@ def stack_rows(rows: Sequence[Batch]) -> Batch:
     return Batch(**{name: np.stack(column) for name, column in columns.items()})
 
 
-def empty_row(*, context: int, images: int, image_size: int) -> Batch:
-    """A row of padding: fills the last batch of an epoch, and costs no loss."""
-    return build_row((), context=context, images=images, visual_tokens=1, image_size=image_size)
-
-
 def unmask(batch: Batch) -> Batch:
     """The ancestor's packing (`data.mask_segments=False`): each row one causal sequence with running positions.
 

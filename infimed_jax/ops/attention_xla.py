@@ -1,4 +1,4 @@
-"""Attention in plain XLA with a dense mask: the oracle of every other backend, and the backend of CPUs."""
+"""Attention in plain XLA with a dense mask: the oracle of every other backend, and the backend of GPUs."""
 
 from __future__ import annotations
 

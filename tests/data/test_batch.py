@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infimed_jax.data.batch import Batch, Segment, build_row, empty_row, stack_rows, unmask
+from infimed_jax.data.batch import Batch, Segment, build_row, stack_rows, unmask
 
 P, SIZE = 2, 4
 IMAGES = [np.full((SIZE, SIZE, 3), level, np.uint8) for level in (10, 20, 30)]
@@ -81,7 +81,7 @@ def test_segments_that_do_not_fit_are_never_cut():
 def test_rows_stack_into_a_batch_that_jax_takes_apart():
     one = Segment(np.arange(3, dtype=np.int32), np.ones(3, np.float32), np.zeros(3, bool))
     row = build_row([one], context=5, images=1, visual_tokens=P, image_size=SIZE)
-    blank = empty_row(context=5, images=1, image_size=SIZE)
+    blank = build_row([], context=5, images=1, visual_tokens=P, image_size=SIZE)
     batch = stack_rows([row, blank])
     assert batch.tokens.tolist() == [[0, 1, 2, 0, 0], [0] * 5]
     assert batch.segment_ids.tolist() == [[1, 1, 1, 0, 0], [0] * 5]

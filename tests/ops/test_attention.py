@@ -62,7 +62,7 @@ def test_packed_rows_match_numpy(name, causal):
 def test_segments_see_the_prefix_that_they_share(name):
     rng = np.random.default_rng(7)
     q, k, v = random_qkv(rng, batch=2, queries=12, keys=12)
-    segments = np.array([[1, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 0], [1] * 6 + [0] * 6], np.int32)
+    segments = np.array([[1, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 0], [0, 0] + [1] * 5 + [0] * 5], np.int32)
     prefixes = np.array([[0, 0, 0, 1, 1, 1, 1, 0, 0, 4, 4, 0], [0] * 12], np.int32)
     mask = Mask(True, jnp.asarray(segments), jnp.asarray(segments), query_prefixes=jnp.asarray(prefixes))
     out = attention(q, k, v, mask, implementation=name)
