@@ -11,12 +11,22 @@ from infimed_jax import config, sharding
 from infimed_jax.data.batch import Batch
 from infimed_jax.models import infimed
 from infimed_jax.models.compute import Compute
+from infimed_jax.ops.attention import Mask, attention
+from infimed_jax.plan.flops import products as step_products
 from infimed_jax.plan.flops import step_flops
 from infimed_jax.plan.topology import peak_flops
 from infimed_jax.train.optimizer import make_optimizer
 from infimed_jax.train.state import abstract_state, merge_params
 
 ROWS, TOKENS, IMAGES = 2, 40, 2
+
+
+def inside(equation):
+    """The programs that an equation runs: a scan's body, a kernel, a branch."""
+    for value in equation.params.values():
+        for sub in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(sub, "eqns") or hasattr(sub, "jaxpr"):
+                yield getattr(sub, "jaxpr", sub)
 
 
 def products(jaxpr) -> float:
@@ -27,14 +37,19 @@ def products(jaxpr) -> float:
             (contracted, _), _ = equation.params["dimension_numbers"]
             shared = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             total += 2 * shared * math.prod(equation.outvars[0].aval.shape)
-        inner = sum(
-            products(getattr(sub, "jaxpr", sub))
-            for value in equation.params.values()
-            for sub in (value if isinstance(value, (tuple, list)) else (value,))
-            if hasattr(sub, "eqns") or hasattr(sub, "jaxpr")
-        )
-        total += inner * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += times * sum(map(products, inside(equation)))
     return total
+
+
+def dots(jaxpr) -> int:
+    """Products of matrices as they are written, in kernels too; a sum of products row by row is none."""
+    return sum((e.primitive.name == "dot_general" and _outer(e)) + sum(map(dots, inside(e))) for e in jaxpr.eqns)
+
+
+def _outer(equation) -> bool:
+    (left, _), (batch, _) = equation.params["dimension_numbers"]
+    return equation.invars[0].aval.ndim > len(left) + len(batch)
 
 
 def _batch(side: int) -> Batch:
@@ -62,6 +77,20 @@ def test_the_formula_counts_the_products_of_forward_and_backward_pass(model, par
     # The XLA backend computes every pair of a row. The loss's head is apart: it recomputes its logits.
     counts = {"tokens": ROWS * TOKENS, "pairs": ROWS * TOKENS**2, "images": ROWS * IMAGES, "loss_tokens": 0}
     assert products(traced.jaxpr) == step_flops(model, train).of(counts)
+
+
+@pytest.mark.parametrize("name", ["xla", "rows", "splash"])
+def test_each_attention_s_backward_pass_has_so_many_products(name):
+    def loss(q, k, v):
+        return attention(q, k, v, Mask(causal=True), implementation=name).sum()
+
+    q, k = jnp.zeros((1, 256, 4, 128)), jnp.zeros((1, 256, 2, 128))
+    with jax.set_mesh(sharding.make_mesh(config.Mesh(), jax.devices()[:1])):
+        forward = dots(jax.make_jaxpr(loss)(q, k, k).jaxpr)
+        both = dots(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q, k, k).jaxpr)
+    cfg = config.Config(train=config.Train(attention="auto" if name == "xla" else name))
+    scores, mix = (item for item in step_products(cfg, 1) if item.part == "text" and item.name in ("scores", "mix"))
+    assert (forward, both - forward) == (scores.forward + mix.forward, scores.backward + mix.backward)
 
 
 def test_a_loss_token_costs_its_logits(model):
