@@ -6,6 +6,7 @@ it had not been stopped. The folder holds what a training run's does, and replie
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import time
@@ -271,12 +272,9 @@ def _announce(plan: Plan, found: Questions, start: int) -> None:
 
 
 def _check_skips(cfg: config.Config, rows: list[Row], asked: Sequence[Sample], checkpoints: Checkpoints) -> None:
-    """A policy that has turned to NaN samples "!!!!" for ever: end the run instead."""
-    in_a_row = 0
-    for row in reversed(rows):
-        in_a_row += row["skipped"]
-        if not _all_skipped(cfg, row):
-            break
+    """A policy that has turned to NaN samples "!!!!" for ever: end the run instead. Whole rollouts count."""
+    lost = itertools.takewhile(lambda row: _all_skipped(cfg, row), reversed(rows))
+    in_a_row = sum(row["skipped"] for row in lost)
     if 0 < cfg.train.max_skipped_updates <= in_a_row:
         ids = ", ".join(sorted({sample.id for sample in asked})[:8])
         raise UserError(

@@ -129,6 +129,18 @@ def test_a_tower_that_does_not_fit_is_said_so_and_comes_last():
     assert "~NO" in text and text.index("h200x128") < text.index("v5e:4x4")
 
 
+def test_the_table_goes_by_the_time_of_a_device():
+    """16 devices in 0.6 s cost more than 8 in 1 s; twice the tokens in 1.5 s cost less."""
+    plain = {"fits": True, "devices": 8, "tokens_a_step": 100, "roofline": {"step_seconds": 1.0}}
+    cells = [
+        plain | {"name": "more", "devices": 16, "roofline": {"step_seconds": 0.6}},
+        plain | {"name": "plain"},
+        plain | {"name": "long", "tokens_a_step": 200, "roofline": {"step_seconds": 1.5}},
+        plain | {"name": "too small", "fits": False, "roofline": {"step_seconds": 0.1}},
+    ]
+    assert [cell["name"] for cell in best_first(cells)] == ["long", "plain", "more", "too small"]
+
+
 @pytest.mark.parametrize(
     ("mesh", "word"),
     [

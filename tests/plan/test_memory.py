@@ -48,6 +48,16 @@ def test_a_frozen_tower_leaves_nothing_for_the_backward_pass(model, remat):
     assert _kept(model, 8, ("vision", *frozen), remat) > _kept(model, 2, ("vision", *frozen), remat)
 
 
+def test_a_tower_of_many_images_is_the_peak_of_a_small_text_model():
+    """Its dense scores, float32 and bfloat16, exist for all images of a device at once."""
+    text = config.Text(vocab_size=128, hidden_size=64, intermediate_size=64, num_layers=1, num_heads=1, num_kv_heads=1)
+    cfg = config.Config(
+        model=config.Model(text=text), data=config.Data(images_per_row=24), train=config.Train(remat="full")
+    )
+    scores = 24 * 16 * 729**2 * (4 + 2)
+    assert scores < memory.activation_estimate(cfg, 1, {"data": 1, "fsdp": 1, "tensor": 1}) < 1.5 * scores
+
+
 def test_dots_bytes_are_what_an_ahead_of_time_compilation_showed():
     """4B, 2 rows of 4096 a chip: 23.8 GiB with dots, 8.6 with full remat (design notes, compiled for v5p)."""
     cfg = config.Config()
@@ -67,6 +77,23 @@ def test_auto_keeps_the_products_where_there_is_room(model, monkeypatch, caplog,
     assert caplog.records[-1].getMessage().startswith(f"activations: {expected} (")
     asked = replace(cfg, train=replace(cfg.train, remat="none"))
     assert memory.choose_remat(asked, state, _mesh, 8, (512, 2)) == "none"
+
+
+@pytest.mark.parametrize("settings", [{"micro_batches": 2}, {"rows_per_device": 4}])
+def test_accumulated_gradients_are_held_twice(model, _mesh, settings):
+    """A micro-batch's and the sum so far: with room for one and a half of them, only the undivided batch keeps more."""
+    whole = config.Config(model=model, train=config.Train(global_batch=8))
+    state = abstract_state(whole, make_optimizer(whole.optimizer))
+    kept = replace(
+        whole,
+        data=replace(whole.data, context=64, images_per_row=1),
+        train=replace(whole.train, remat="dots"),
+    )
+    needed = memory.local_bytes(state) + memory.activation_estimate(kept, 4, dict(_mesh.shape))
+    room = (needed + 1.5 * memory.local_bytes(state.trainable)) / 0.8
+    divided = replace(whole, train=replace(whole.train, **settings))
+    for cfg, expected in ((whole, "dots"), (divided, "full")):
+        assert memory.choose_remat(cfg, state, _mesh, 4, (64, 1), available=room) == expected
 
 
 def test_local_bytes_are_the_states(model):
