@@ -98,8 +98,7 @@ def copy_and_hash(files: list[Path], target: Path) -> None:
 
 
 def write_images(folder: Path, count: int) -> list[Path]:
-    """Photographs' statistics do not matter here, their size does: each file is another one of 16, by a comment's
-    place in the scan's tables that is its own."""
+    """16 different pictures over and over: their size matters here, not what they show."""
     rng = np.random.default_rng(0)
     encoded = []
     for _ in range(16):
