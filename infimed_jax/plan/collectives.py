@@ -59,6 +59,13 @@ def collectives(cfg: config.Config, rows: int, mesh: dict[str, int], pieces: int
     return [item for item in found if item.group > 1 and item.times]
 
 
+def span(item: Collective, mesh: dict[str, int]) -> int:
+    """Neighbouring devices among which a group lies: `tensor` is the innermost axis, then `fsdp`."""
+    if item.name in ("activations", "loss"):
+        return mesh["tensor"]
+    return mesh["fsdp"] * mesh["tensor"] if item.name == "weights" else math.prod(mesh.values())
+
+
 def by_name(items: Sequence[Collective]) -> dict[str, int]:
     """Bytes that a device sends in a step, by what is moved and in `total`."""
     names: dict[str, int] = {}

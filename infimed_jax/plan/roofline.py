@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from infimed_jax import config
-from infimed_jax.plan.collectives import Collective
+from infimed_jax.plan.collectives import Collective, span
 from infimed_jax.plan.flops import Product, device_flops
 from infimed_jax.plan.topology import Topology
 
@@ -14,7 +14,7 @@ ASSUMPTIONS = (
     "every unit at its peak; arithmetic, memory and network wholly overlapped",
     "full rows: every image slot and every token used; every chunk of the loss computed",
     "HBM: operands and results of matrix products in bfloat16, and the optimizer's arrays; nothing else",
-    "network: rings over all links of a device, one direction; GPUs of several nodes at the node's links",
+    "network: rings over all links of a device, one direction; what spans GPUs of several nodes at the node's links",
     "share of peak: without recomputation and masked scores, the frozen encoder's forward pass counted",
 )
 
@@ -61,7 +61,16 @@ def roofline(
     return Roofline(
         arithmetic=device_flops(work, mesh) / chip.flops,
         memory=traffic / chip.bandwidth,
-        network=sum(item.sent for item in moved) / topology.link(),
+        network=_network(topology, mesh, moved),
         model_flops=sum(item.model_flops for item in work),
         peak=chip.flops * topology.devices,
     )
+
+
+def _network(topology: Topology, mesh: dict[str, int], moved: Sequence[Collective]) -> float:
+    """Seconds of the busier kind of link: those within a node and those out of it work side by side."""
+    busy: dict[float, float] = {}
+    for item in moved:
+        link = topology.link(span(item, mesh))
+        busy[link] = busy.get(link, 0.0) + item.sent / link
+    return max(busy.values(), default=0.0)

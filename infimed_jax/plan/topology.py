@@ -80,10 +80,13 @@ class Topology:
     def chip(self) -> Chip:
         return CHIPS[self.kind]
 
-    def link(self) -> float:
-        """Bytes a second, one direction, that a collective over all devices can count on, a device."""
+    def link(self, span: int) -> float:
+        """Bytes a second, one direction, that a collective can count on, a device, whose group lies in `span` of them.
+
+        The devices of a node are neighbours in the mesh.
+        """
         chip = self.chip
-        return chip.node_link if chip.node and self.devices > chip.node else chip.link
+        return chip.node_link if chip.node and span > chip.node else chip.link
 
 
 def parse_topology(name: str) -> Topology:

@@ -39,15 +39,32 @@ def test_causal_keys_are_those_of_the_blocks_that_are_computed(length, block):
     assert causal_keys(length) == computed * block**2 / length
 
 
-@pytest.mark.parametrize(("topology", "link"), [("h100x8", 450e9), ("h100x16", 50e9)])
-def test_the_slowest_unit_bounds_the_step(topology, link):
-    topology, mesh = parse_topology(topology), {"data": 1, "fsdp": 8, "tensor": 1}
+def test_the_slowest_unit_bounds_the_step():
+    topology, mesh = parse_topology("h100x8"), {"data": 1, "fsdp": 8, "tensor": 1}
     work = [Product("text", "any", 800, 64, 32, backward=2)]
     moved = [Collective("weights", "text", GATHER, 800, 8, 5), Collective("gradients", "text", REDUCE, 80, 8, 1)]
     bound = roofline(config.Config(), topology, mesh, work, moved, masters=1000, moments=500)
     assert bound.arithmetic == 2 * 100 * 64 * 32 * 3 / 989e12
     # Gradient read, master read and written; both moments, whatever their type, read and written.
     assert bound.memory == (work[0].bytes(8, 1) + 3 * 1000 + 2 * 500) / 3350e9
-    assert bound.network == pytest.approx((7 / 8 * 800 * 5 + 2 * 7 / 8 * 80) / link)
+    assert bound.network == pytest.approx((7 / 8 * 800 * 5 + 2 * 7 / 8 * 80) / 450e9)
     assert bound.step == max(bound.arithmetic, bound.memory, bound.network) == getattr(bound, bound.bound)
     assert bound.peak_share == pytest.approx(2 * 800 * 64 * 32 * 3 / (bound.step * 989e12 * topology.devices))
+
+
+def test_collectives_within_a_node_go_over_its_own_links():
+    """16 GPUs in nodes of 8: a mesh whose fsdp groups are a node gathers weights nine times as fast."""
+    topology = parse_topology("h100x16")
+    weights = Collective("weights", "text", GATHER, 10**9, 8, 1)
+    gradients = Collective("gradients", "text", REDUCE, 10**6, 16, 1)
+    activations = Collective("activations", "text", REDUCE, 10**9, 2, 1)
+
+    def network(data, fsdp, tensor, *moved):
+        mesh = {"data": data, "fsdp": fsdp, "tensor": tensor}
+        return roofline(config.Config(), topology, mesh, [], moved, masters=0, moments=0).network
+
+    out = 2 * 15 / 16 * 10**6 / 50e9
+    assert network(2, 8, 1, weights, gradients) == pytest.approx(max(7 / 8 * 10**9 / 450e9, out))
+    assert network(1, 8, 2, weights, gradients) == pytest.approx(7 / 8 * 10**9 / 50e9 + out)
+    assert network(1, 8, 2, activations) == pytest.approx(10**9 / 450e9)
+    assert network(2, 8, 1, gradients) == pytest.approx(out)

@@ -39,6 +39,7 @@ def test_a_mistake_names_the_mend(name, word):
         parse_topology(name)
 
 
-def test_gpus_of_several_nodes_count_on_the_slower_links():
-    assert parse_topology("h100x8").link() == 9 * parse_topology("h100x16").link()
-    assert parse_topology("v5p:8x8x8").link() == parse_topology("v5p:2x2x1").link()
+def test_groups_that_leave_a_node_count_on_the_slower_links():
+    gpus = parse_topology("h100x16")
+    assert gpus.link(8) == 9 * gpus.link(16)
+    assert parse_topology("v5p:8x8x8").link(512) == parse_topology("v5p:2x2x1").link(4)
