@@ -73,7 +73,10 @@ def render_card(
         f"({text.num_layers} layers of {text.hidden_size}).",
         f"- {vision.num_patches} visual tokens an image, all patches: SigLIP has no class token, so the feature "
         "strategy is `full`.",
-        "- Images are resized to the square by bicubic interpolation, whatever their aspect ratio.",
+        "- Images are resized to the square by bicubic interpolation, whatever their aspect ratio, as Pillow does it: "
+        "where torchvision is installed, `AutoProcessor.from_pretrained(…, backend='pil')` gives training's pixels to "
+        "the bit.",
+        "- One image stands before the question; of several, each follows a text part with its number, `<image_1>: `.",
     ]
     if model.projector.visual_tokens != vision.num_patches:
         lines.append(

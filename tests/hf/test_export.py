@@ -164,6 +164,7 @@ def test_the_card_says_what_was_given(model, make_params, tokenizer_folder, tmp_
         assert part in text
     assert "Not for commercial use, because of the training data: PMC-VQA." in text
     assert "must not be used for diagnosis" in text
+    assert "backend='pil'" in text and "`<image_1>: `" in text
 
 
 def test_parameters_that_do_not_fit_are_refused(model, untied, make_params, tokenizer_folder, tmp_path):

@@ -29,7 +29,7 @@ def tokenizer(request, tokenizer_folder):
 def processor(tokenizer, model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("processor")
     write_processor(tokenizer, model, folder)
-    return AutoProcessor.from_pretrained(folder)
+    return AutoProcessor.from_pretrained(folder, backend="pil")  # also where torchvision is installed
 
 
 @pytest.fixture(scope="module")

@@ -125,6 +125,14 @@ def test_another_processor_fails(model, make_params, tokenizer_folder, tmp_path)
     assert "verify/image: the exported processor gives other tokens than our renderer" in failures
 
 
+def test_torchvision_beside_transformers_changes_no_proof(model, make_params, tokenizer_folder, tmp_path):
+    """Where it is installed, transformers resizes with it unless asked for Pillow, and gets other pixels."""
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    params = make_params(model)
+    folder = to_hf(params, model, tokenizer_folder, tmp_path / "out")
+    assert verify(params, model, folder, tokenizer_folder)["status"] == "passed"
+
+
 def test_own_samples_and_a_repeated_image(model, make_params, tokenizer_folder, tmp_path):
     params = make_params(model)
     folder = to_hf(params, model, tokenizer_folder, tmp_path / "out")

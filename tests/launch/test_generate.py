@@ -32,7 +32,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def transformers_reply(models):
-    processor = AutoProcessor.from_pretrained(models / "hf")
+    processor = AutoProcessor.from_pretrained(models / "hf", backend="pil")
     model = AutoModelForImageTextToText.from_pretrained(models / "hf").eval()
 
     def reply(images: int, question: str = QUESTION) -> tuple[list[int], str]:
