@@ -105,12 +105,12 @@ def to_hf(
     }
     banned = (*tokenizer.banned_tokens, *range(len(tokenizer), model.text.vocab_size))
     with _whole_or_nothing(output) as folder:
+        write_processor(tokenizer_folder, model, folder)  # first: a tokenizer without a template costs no minutes
         stream = _stream(leaves, tensors, spares, read_spare)
         write_weights(folder, stream, shapes, dtype, shard_bytes, on_progress)
         write_json(folder / "config.json", config)
         settings = generation_config(tokenizer.stop_tokens, tokenizer.endoftext, banned)
         write_json(folder / "generation_config.json", settings)
-        write_processor(tokenizer_folder, model, folder)
         (folder / "README.md").write_text(text, encoding="utf-8")
         if lora:
             write_adapter(folder / ADAPTER, adapters, lora, output)

@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,6 +175,25 @@ def test_parameters_that_do_not_fit_are_refused(model, untied, make_params, toke
     with pytest.raises(UserError, match="tokens, the model's vocab_size is 100"):
         to_hf(make_params(small), small, tokenizer_folder, tmp_path / "out")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_tokenizer_without_a_template_is_refused_before_a_weight_is_read(
+    model, make_params, tokenizer_folder, tmp_path
+):
+    class Unread:
+        def __init__(self, leaf):
+            self.shape, self.dtype = leaf.shape, leaf.dtype
+
+        def __array__(self, dtype=None, copy=None):
+            raise AssertionError("was read")
+
+    shutil.copytree(tokenizer_folder, tmp_path / "tokenizer", ignore=shutil.ignore_patterns("chat_template.jinja"))
+    settings = json.loads((tmp_path / "tokenizer/tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="has no chat template"):
+        to_hf(jax.tree.map(Unread, make_params(model)), model, tmp_path / "tokenizer", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
 
 
 def test_an_existing_output_is_kept(model, make_params, tokenizer_folder, tmp_path):
