@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from infimed_jax.train.parameters import load_params, save_params
+from infimed_jax.trees import flatten
 from tests.launch.hf_sources import PATCHES, QUESTION, command, picture, write_sources
 
 LENGTH = 12
@@ -53,13 +55,13 @@ def transformers_reply(models):
     return reply
 
 
-def ask(models, source, images, *more, question=QUESTION):
+def ask(models, source, images, *more, question=QUESTION, folder=None):
     """(exit code, the JSON that it wrote)."""
     output = models / "reply.json"
     output.unlink(missing_ok=True)
     files = [part for number in range(images) for part in ("--image", models / f"{number}.png")]
-    code = command("generate", f"--{source}", models / source, "--prompt", question, *files, "--output", output,
-                   f"sampling.max_tokens={LENGTH}", *more)  # fmt: skip
+    code = command("generate", f"--{source}", models / (folder or source), "--prompt", question, *files, "--output",
+                   output, f"sampling.max_tokens={LENGTH}", *more)  # fmt: skip
     return code, json.loads(output.read_text())
 
 
@@ -81,6 +83,16 @@ def test_however_a_prompt_begins(models, transformers_reply, start, images):
     tokens, _ = transformers_reply(images, start + QUESTION)
     code, reply = ask(models, "hf", images, question=start + QUESTION)
     assert code == 0 and reply["tokens"] == tokens
+
+
+def test_a_runs_own_sampling_does_not_change_the_greedy_reply(models, transformers_reply, tmp_path):
+    params, metadata = load_params(models / "checkpoint")
+    metadata["config"]["sampling"] |= {"repetition_penalty": 3.0, "temperature": 1.0, "top_k": 5}
+    save_params(models / "penalised", flatten(params).items(), metadata)
+    tokens, _ = transformers_reply(1)
+    assert ask(models, "checkpoint", 1, folder="penalised")[1]["tokens"] == tokens
+    asked = ask(models, "checkpoint", 1, "sampling.repetition_penalty=3", folder="penalised")
+    assert asked[1]["tokens"] != tokens
 
 
 def test_a_drawn_reply_is_a_function_of_the_seed(models):
