@@ -140,11 +140,15 @@ def _whole_or_nothing(output: Path) -> Iterator[Path]:
 
 
 def _check_resolution(model: Model, visual_tokens: int | None) -> None:
-    patches = model.vision.num_patches
-    asked = model.projector.visual_tokens if visual_tokens is None else visual_tokens
-    if asked != patches:
+    patches, trained = model.vision.num_patches, model.projector.visual_tokens
+    if visual_tokens not in (None, patches):
         raise UserError(
-            f"a model that pools to {asked} visual tokens is not plain LLaVA, "
+            f"--visual-tokens {visual_tokens} is no plain LLaVA, which has no pooling: "
+            f"the tower has {patches} patches, and an export has them all"
+        )
+    if visual_tokens is None and trained != patches:
+        raise UserError(
+            f"a model that pools to {trained} visual tokens is not plain LLaVA, "
             f"which has no pooling: train with visual_tokens={patches} (all patches), or give --visual-tokens "
             f"{patches} to export it so, though its outputs are then not those of the trained model"
         )

@@ -143,9 +143,11 @@ def test_without_a_source_the_made_up_tensors_are_named(model, make_params, toke
 def test_a_pooled_model_is_no_llava(model, make_params, tokenizer_folder, tmp_path):
     pooled = dataclasses.replace(model, projector=config.Projector(visual_tokens=4))
     params = make_params(pooled)
-    for asked in (None, 4, 9):
-        with pytest.raises(UserError, match=r"not plain LLaVA.*visual_tokens=16"):
-            to_hf(params, pooled, tokenizer_folder, tmp_path / "out", visual_tokens=asked)
+    with pytest.raises(UserError, match=r"pools to 4 visual tokens is not plain LLaVA.*visual_tokens=16"):
+        to_hf(params, pooled, tokenizer_folder, tmp_path / "out")
+    for asked, trained in ((0, pooled), (4, pooled), (9, pooled), (729, model), (4, model)):
+        with pytest.raises(UserError, match=rf"--visual-tokens {asked} is no plain LLaVA.*has 16 patches"):
+            to_hf(params, trained, tokenizer_folder, tmp_path / "out", visual_tokens=asked)
     assert not any(tmp_path.iterdir())
     folder = to_hf(params, pooled, tokenizer_folder, tmp_path / "out", visual_tokens=16)
     assert "Trained with 4 pooled visual tokens" in (folder / "README.md").read_text()
