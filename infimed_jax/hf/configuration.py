@@ -102,7 +102,7 @@ def llava_from_hf(values: dict[str, Any], where: str) -> config.Model:
     length = values.get("image_seq_length", vision_part.num_patches)
     if length != vision_part.num_patches:
         raise UserError(
-            f"{where}: image_seq_length {length} is not the tower's {vision_part.num_patches} patches; "
+            f"{where}: image_seq_length {length!r} is not the tower's {vision_part.num_patches} patches; "
             "a pooled model is not plain LLaVA"
         )
     return config.Model(
