@@ -15,7 +15,7 @@ from infimed_jax.models import lora
 
 @dataclass(frozen=True)
 class Compute:
-    """Static (hashable) choices that every model function takes; each is a field of `config.Train`."""
+    """Static (hashable) choices that every model function takes; all follow from `config.Train`."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Literal["none", "dots", "full"] = "full"

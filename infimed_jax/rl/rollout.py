@@ -35,7 +35,7 @@ class Questions:
     dropped: dict[str, int]
     """Samples left out, by reason."""
     fingerprint: str
-    """SHA-256 of prompts, images and gold answers, in order."""
+    """SHA-256 of prompts, images and what replies are graded by, in order."""
 
 
 def questions(samples: Iterable[Sample], tokenizer: Tokenizer, cfg: config.Config) -> Questions:
@@ -48,28 +48,32 @@ def questions(samples: Iterable[Sample], tokenizer: Tokenizer, cfg: config.Confi
     content = hashlib.sha256()
     for number, sample in enumerate(samples):
         digests = [_check(data, cfg.model.vision.image_size, readable) for data in sample.images]
-        reason, length = _problem(sample, tokenizer, cfg, all(readable[digest] for digest in digests))
+        reason, prompt = _problem(sample, tokenizer, cfg, all(readable[digest] for digest in digests))
         if reason:
             dropped[reason] += 1
             continue
         numbers.append(number)
-        longest, images = max(longest, length), max(images, len(sample.images))
-        content.update(b"".join([repr((sample.id, sample.answer, length, sample.turns)).encode(), *digests]))
+        longest, images = max(longest, len(prompt)), max(images, len(sample.images))
+        graded = repr((sample.id, sample.kind, sample.options, sample.answer)).encode()
+        content.update(b"".join([graded, prompt.tobytes(), *digests]))
     if not numbers:
         raise UserError(f"no sample can be asked in GRPO: {dict(dropped) or 'the dataset is empty'}")
     return Questions(np.array(numbers), longest, images, dict(dropped), content.hexdigest())
 
 
-def _problem(sample: Sample, tokenizer: Tokenizer, cfg: config.Config, readable: bool) -> tuple[str, int]:
-    """(why the sample cannot be asked, or "", tokens of its prompt)."""
+_NO_PROMPT = np.zeros(0, np.int32)
+
+
+def _problem(sample: Sample, tokenizer: Tokenizer, cfg: config.Config, readable: bool) -> tuple[str, np.ndarray]:
+    """(why the sample cannot be asked, or "", i32[n] tokens of its prompt)."""
     if sample.kind not in QUESTION_KINDS or not sample.answer.strip():
-        return "no gold answer", 0
+        return "no gold answer", _NO_PROMPT
     if len(sample.images) > cfg.data.images_per_row:
-        return "more images than data.images_per_row", 0
+        return "more images than data.images_per_row", _NO_PROMPT
     if not readable:
-        return "unreadable image", 0
-    length = len(_render(sample, tokenizer, cfg))
-    return ("longer than grpo.max_prompt" if length > cfg.grpo.max_prompt else ""), length
+        return "unreadable image", _NO_PROMPT
+    tokens = _render(sample, tokenizer, cfg).tokens
+    return ("longer than grpo.max_prompt" if len(tokens) > cfg.grpo.max_prompt else ""), tokens
 
 
 def _check(data: bytes, size: int, readable: dict[bytes, bool]) -> bytes:

@@ -62,6 +62,24 @@ def test_questions_left_out_are_counted_by_reason(tiny):
         questions([chat], tiny.tokenizer, tiny.cfg)
 
 
+def test_the_fingerprint_is_of_what_is_asked_and_graded(tiny):
+    """Prompts are rendered anew from question and options, so the turns that a sample came with do not count."""
+
+    def fingerprint(samples):
+        return questions(samples, tiny.tokenizer, tiny.cfg).fingerprint
+
+    first, *rest = tiny.samples[:3]
+    choice = {"kind": "choice", "options": ("dark", "bright"), "answer": "A"}
+    changes = [
+        {"question": "Is it dull?"}, {"answer": "yes"}, {"kind": "open"}, {"images": rest[1].images}, {"id": "other"},
+        choice, choice | {"options": ("bright", "dark")}, choice | {"answer": "B"},
+    ]  # fmt: skip
+    prints = [fingerprint([replace(first, **change), *rest]) for change in ({}, *changes)]
+    assert len(set(prints)) == len(prints)
+    assert fingerprint([*rest, first]) not in prints
+    assert fingerprint([replace(first, turns=first.turns[:1]), *rest]) == prints[0]
+
+
 def test_prompts_ask_for_reasoning_and_share_decoded_images(tiny):
     prompts = render_prompts(tiny.samples[:4], tiny.tokenizer, tiny.cfg)
     assert prompts[0].pixels[0] is prompts[1].pixels[0] and prompts[2].pixels[0] is prompts[3].pixels[0]
