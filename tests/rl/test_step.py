@@ -83,9 +83,9 @@ def test_each_reply_is_graded_for_its_own_question(tiny, tmp_path, monkeypatch):
 
     def generate(weights, model, prompts, sampling, **options):
         made = real["generate"](weights, model, prompts, sampling, **options)
-        stop = np.int32(tiny.tokenizer.im_end)  # half of them end by themselves
-        made = [Completion(np.append(c.tokens, stop), np.append(c.logprobs, np.float32(-1)), "stop")
-                if i % 2 and len(c.tokens) < 6 and c.finish == "length" else c for i, c in enumerate(made)]  # fmt: skip
+        for i in range(1, len(made), 2):  # half of them end by themselves
+            tokens = np.append(made[i].tokens[:-1], np.int32(tiny.tokenizer.im_end))
+            made[i] = Completion(tokens, made[i].logprobs, "stop")
         calls.append((prompts, made, options))
         return made
 
@@ -118,6 +118,7 @@ def test_each_reply_is_graded_for_its_own_question(tiny, tmp_path, monkeypatch):
     for (reply, finished, sample), c, prompt in zip(graded, made, prompts, strict=True):
         assert reply == tiny.tokenizer.decode(c.text_tokens) and finished == (c.finish == "stop")
         assert sample.question in tiny.tokenizer.decode(prompt.tokens)
+    assert {finished for _, finished, _ in graded} == {True, False}
     keys = [jax.random.key_data(options["key"]).tolist() for _, _, options in calls]
     assert keys[0] != keys[1]
     unknown = set(range(len(tiny.tokenizer), tiny.cfg.model.text.vocab_size))
