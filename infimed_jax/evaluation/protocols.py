@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 
 from infimed_jax.data.prompts import LETTERS
-from infimed_jax.data.sample import Sample
+from infimed_jax.data.sample import Kind, Sample
 from infimed_jax.evaluation.answers import Status, matches, parse_answer
 
 
@@ -40,31 +40,30 @@ def grade_strict(sample: Sample, reply: str, finished: bool) -> Verdict:
 
 def grade_medevalkit_fixed(sample: Sample, reply: str, finished: bool) -> Verdict:
     """MedEvalKit with closed questions by rule, as the InfiMed authors ran it."""
-    if sample.kind == "choice":
+    kind = _medevalkit_kind(sample)
+    if kind == "choice":
         return _judge_choice(sample, reply, finished)
-    text = _first_extraction(reply, sample)
-    if sample.kind == "yes_no" and not _is_slake(sample):
-        read = _without_stops(_parse(text))
-        value = _only_one_of(("yes", "no"), read)
+    read = _parse(_first_extraction(reply, sample))
+    if kind == "yes_no":
+        value = _only_one_of(("yes", "no"), _without_stops(read))
         return _verdict(value == sample.answer, value, finished, "yes or no as a substring")
-    if sample.kind in ("yes_no", "closed"):
-        # SLAKE writes "Yes" and "No", and MedEvalKit asks whether the answer is in ["yes", "no"].
-        read = _without_stops(_parse(text))
+    if kind == "closed":
+        read = _without_stops(read)
         return _verdict(read == sample.answer.lower(), read, finished, "closed, equal text")
-    read = _parse(text)
     return _verdict(read == sample.answer.lower(), read, finished, "open, exact match without a judge")
 
 
 def grade_medevalkit_2025_06(sample: Sample, reply: str, finished: bool) -> Verdict:
     """MedEvalKit's first release: yes/no by the text before the first full stop, SLAKE like open questions."""
-    if sample.kind == "choice":
+    kind = _medevalkit_kind(sample)
+    if kind == "choice":
         return _judge_choice(sample, reply, finished)
     text = _first_extraction(reply, sample)
-    if sample.kind == "yes_no" and not _is_slake(sample):
+    if kind == "yes_no":
         read = text.partition(".")[0]
         return _verdict(read == sample.answer, read, finished, "yes or no before the first full stop")
     read = _parse(text)
-    return _verdict(read == sample.answer.lower(), read, finished, f"{sample.kind}, exact match without a judge")
+    return _verdict(read == sample.answer.lower(), read, finished, f"{kind}, exact match without a judge")
 
 
 PROTOCOLS: dict[str, Callable[[Sample, str, bool], Verdict]] = {
@@ -75,13 +74,18 @@ PROTOCOLS: dict[str, Callable[[Sample, str, bool], Verdict]] = {
 
 
 def posed(sample: Sample, protocol: str) -> Sample:
-    """The question of the kind that the protocol asks and grades it as.
+    """The question as the protocol's harness words it."""
+    return sample if protocol == "strict" else replace(sample, kind=_medevalkit_kind(sample))
 
-    MedEvalKit knows VQA-RAD's questions by their answers alone: what is not yes or no is open, its closed ones too.
+
+def _medevalkit_kind(sample: Sample) -> Kind:
+    """MedEvalKit goes by SLAKE's type of answer, and it has "Yes" there: yes and no are closed answers like any other.
+
+    VQA-RAD's questions it knows by their answers alone: what is not yes or no is open, closed ones too.
     """
-    if protocol != "strict" and sample.kind == "closed" and sample.source.startswith("vqa_rad"):
-        return replace(sample, kind="open")
-    return sample
+    if _is_slake(sample) and sample.kind != "choice":
+        return "open" if sample.meta.get("answer_type", sample.kind).upper() == "OPEN" else "closed"
+    return "open" if sample.kind == "closed" and sample.source.startswith("vqa_rad") else sample.kind
 
 
 def _verdict(correct: bool, parsed: str | None, finished: bool, rule: str) -> Verdict:
@@ -125,7 +129,7 @@ def _parse(reply: str) -> str:
     elif "<answer>" in text:
         text = _tagged(text)
     for marker in _MARKERS:
-        text = text.rpartition(marker)[2]
+        text = text.split(marker)[-1]
     return text
 
 

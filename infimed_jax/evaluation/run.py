@@ -275,7 +275,7 @@ def _offset(
 
 def _grade(sample: Sample, completion: Completion, tokenizer: Tokenizer, protocol: str) -> Record:
     reply = tokenizer.decode(completion.text_tokens)
-    verdict = PROTOCOLS[protocol](posed(sample, protocol), reply, completion.finish == "stop")
+    verdict = PROTOCOLS[protocol](sample, reply, completion.finish == "stop")
     return Record(
         id=sample.id,
         image_id=image_id(sample),

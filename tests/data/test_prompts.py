@@ -21,6 +21,9 @@ WORDING = [
     ("open", False, "en", "Q?\nPlease answer the question concisely."),
     ("open", True, "en", 'Q?\nPlease answer the question concisely and put the answer in one "\\boxed{}".'),
     ("closed", False, "zh", "Q?\n请用一个单词或者短语回答该问题。"),
+    ("yes_no", False, "zh", "Q?\n请输出'是'或'否'(不要有任何其它输出)。"),
+    ("yes_no", True, "zh", "Q?\n请输出'是'或'否'，并将答案放在一个'\\boxed{}'中。"),
+    ("closed", True, "zh", "Q?\n请用一个单词或者短语回答该问题，并将答案放在一个'\\boxed{}'中。"),
     ("open", False, "zh", "Q?\n请简要回答该问题。"),
     ("open", True, "zh", "Q?\n请简要回答该问题，并将答案放在一个'\\boxed{}'中。"),
 ]
@@ -36,7 +39,15 @@ def test_choice_lists_lettered_options_one_a_line():
         "Question: Which {organ}?\nOptions: \nA. lung\nB. liver\n"
         "Answer with the option's letter from the given choices directly."
     )
-    assert question_text("choice", "Q?", ("x", "y"), reasoning=True).endswith('and put the letter in one "\\boxed{}".')
+    assert question_text("choice", "Q?", ("x", "y"), reasoning=True).endswith(
+        '\nAnswer with the option\'s letter from the given choices and put the letter in one "\\boxed{}".'
+    )
+    assert question_text("choice", "Q?", ("肺", "肝"), language="zh") == (
+        "问题： Q?\n选项： \nA. 肺\nB. 肝\n请直接使用给定选项中的选项字母来回答该问题。"
+    )
+    assert question_text("choice", "Q?", ("肺", "肝"), language="zh", reasoning=True).endswith(
+        '\n请直接使用给定选项中的选项字母来回答该问题,并将答案包裹在"\\boxed{}"里'
+    )
 
 
 @pytest.mark.parametrize(

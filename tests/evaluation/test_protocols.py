@@ -1,5 +1,7 @@
 """The three protocols against tables of MedEvalKit's documented behaviour, quirks included."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -165,14 +167,27 @@ def test_answer_tags_are_joined_by_blanks():
     assert not STRICT(sample, reply, True).correct
 
 
-def test_only_slake_has_closed_questions_beside_yes_and_no_under_compat():
-    """MedEvalKit asks and scores all that VQA-RAD answers otherwise as open: there a full stop is an error."""
-    for protocol, kind in (("strict", "closed"), ("medevalkit-fixed", "open"), ("medevalkit-2025-06", "open")):
-        assert posed(question("closed", "left lung"), protocol).kind == kind
-        assert posed(question("closed", "left lung", source="slake"), protocol).kind == "closed"
-        assert posed(question("yes_no", "yes"), protocol).kind == "yes_no"
-    sample = posed(question("closed", "left lung"), "medevalkit-fixed")
-    assert FIXED(sample, "Left lung", True).correct and not FIXED(sample, "Left lung.", True).correct
+@pytest.mark.parametrize(
+    ("source", "kind", "answer_type", "compat"),
+    [
+        ("vqa_rad", "closed", "CLOSED", "open"),
+        ("vqa_rad", "yes_no", "CLOSED", "yes_no"),
+        ("vqa_rad", "open", "OPEN", "open"),
+        ("slake", "yes_no", "CLOSED", "closed"),
+        ("slake", "closed", "CLOSED", "closed"),
+        ("slake", "open", "OPEN", "open"),
+        ("slake", "yes_no", "OPEN", "open"),
+        ("slake", "yes_no", "", "closed"),
+        ("path_vqa", "yes_no", "", "yes_no"),
+    ],
+)
+def test_compat_asks_vqa_rad_by_its_answers_and_slake_by_its_types(source, kind, answer_type, compat):
+    sample = question(kind, "yes", source=source)
+    sample = replace(sample, meta={"answer_type": answer_type} if answer_type else {})
+    assert posed(sample, "strict") == sample
+    for protocol in ("medevalkit-fixed", "medevalkit-2025-06"):
+        assert posed(sample, protocol) == replace(sample, kind=compat)
+    assert FIXED(sample, "yes.", True).correct is (compat != "open")  # there a full stop is an error
 
 
 def test_cut_replies_are_counted_apart_and_only_strict_calls_them_wrong():
