@@ -97,6 +97,34 @@ def test_each_sample_is_in_one_row_or_dropped_with_its_reason(how, samples, toke
     assert how != "none" or len(index.buckets) > 1
 
 
+def test_a_sample_of_the_whole_context_is_kept_and_one_token_more_is_not(tokenizer, tmp_path):
+    rows = [question(0, 30), question(1, 3)]
+    write_samples(tmp_path / "set", rows, name="set")
+    samples = open_samples(tmp_path / "set")
+    long, short = (len(render(sample, tokenizer, 4)) for sample in rows)
+    whole = build_index(samples, tokenizer, data(context=long), MODEL, tmp_path / "p")
+    assert (whole.dropped, sorted(whole.lengths.tolist())) == ((), [short, long])
+    less = build_index(samples, tokenizer, data(context=long - 1), MODEL, tmp_path / "p")
+    assert (less.dropped, less.lengths.tolist()) == ((("q/train/0", "too long"),), [short])
+
+
+def test_an_image_shown_twice_takes_its_places_twice_and_one_slot(tokenizer, tmp_path):
+    sample = dataclasses.replace(question(0, 2), turns=(Turn("user", (0, "\nand ", 0)), Turn("assistant", ("yes",))))
+    write_samples(tmp_path / "set", [sample], name="set")
+    index = build_index(open_samples(tmp_path / "set"), tokenizer, data(images_per_row=1), MODEL, tmp_path / "p")
+    assert index.lengths.tolist() == [len(render(sample, tokenizer, 4))] and index.buckets == ((64, 1),)
+
+
+def test_the_bound_of_the_fill_is_that_of_the_fewest_rows(tokenizer, tmp_path):
+    """Five equal samples, two of which fit a row: no packing needs fewer than three rows."""
+    rows = [question(i, 4) for i in range(5)]
+    write_samples(tmp_path / "set", rows, name="set")
+    length = len(render(rows[0], tokenizer, 4))
+    context = 2 * length + 3
+    index = build_index(open_samples(tmp_path / "set"), tokenizer, data(context=context), MODEL, tmp_path / "p")
+    assert index.fill == index.fill_bound == pytest.approx(5 * length / (3 * context))
+
+
 def test_fewer_images_than_the_budget_make_a_smaller_row(tokenizer, tmp_path):
     write_samples(tmp_path / "a", [question(i, 20) for i in range(3)], name="a")
     index = build_index(open_samples(tmp_path / "a"), tokenizer, data(images_per_row=24), MODEL, tmp_path)
