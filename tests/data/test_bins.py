@@ -60,6 +60,21 @@ def test_every_item_once_within_both_budgets_and_no_fewer_bins_than_can_be(pack,
     assert least_bins(*problem) <= len(packed) <= len(textbook(*problem))
 
 
+@settings(max_examples=200, deadline=None)
+@given(problems())
+def test_the_bound_is_martello_and_toths(problem):
+    """Their L2, item by item: for every size below which items are left out of account."""
+    lengths, images, context, budget = problem
+    bounds = [-(-sum(images) // budget) if budget else 0]
+    for small in range(context // 2 + 1):
+        alone = [n for n in lengths if n > context - small]
+        large = [n for n in lengths if context - small >= n > context / 2]
+        rest = [n for n in lengths if context / 2 >= n >= small]
+        room = len(large) * context - sum(large)
+        bounds.append(len(alone) + len(large) + max(0, -(-(sum(rest) - room) // context)))
+    assert least_bins(*problem) == max(bounds)
+
+
 def test_similar_lengths_are_filled_to_the_last_token():
     """The paper's caption mix: 144 image tokens and about 50 of text."""
     rng = np.random.default_rng(0)
