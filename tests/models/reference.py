@@ -8,8 +8,18 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, Sigl
 
 from infimed_jax import config
 
+EPS = 1e-2
+"""Of the norms: the published 1e-6 is too small to be seen in a comparison of this size."""
+
 VISION = config.Vision(
-    image_size=30, patch_size=7, hidden_size=24, intermediate_size=40, num_layers=3, num_heads=2, feature_layer=-1
+    image_size=30,
+    patch_size=7,
+    hidden_size=24,
+    intermediate_size=40,
+    num_layers=3,
+    num_heads=2,
+    feature_layer=-1,
+    norm_eps=EPS,
 )
 TEXT = config.Text(
     vocab_size=97,
@@ -20,6 +30,7 @@ TEXT = config.Text(
     num_kv_heads=2,
     head_dim=16,
     rope_theta=10_000.0,
+    norm_eps=EPS,
 )
 MODEL = config.Model(vision=VISION, projector=config.Projector(visual_tokens=4), text=TEXT)
 
