@@ -195,9 +195,9 @@ def planned_steps() -> dict[str, float]:
     for title, share in zip(STAGES.values(), seconds, strict=True):
         steps |= {title: share, f"Evaluation: {title}": 5.0}
     steps |= {"Evaluation without images": 4.0}
-    steps |= {f"Sampled replies: {STAGES[LAST_SUPERVISED]}": 4.0, "GRPO": 115.0}
+    steps |= {f"Sampled replies: {STAGES[LAST_SUPERVISED]}": 4.0, "GRPO": 144.0}
     steps |= {"Evaluation: GRPO": 4.0, "Sampled replies: GRPO": 4.0}
-    steps |= {"GRPO control (constant reward)": 55.0, "Evaluation: GRPO control": 4.0}
+    steps |= {"GRPO control (constant reward)": 69.0, "Evaluation: GRPO control": 4.0}
     steps |= {"Sampled replies: GRPO control": 4.0}
     return steps | {"Hugging Face export": 15.0, "Report": 4.0}
 
