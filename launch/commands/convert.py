@@ -21,7 +21,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--output", type=Path, required=True, metavar="CKPT")
     p.add_argument("--visual-tokens", type=int, help="a square number [144, as in pretraining; --llava: all patches]")
     p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the checkpoint [%(default)s]")
-    p.add_argument("--seed", type=int, default=0, help="of the fresh projector [%(default)s]")
+    p.add_argument("--seed", type=int, help="of the fresh projector [0]")
     p.add_argument("--tokenizer", type=Path, metavar="DIR", help="[the --text or --llava folder]")
     p = add_command(ways, "to-hf", to_hf, "A checkpoint of any stage to a LLaVA folder for transformers.")
     p.add_argument("--checkpoint", type=Path, required=True, help="a run's folder, or one checkpoint")
@@ -44,7 +44,10 @@ def from_hf(args: argparse.Namespace) -> None:
     whole, parts = args.llava is not None, args.text is not None and args.vision is not None
     if whole == parts or (whole and (args.text or args.vision)):
         raise UserError("give --text and --vision, or --llava alone")
-    if args.seed < 0:
+    if whole and args.seed is not None:
+        raise UserError("--seed draws a fresh projector, and --llava brings its own: leave it out")
+    seed = args.seed or 0
+    if seed < 0:
         raise UserError("--seed must not be negative")
     if args.output.exists():
         raise UserError(f"{args.output} exists already: remove it or choose another folder")
@@ -61,7 +64,7 @@ def from_hf(args: argparse.Namespace) -> None:
         folders = {"all weights": args.llava}
     else:
         tokens = 144 if args.visual_tokens is None else args.visual_tokens
-        opened = open_parts(text=args.text, vision=args.vision, visual_tokens=tokens, seed=args.seed, dtype=args.dtype)
+        opened = open_parts(text=args.text, vision=args.vision, visual_tokens=tokens, seed=seed, dtype=args.dtype)
         folders = {"text weights": args.text, "vision weights": args.vision}
     tokenizer = _tokenizer(args.tokenizer or args.llava or args.text, opened.model.text.vocab_size)
     entry = provenance.import_entry(opened, folders)
@@ -83,7 +86,7 @@ def from_hf(args: argparse.Namespace) -> None:
     listed = ", ".join(f"{part} {count:,}" for part, count in counts.items() if part != "total")
     print(f"from-hf: {counts['total']:,} parameters in {args.dtype} ({listed})")
     if opened.fresh_projector:
-        print(f"The projector is fresh, drawn from seed {args.seed}.")
+        print(f"The projector is fresh, drawn from seed {seed}.")
     print(f"Outputs: {args.output}, {report}")
 
 

@@ -324,6 +324,7 @@ def test_faults_of_both_sources_come_together(sources, tmp_path, capsys):
         (("--text", "a", "--vision", "b", "--llava", "c"), "or --llava alone"),
         (("--llava", "/no/such"), "/no/such/config.json is missing"),
         (("--text", "a", "--vision", "b", "--seed", "-1"), "--seed must not be negative"),
+        (("--llava", "a", "--seed", "1"), "--llava brings its own"),
     ],
 )
 def test_what_to_read_must_be_said(tmp_path, capsys, arguments, words):
