@@ -218,6 +218,9 @@ SAME_TEXT = [
     ("  left\n kidney ", "left kidney"),
     ("ＣＴ", "ct"),
     ("-5", "−5"),
+    ("L4-5", "L4 5"),  # between words a hyphen is no minus
+    ("5-10 cm", "5 10 cm"),
+    ("No.5", "no 5"),  # after letters a full stop is no decimal point
     ("肺。", "肺"),
 ]
 OTHER_TEXT = [
@@ -237,6 +240,8 @@ OTHER_TEXT = [
     ("twenty", "two"),
     ("12", "1 2"),
     ("liver lung", "liver"),
+    ("1,2345", "12345"),  # no thousands
+    ("A", "the"),  # an article alone is the answer
 ]
 
 

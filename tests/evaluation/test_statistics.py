@@ -224,6 +224,9 @@ def test_a_choice_takes_the_stronger_of_letter_and_text():
     assert majority_baseline(by_text).accuracy == 1
     by_letter = [question("choice", "B", "size", (f"{i} cm", f"{i + 7} cm")) for i in range(4)]
     assert majority_baseline(by_letter).answers == {"choice: size": "B"}
+    mixed = [("A", ("ct", "mr")), ("A", ("ct", "mr")), ("A", ("mr", "ct")), ("B", ("ct", "mr"))]
+    baseline = majority_baseline([question("choice", letter, "both", options) for letter, options in mixed])
+    assert (baseline.answers, baseline.accuracy) == ({"choice: both": "A"}, 0.75)  # by text, one half
 
 
 def test_template_falls_back_to_question_type_and_kinds_stay_apart():
