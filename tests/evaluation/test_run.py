@@ -261,6 +261,7 @@ def test_image_id_is_the_sources_else_the_files_else_the_questions():
     unnamed = replace(sample, meta={})
     assert image_id(unnamed) == image_id(replace(unnamed, id="other")) != image_id(replace(unnamed, images=(png(1),)))
     assert image_id(replace(unnamed, images=())) == sample.id
+    assert image_id(replace(unnamed, images=(png(1), png(2)))) != image_id(replace(unnamed, images=(png(1), png(3))))
 
 
 @pytest.mark.parametrize(

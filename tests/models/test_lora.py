@@ -54,6 +54,15 @@ def _first_layer(params, compute=COMPUTE):
     return x, *text_block(layer, x, positions, attend, MODEL, compute)
 
 
+@pytest.mark.parametrize(("module", "target", "inputs"), [("self_attn", "q_proj", 12), ("self_attn", "o_proj", 24),
+                                                          ("mlp", "up_proj", 12), ("mlp", "down_proj", 20)])  # fmt: skip
+def test_adapters_start_as_pefts_do(module, target, inputs):
+    """A by Kaiming's uniform rule with a = sqrt(5), which is 1 / sqrt(inputs); B zero."""
+    adapter = lora.init_lora(jax.random.key(1), MODEL.text, config.Lora(rank=8))["layers"][module][target]
+    largest = float(jnp.abs(adapter["lora_a"]).max()) * inputs**0.5
+    assert 0.95 < largest <= 1 and not adapter["lora_b"].any()
+
+
 def test_untrained_adapters_change_nothing(params):
     adapted = merge_params({"text": lora.init_lora(jax.random.key(1), MODEL.text, LORA)}, params)
     for ours, plain in zip(jax.tree.leaves(_first_layer(adapted)), jax.tree.leaves(_first_layer(params)), strict=True):

@@ -44,6 +44,9 @@ def test_devices_share_the_slots_and_tensor_the_heads(cfg):
     split = rollout(cfg, parse_topology("h100x8"), {"data": 1, "fsdp": 4, "tensor": 2}, 0, 0)
     assert one["cache"] == 8 * split["cache"]
     assert one["decode_steps"] == split["decode_steps"] == 3 * 24  # 24 completions on 8 slots
+    fewer = dataclasses.replace(cfg, sampling=config.Sampling(slots=7))
+    last_alone = rollout(fewer, parse_topology("h100x1"), {"data": 1, "fsdp": 1, "tensor": 1}, 0, 0)
+    assert last_alone["decode_steps"] == 4 * 24
 
 
 def test_decoding_costs_two_flops_a_parameter_and_token():
