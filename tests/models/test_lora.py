@@ -54,8 +54,10 @@ def _first_layer(params, compute=COMPUTE):
     return x, *text_block(layer, x, positions, attend, MODEL, compute)
 
 
-@pytest.mark.parametrize(("module", "target", "inputs"), [("self_attn", "q_proj", 12), ("self_attn", "o_proj", 24),
-                                                          ("mlp", "up_proj", 12), ("mlp", "down_proj", 20)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("module", "target", "inputs"),
+    [("self_attn", "q_proj", 12), ("self_attn", "o_proj", 24), ("mlp", "up_proj", 12), ("mlp", "down_proj", 20)],
+)
 def test_adapters_start_as_pefts_do(module, target, inputs):
     """A by Kaiming's uniform rule with a = sqrt(5), which is 1 / sqrt(inputs); B zero."""
     adapter = lora.init_lora(jax.random.key(1), MODEL.text, config.Lora(rank=8))["layers"][module][target]
