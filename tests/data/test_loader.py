@@ -95,6 +95,17 @@ def assert_same(a, b):
             np.testing.assert_array_equal(x[key], y[key], err_msg=key)
 
 
+def test_samples_of_a_row_share_the_slot_of_their_image(tokenizer_folder, tmp_path, monkeypatch):
+    """Also where nothing decoded is kept from row to row, so that a stream does not depend on the cache."""
+    monkeypatch.setattr(loader, "_DECODED_BYTES", 0)
+    samples = [question(0, 1, (png(1),)), question(1, 2, (png(2),)), question(2, 3, (png(1),))]
+    write_samples(tmp_path / "set", samples, name="same")
+    ((batch, ids),) = stream(make_config(tmp_path / "set", tokenizer_folder, batch=1, context=128))
+    assert len(ids) == 3 and batch["pixels"].shape[1] == 3
+    assert batch["pixels"][0].any((1, 2, 3)).sum() == 2
+    assert set(batch["visual_index"][0]) == {-1, *range(2 * 4)}
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 7), st.integers(0, 5), st.integers(0, 3))
 def test_a_plan_has_every_row_once_in_batches_of_one_shape(buckets, batch, seed, epoch):
