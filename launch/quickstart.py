@@ -80,7 +80,7 @@ class Chain:
             return kept["result"]
         started = time.monotonic()
         result, line = work()
-        result = {**result, "wall_seconds": time.monotonic() - started}
+        result = {**result, "wall_seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory()}
         write_json(done, {"result": result, "line": line})
         self.progress.end(line)
         return result
@@ -130,7 +130,7 @@ def quickstart(options: Options) -> dict[str, Any]:
             chain = Chain(options, plan, progress)
             progress.say(f"{plan['title']}, seed {options.seed}, in {options.output}")
             results = quickstart_stages.run(chain)
-            summary = quickstart_report.finish(chain, results, time.monotonic() - started, peak_memory())
+            summary = quickstart_report.finish(chain, results, time.monotonic() - started)
     except (Interrupted, KeyboardInterrupt) as stop:
         raise Interrupted(f"Stopped. Give --resume to continue the run in {options.output}.") from stop
     except (UserError, OSError) as error:

@@ -31,8 +31,8 @@ from launch.quickstart_data import by_reason, test_samples
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "torch", "numpy")
 
 
-def finish(chain: Chain, results: dict[str, Any], seconds: float, memory: int) -> dict[str, Any]:
-    """Export, then write both files. `seconds` and `memory` (bytes) are of this process."""
+def finish(chain: Chain, results: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Export, then write both files. `seconds` are of this process."""
     export = chain.step("export", "Hugging Face export", lambda: _export(chain))
     records = {name: read_records(chain.folder / "evaluation" / name) for name in results["evaluation"]}
     start = LAST_SUPERVISED
@@ -40,7 +40,7 @@ def finish(chain: Chain, results: dict[str, Any], seconds: float, memory: int) -
     control = compare(records["control" + SAMPLED], records[start + SAMPLED])
     greedy = compare(records["grpo"], records[start])
     sight = compare(records["sft_cross_distribution"], records["blind"])
-    summary = _summary(chain, results, export, seconds, memory) | {
+    summary = _summary(chain, results, export, seconds) | {
         "grpo_gain": _comparison(gain),
         "control_gain": _comparison(control),
         "grpo_gain_greedy": _comparison(greedy),
@@ -91,14 +91,14 @@ def _export(chain: Chain) -> tuple[dict[str, Any], str]:
     return values, line if proof["status"] == "passed" else f"DIFFERS from transformers: {'; '.join(proof['failures'])}"
 
 
-def _summary(
-    chain: Chain, results: dict[str, Any], export: dict[str, Any], seconds: float, memory: int
-) -> dict[str, Any]:
+def _summary(chain: Chain, results: dict[str, Any], export: dict[str, Any], seconds: float) -> dict[str, Any]:
     def scored(name: str) -> dict[str, Any]:
         evaluation = results["evaluation"][name]
         return {"accuracy": evaluation["accuracy"], "n": evaluation["n"]}
 
     keys = ("steps", "tokens", "loss_first", "loss_last", "seconds")
+    # Those that a stopped process has done too.
+    steps = [*(results[name] for name in ("data", *STAGES, "grpo", "control")), *results["evaluation"].values(), export]
     return {
         "title": chain.plan["title"],
         "stages": [{"name": name} | {key: results[name][key] for key in keys} | scored(name) for name in STAGES],
@@ -118,18 +118,13 @@ def _summary(
         },
         "export": export,
         "skipped": results["data"]["skipped"],
-        "seconds_total": sum(_wall(results)) + export["wall_seconds"],
+        "seconds_total": sum(step["wall_seconds"] for step in steps),
         "seconds_this_process": seconds,
-        "peak_memory_bytes": memory,
+        "peak_memory_bytes": max(step["peak_memory_bytes"] for step in steps),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "seed": chain.options.seed,
         "source": chain.options.source,
     }
-
-
-def _wall(results: dict[str, Any]) -> list[float]:
-    steps = [results[name] for name in ("data", *STAGES, "grpo", "control")]
-    return [step["wall_seconds"] for step in (*steps, *results["evaluation"].values())]
 
 
 def _version(package: str) -> str | None:

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from infimed_jax.config import Mesh
-from launch import quickstart_stages
+from launch import quickstart_report, quickstart_stages
 from launch.quickstart import CONFIGS, STAGES, Chain, Options, planned_steps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +50,27 @@ def test_a_source_sets_the_steps_of_a_stage_and_the_user_those_of_all(tmp_path, 
     chain = Chain(Options(tmp_path, settings=settings), {"steps": {"warmup": 3}}, None)
     vars(chain)["vocabulary"] = 128  # of a tokenizer that this test does not make
     assert tuple(chain.stage_config(stage).train.steps for stage in ("warmup", "pretrain")) == steps
+
+
+def test_seconds_and_memory_are_those_of_every_process_of_a_resumed_run(tmp_path, monkeypatch):
+    """The summary of a finished run, written again by `--resume`, is not that of a process that did nothing."""
+    (tmp_path / "steps").mkdir()
+    chain = Chain(Options(tmp_path), {"title": ""}, SimpleNamespace(begin=str, end=lambda *a, **k: None))
+
+    def summary_with_a_peak_of(gigabytes: int) -> dict:
+        monkeypatch.setattr("launch.quickstart.peak_memory", lambda: gigabytes << 30)
+        stage = dict.fromkeys(("steps", "tokens", "loss_first", "loss_last", "seconds"), 1.0)
+        values = stage | {"accuracy": 0.5, "n": 4, "skipped": {}, "reward_first": 0.0, "reward_last": 0.0}
+        results = {name: chain.step(name, "", lambda: (values, "")) for name in ("data", *STAGES, "grpo", "control")}
+        results["evaluation"] = dict.fromkeys(
+            (*STAGES, "blind", "sft_reflective_sampled", "grpo", "grpo_sampled", "control_sampled"), results["data"]
+        )
+        export = chain.step("export", "", lambda: ({"path": ""}, ""))
+        return quickstart_report._summary(chain, results | {"baseline": 0.0}, export, 1.0)
+
+    first, resumed = summary_with_a_peak_of(3), summary_with_a_peak_of(2)
+    assert first["peak_memory_bytes"] == resumed["peak_memory_bytes"] == 3 << 30
+    assert first["seconds_total"] == resumed["seconds_total"]
 
 
 def quickstart(folder: Path, *options: str) -> subprocess.Popen:
