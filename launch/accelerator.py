@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
+import sys
 from collections.abc import Mapping
 
 from infimed_jax.errors import UserError
@@ -15,6 +17,13 @@ PLATFORMS = ("cpu", "gpu", "tpu")
 _CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 _NAMES = {"cuda": "gpu", "rocm": "gpu"}
 """JAX's names for what the options call gpu."""
+_NO_ROOM = re.compile(r"RESOURCE_EXHAUSTED|out of memory|exceeded hbm capacity", re.IGNORECASE)
+"""In the runtime's words, and in a TPU's compiler's."""
+_ROOM = {
+    "train": "train.rows_per_device=1, train.remat=full, train.lora.rank=16, or more devices; `plan` says what fits",
+    "grpo": "train.rows_per_device=1, train.remat=full, fewer sampling.slots, or more devices; `plan` says what fits",
+}
+"""What asks for less, by command."""
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +92,16 @@ def check(platform: str | None) -> str:
     if wanted and found != wanted[0]:
         raise UserError(f"{wanted[0]} was asked for by {wanted[1]}, but JAX found only {found}: {mend(wanted[0])}")
     return found
+
+
+def out_of_memory(error: Exception, command: str) -> str | None:
+    """What to tell where `error` is that a device has no room, while it compiles or runs; None for any other error."""
+    jax = sys.modules.get("jax")
+    text = " ".join(str(error).split())
+    if jax is None or not isinstance(error, jax.errors.JaxRuntimeError) or not _NO_ROOM.search(text):
+        return None
+    mend = _ROOM.get(command, "a smaller sampling.slots or context, or more devices")
+    return f"out of memory on a device ({text[:200]}): {mend}"
 
 
 def mend(platform: str) -> str:

@@ -65,6 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {describe(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except Exception as error:
+        full = accelerator.out_of_memory(error, args.command)
+        if full and not args.debug:
+            print(f"error: {full}", file=sys.stderr)
+            return EXIT_USER_ERROR
         lost = distributed.lost_another(error)
         if lost is None:
             raise

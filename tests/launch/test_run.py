@@ -11,10 +11,11 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+import jax
 import pytest
 
-from launch import commands
-from launch.run import parse, quiet_after_failed_saves
+from launch import accelerator, commands
+from launch.run import main, parse, quiet_after_failed_saves
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -108,6 +109,31 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, arguments, words):
     assert lines[0].startswith("error: ")
     assert all(word in lines[0] for word in words), lines[0]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "RESOURCE_EXHAUSTED: Out of memory allocating 57556775392 bytes.",
+        "XLA:TPU compile permanent error. Used 44.41G of 31.25G hbm. Exceeded hbm capacity by 13.16G.",
+    ],
+)
+def test_a_device_without_room_is_one_line_with_what_needs_less(monkeypatch, capsys, said):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr("launch.commands.doctor.doctor", fail)
+    for lasting in ("configure_jax", "quiet_after_failed_saves"):  # they would change this process for other tests
+        monkeypatch.setattr(f"launch.run.{lasting}", lambda: None)
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err.strip() == (
+        f"error: out of memory on a device ({said}): a smaller sampling.slots or context, or more devices"
+    )
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        main(["doctor", "--debug"])
+    assert "train.rows_per_device=1" in accelerator.out_of_memory(jax.errors.JaxRuntimeError(said), "train")
+    assert accelerator.out_of_memory(jax.errors.JaxRuntimeError("INTERNAL: a fault"), "train") is None
+    assert accelerator.out_of_memory(ValueError(said), "train") is None
 
 
 def test_only_what_a_failed_save_prints_late_is_kept_silent(monkeypatch):
