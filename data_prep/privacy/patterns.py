@@ -45,9 +45,11 @@ _GIVEN = f"(?!某)[{_HAN}]"
 """王某 is masked already."""
 _LETTER = "A-Za-zÀ-ÖØ-öø-ɏ"
 """Latin letters with all their accents: Łukasz and Šimić are names too."""
-_NAME = rf"[A-ZÀ-ÖØ-ÞĀ-Ɏ](?:[{_LETTER}'’-]{{1,30}}|\.)"
+_NAME = rf"(?!(?:Dr|Mr|Mrs|Ms|Prof)\b)[A-ZÀ-ÖØ-ÞĀ-Ɏ](?:[{_LETTER}'’-]{{1,30}}|\.)"
+"""None is a title: after "Prof. Dr." the second one's name follows."""
 _PARTICLES = r"(?:(?:van|von|de|der|den|la|le|di|bin|al)\s){0,2}"
-_FULL_NAME = rf"{_PARTICLES}{_NAME}(?:[ ]{_PARTICLES}{_NAME}){{0,3}}"
+_FULL_NAME = rf"{_PARTICLES}{_NAME}(?:(?:[ ]|(?<=\.)){_PARTICLES}{_NAME}){{0,3}}"
+"""Initials may stand without blanks: J.R. Smith."""
 _PERSON = rf"(?P<x>{_FULL_NAME})"
 _SEX = r"(?:Male|Female|MALE|FEMALE|M|F)\b"
 _LISTED = (
@@ -56,7 +58,8 @@ _LISTED = (
 """As lists have it, surname first; "Smith, Age: 61" is followed by another label."""
 
 _ORDINARY = (
-    "a|about|advised|advises|after|again|agreed|agrees|also|am|an|and|appointment|appointments|are|as|asked|asks|at|be"
+    "dr|mr|mrs|ms|prof"
+    "|a|about|advised|advises|after|again|agreed|agrees|also|am|an|and|appointment|appointments|are|as|asked|asks|at|be"
     "|because|been|before|but|by|called|calls|can|cannot|chest|comparison|conclusion|could|demonstrated|demonstrates"
     "|did|do|does|during|examined|examines|explained|explains|felt|feels|findings|for|from|gave|gives|had|has|have|he"
     "|her|here|his|history|how|i|if|image|images|imaging|impression|in|indication|into|is|it|its|left|lesion|lesions"
@@ -123,9 +126,9 @@ _SOURCES: dict[str, tuple[str, ...]] = {
         f"(?P<x>{_ZH_DIGITS}{{2,4}}年{_ZH_DIGITS}{{1,3}}月(?:{_ZH_DIGITS}{{1,3}}[日号])?)",
     ),
     "name": (
-        rf"(?<![A-Za-z])(?:Dr|Mr|Mrs|Ms|Miss|Prof|Professor|Doctor)(?:\.\s{{0,3}}|\s{{1,3}}){_PERSON}",
+        rf"(?<![A-Za-z])(?:Dr(?:\.\s?med)?|Mr|Mrs|Ms|Miss|Prof|Professor|Doctor)(?:\.\s{{0,3}}|\s{{1,3}}){_PERSON}",
         rf"(?=[dmp]){_NONE_BEFORE}(?:{_SMALL_TITLE}\s{{0,3}}|(?:dr|mrs|prof|doctor|professor)\s{{1,3}})"
-        rf"{_NO_WORD}{_PERSON}",
+        rf"(?:(?=[A-Z]\.\s?[A-Z])|{_NO_WORD}){_PERSON}",
         rf"(?=[dmp]){_NONE_BEFORE}{_SMALL_TITLE}\s{{1,3}}{_in_one_case(_SMALL_LETTER, _SMALL_LETTER)}",
         rf"(?=[DMP]){_NONE_BEFORE}(?:DR|MRS|PROF)\.\s{{0,3}}{_in_one_case(_CAPITAL, _CAPITAL)}",
         r"(?<![A-Za-z])(?:[Pp]atient(?:'s)?\s[Nn]ame|PATIENT\sNAME|[Nn]ame\sof\s(?:the\s)?patient|Name|NAME)"
