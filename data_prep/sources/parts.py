@@ -20,6 +20,7 @@ from data_prep.sources.rows import (
     is_list,
     json_lines,
     open_text,
+    state_of,
 )
 
 LEAST = 1024
@@ -32,12 +33,14 @@ _PARTS = 32
 
 def json_parts(file: Path) -> list[Part]:
     """Of a JSON list or JSON lines. UserError as `json_rows`."""
+    state = state_of(file)
     if not is_list(file):
         return _line_parts(file, None)
     with open_text(file) as stream:
         if stream.encoding != "utf-8":
             return [WHOLE]
-    return _parts((place, number) for number, (_, place) in enumerate(elements(file, MAX_RECORD), start=1))
+    ends = ((place, number) for number, (_, place) in enumerate(elements(file, MAX_RECORD), start=1))
+    return _parts(ends, state)
 
 
 def csv_parts(file: Path, table: Table) -> list[Part]:
@@ -46,16 +49,17 @@ def csv_parts(file: Path, table: Table) -> list[Part]:
 
 
 def _line_parts(file: Path, table: Table | None) -> list[Part]:
+    state = state_of(file)
     with open_text(file, newline="") as stream:
         if stream.encoding != "utf-8":  # a place in it is no place in UTF-8
             return [WHOLE]
         lines = Lines(stream, MAX_RECORD, "")
         rows = json_lines(lines) if table is None else csv_lines(lines, table)
-        return _parts((lines.place, lines.number) for _ in rows)
+        return _parts(((lines.place, lines.number) for _ in rows), state)
 
 
-def _parts(ends: Iterator[tuple[int, int]]) -> list[Part]:
-    """By where each row ends: the byte of the next one, and the lines before that."""
+def _parts(ends: Iterator[tuple[int, int]], state: tuple[int, int] | None = None) -> list[Part]:
+    """By where each row ends: the byte of the next one, and the lines before that. `state` is that of the file."""
     marks, rows = [(0, 0)], 0
     for end in ends:
         rows += 1
@@ -64,4 +68,4 @@ def _parts(ends: Iterator[tuple[int, int]]) -> list[Part]:
     step = min(max(-(-rows // (_PARTS * LEAST)), 1), _MOST // LEAST)
     firsts = range(0, max(rows, 1), step * LEAST)
     stops = [*firsts[1:], None]
-    return [Part(first, stop, *marks[first // LEAST]) for first, stop in zip(firsts, stops, strict=True)]
+    return [Part(first, stop, *marks[first // LEAST], state) for first, stop in zip(firsts, stops, strict=True)]

@@ -66,6 +66,8 @@ class Part:
     """Byte where the first row begins; 0 where that is the file's first, whatever stands before it."""
     line: int = 0
     """Lines before it; of a JSON list, rows."""
+    state: tuple[int, int] | None = None
+    """The file's when it was cut: in another file the bytes are not where its rows begin."""
 
     def of(self, rows: Iterator[Row | Unusable]) -> Iterator[Row | Unusable]:
         """Its own of the rows from `start` on."""
@@ -73,6 +75,18 @@ class Part:
 
 
 WHOLE = Part()
+
+
+def state_of(file: Path) -> tuple[int, int]:
+    """Size, and time of the last change. UserError as `open_text`."""
+    with open_text(file) as stream:
+        found = os.fstat(stream.fileno())
+    return found.st_size, found.st_mtime_ns
+
+
+def _check_state(file: Path, part: Part) -> None:
+    if part.state is not None and part.state != state_of(file):
+        raise UserError(f"{file} has changed since its rows were counted: run this again when it is complete")
 
 
 @contextmanager
@@ -128,7 +142,9 @@ def read_rows(file: Path) -> list[Row]:
 def json_rows(file: Path, limit: int | None = None, part: Part = WHOLE) -> Iterator[Row | Unusable]:
     """The objects of a JSON list, or of JSON lines, one at a time. UserError: the file is missing or no such thing."""
     limit = MAX_RECORD if limit is None else limit
+    _check_state(file, part)
     yield from part.of(_list_rows(file, limit, part) if is_list(file) else _line_rows(file, limit, part))
+    _check_state(file, part)
 
 
 def is_list(file: Path) -> bool:
@@ -300,11 +316,13 @@ class Table:
 
 def csv_rows(file: Path, table: Table, part: Part = WHOLE) -> Iterator[Row | Unusable]:
     """The rows as text by column. UserError: the file is missing, or its header lacks one of the columns."""
+    _check_state(file, part)
     names = _header(file, table) if table.header else list(table.columns)
     with open_text(file, newline="", start=part.start) as stream:
         lines = Lines(stream, MAX_RECORD, f"{file.name} line ", part.line)
         for row in part.of(csv_lines(lines, table, part.start > 0)):
             yield row if isinstance(row, Unusable) else _named(names, row, f"{lines.where}{lines.number}")
+    _check_state(file, part)
 
 
 def csv_lines(lines: Lines, table: Table, inside: bool = False) -> Iterator[list[str] | Unusable]:

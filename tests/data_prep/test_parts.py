@@ -166,3 +166,24 @@ def test_a_stopped_list_goes_on_by_part(tmp_path, monkeypatch):
     assert firsts == [0, 2, 4, 4, 6, 8, 10]
     whole, out = (open_samples(tmp_path / name / "train") for name in ("whole", "out"))
     assert whole.fingerprint == out.fingerprint
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+@pytest.mark.parametrize("kind", ["list", "lines", "table"])
+def test_a_file_that_changes_after_it_was_cut_is_told(tmp_path, kind, when):
+    file = tmp_path / "x"
+    written = {
+        "list": b'[{"a": 1},{"a": 2},{"a": 3}]',
+        "lines": b'{"a": 1}\n{"a": 2}\n{"a": 3}',
+        "table": b"a\n1\n2\n3",
+    }
+    file.write_bytes(written[kind])
+    table = Table(("a",))
+    found = csv_parts(file, table) if kind == "table" else json_parts(file)
+    assert [part.first for part in found] == [0, 2]
+    read = csv_rows(file, table, found[0]) if kind == "table" else json_rows(file, part=found[0])
+    if when == "meanwhile":
+        next(read)
+    file.write_bytes(written[kind].replace(b"1", b"11"))
+    with pytest.raises(UserError, match="changed since its rows were counted: run this again"):
+        list(read)
