@@ -90,15 +90,21 @@ def _adapter(source: str) -> Source:
 
 
 def _fingerprint(folder: Path) -> str:
-    """SHA-256 of the names, sizes and times of all files: reading terabytes to skip work would be no gain."""
+    """SHA-256 of the names, sizes and times of all files: reading terabytes to skip work would be no gain.
+
+    A link to nothing has neither; whoever reads it finds the image missing.
+    """
     digest = hashlib.sha256()
     prefix = len(os.path.join(folder, ""))
     for parent, folders, files in os.walk(folder):
         folders.sort()
         for name in sorted(files):
             file = os.path.join(parent, name)
-            state = os.stat(file)
-            line = f"{file[prefix:]}\0{state.st_size}\0{state.st_mtime_ns}\n"
+            try:
+                state = os.stat(file)
+                line = f"{file[prefix:]}\0{state.st_size}\0{state.st_mtime_ns}\n"
+            except OSError:
+                line = f"{file[prefix:]}\n"
             digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()
 

@@ -108,6 +108,18 @@ def test_every_record_is_kept_or_counted(hostile, tmp_path, capfd):
     assert "SECRET" not in (tmp_path / "out" / "train.json").read_text() + "".join(capfd.readouterr())
 
 
+def test_a_link_to_nothing_is_a_missing_image_and_done_work_is_kept(hostile, tmp_path):
+    link = hostile / "images" / "missing"
+    link.symlink_to("nowhere")
+    report = ingest("vqa_rad", hostile, tmp_path / "out", ["train"])["train"]
+    assert report["samples"] == len(USABLE) and report["skipped"]["image missing"] == 1
+    made = (tmp_path / "out" / "train").stat().st_mtime_ns
+    ingest("vqa_rad", hostile, tmp_path / "out", ["train"])
+    assert (tmp_path / "out" / "train").stat().st_mtime_ns == made
+    (hostile / "images" / "nowhere").write_bytes(JPEG)  # it comes later
+    assert ingest("vqa_rad", hostile, tmp_path / "out", ["train"])["train"]["samples"] == len(USABLE) + 1
+
+
 def test_nothing_usable_is_an_error_that_counts_the_reasons_and_leaves_the_list(hostile, tmp_path):
     for name in USABLE:
         (hostile / "images" / name).unlink()
