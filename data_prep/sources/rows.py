@@ -221,8 +221,8 @@ class Lines:
             self.ended = True
             raise StopIteration
         self.number += 1
-        if len(line) > self.limit and not line.endswith("\n"):
-            while (rest := self._read(_CHUNK)) and not rest.endswith("\n"):
+        if len(line) > self.limit and not line.endswith(("\n", "\r")):
+            while (rest := self._read(_CHUNK)) and not rest.endswith(("\n", "\r")):
                 pass
             raise Unusable(RECORD_TOO_LARGE, f"{self.where}{self.number}")
         return line

@@ -175,6 +175,15 @@ def test_overlong_lines_and_open_quotes_of_a_table_are_named(tmp_path, monkeypat
     assert rows[-1] == {"id": "5", "text": "c"}
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_rows_behind_an_overlong_line_are_kept_by_any_end_of_line(tmp_path, monkeypatch, newline):
+    monkeypatch.setattr(module, "MAX_RECORD", 100)
+    monkeypatch.setattr(module, "_CHUNK", 50)
+    (tmp_path / "x.csv").write_bytes(newline.join(["id,text", "1,a", "2," + "x" * 470, "3,b", "4,c"]).encode())
+    rows = shown(csv_rows(tmp_path / "x.csv", TABLE))
+    assert rows[1:] == [("record too large", "x.csv line 3"), {"id": "3", "text": "b"}, {"id": "4", "text": "c"}]
+
+
 def test_a_quote_open_until_the_end_is_a_fault_and_no_caption(tmp_path):
     """csv gives the rest of the file as one long field, without a word."""
     fault = "quote that never closes, with the rows behind it"
