@@ -16,8 +16,10 @@ import pytest
 import yaml
 
 from infimed_jax.config import Mesh
+from infimed_jax.data.prompts import question_sample
+from infimed_jax.evaluation.run import Record
 from launch import quickstart_report, quickstart_stages
-from launch.quickstart import CONFIGS, STAGES, Chain, Options, planned_steps
+from launch.quickstart import CONFIGS, STAGES, Chain, Options, load_plan, planned_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 START = """
@@ -71,6 +73,35 @@ def test_seconds_and_memory_are_those_of_every_process_of_a_resumed_run(tmp_path
     first, resumed = summary_with_a_peak_of(3), summary_with_a_peak_of(2)
     assert first["peak_memory_bytes"] == resumed["peak_memory_bytes"] == 3 << 30
     assert first["seconds_total"] == resumed["seconds_total"]
+
+
+def test_vqa_rad_ends_with_closed_and_open_beside_their_baselines_and_the_warning(monkeypatch):
+    """Each baseline is that of its own questions: the answer `left` is most frequent among OPEN, not among all."""
+    gold = {"CLOSED": ["yes", "yes", "yes", "no"], "OPEN": ["left", "left", "chest", "air", "fluid"]}
+    asked = [(kind, answer) for kind, answers in gold.items() for answer in answers]
+    samples = [
+        question_sample(
+            id=f"q{i}", source="s", split="test", images=(), kind="open", question="?", answer=answer,
+            meta={"answer_type": kind},
+        )
+        for i, (kind, answer) in enumerate(asked)
+    ]  # fmt: skip
+    monkeypatch.setattr(quickstart_report, "test_samples", lambda chain: samples)
+    chain = Chain(Options(Path(), source="vqa_rad"), load_plan(Options(Path(), "vqa_rad", Path())), None)
+    right = [Record(s.id, s.id, "s", "open", "?", s.answer, s.answer in ("yes", "air"), "ok", None, "", "", "stop", 1,
+                    s.meta) for s in samples]  # fmt: skip
+    same = {"difference": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0, "n": 9}
+    summary = dict.fromkeys(("grpo_gain", "control_gain", "grpo_gain_greedy", "image_gain"), same) | {
+        "grpo": {"accuracy_before": 0.0, "accuracy_after": 0.0},
+        "baseline_accuracy": 0.0,
+        "blind_accuracy": 0.0,
+        "accuracy_by_answer_type": quickstart_report._by({"grpo": right}, "answer_type"),
+    }
+    results = {"evaluation": {"sft_cross_distribution": {"accuracy": 0.0}}}
+    *_, closed, opened, warning = quickstart_report._closing_lines(chain, results, summary)
+    assert closed == "CLOSED: 75.0% of 4 after GRPO; majority baseline 75.0%"
+    assert opened == "OPEN: 20.0% of 5 after GRPO; majority baseline 40.0%"
+    assert "all 203 test images also occur in train" in warning
 
 
 def quickstart(folder: Path, *options: str) -> subprocess.Popen:
