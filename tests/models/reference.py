@@ -45,8 +45,8 @@ def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     return module.eval()
 
 
-def torch_siglip(vision: config.Vision, seed: int = 0) -> SiglipVisionModel:
-    settings = SiglipVisionConfig(
+def torch_siglip_config(vision: config.Vision, head: bool = True) -> SiglipVisionConfig:
+    return SiglipVisionConfig(
         hidden_size=vision.hidden_size,
         intermediate_size=vision.intermediate_size,
         num_hidden_layers=vision.num_layers,
@@ -56,8 +56,12 @@ def torch_siglip(vision: config.Vision, seed: int = 0) -> SiglipVisionModel:
         hidden_act={"gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu"}[vision.activation],
         layer_norm_eps=vision.norm_eps,
         attn_implementation="eager",
+        vision_use_head=head,
     )
-    return randomise(SiglipVisionModel(settings), seed)
+
+
+def torch_siglip(vision: config.Vision, seed: int = 0) -> SiglipVisionModel:
+    return randomise(SiglipVisionModel(torch_siglip_config(vision)), seed)
 
 
 def torch_qwen3(text: config.Text, seed: int = 0) -> Qwen3ForCausalLM:

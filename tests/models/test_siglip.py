@@ -1,15 +1,18 @@
 """The vision tower against Hugging Face, a block at a time."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import torch
+from transformers import SiglipVisionModel
 
+from infimed_jax import config
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.siglip import SiglipTower, to_patches
-from tests.models.reference import VISION, siglip_params, torch_siglip
+from tests.models.reference import VISION, siglip_params, torch_siglip, torch_siglip_config
 
 FLOAT32 = Compute("float32", "none", "xla", 64)
 
@@ -45,6 +48,18 @@ def test_the_two_activations_differ(pixels):
         for name in ("gelu_tanh", "gelu")
     )
     assert np.abs(tanh - exact).max() > 1e-4
+
+
+def test_the_published_tower_is_so400m_without_what_never_runs():
+    """so400m without its head, counted by transformers; of it this model holds all but block 27 and the final norm."""
+    vision = config.load([Path(__file__).resolve().parents[2] / "configs/models/foundation_4b.yaml"]).model.vision
+    with torch.device("meta"):
+        theirs = SiglipVisionModel(torch_siglip_config(vision, head=False))
+    counts = {name: parameter.numel() for name, parameter in theirs.named_parameters()}
+    assert sum(counts.values()) == 412_987_248
+    runs = sum(n for name, n in counts.items() if "layers.26." not in name and "post_layernorm" not in name)
+    params = jax.eval_shape(SiglipTower(vision, FLOAT32).init, jax.random.key(0), np.zeros((1, 384, 384, 3), np.uint8))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == runs == 397_745_440
 
 
 def test_patches_are_row_major_and_leave_the_remainder(pixels):
