@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from infimed_jax.errors import UserError
 from infimed_jax.train.checksum import checksums
 from infimed_jax.train.state import abstract_like
 from infimed_jax.train.stored import (
@@ -38,6 +39,10 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, keep: int = 2) -> None:
         self.folder = Path(folder).absolute()
+        found = {int(path.name) for path in self.folder.glob("*") if path.name.isdigit()}
+        torn = sorted(found - {*complete_steps(self.folder)})
+        if torn:  # not a kill's work, a half-made copy's; Orbax counts it, and would refuse that step's save
+            raise UserError(f"checkpoint {self.folder / str(torn[0])} is not complete: remove it, or copy it again")
         self._keep = keep
         self._pending: tuple[int, Any] | None = None
         self._orbax = self._open()

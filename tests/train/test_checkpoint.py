@@ -95,6 +95,13 @@ def test_only_the_latest_are_kept(tmp_path: Path):
     assert find_checkpoint(tmp_path).name == "5"
 
 
+def test_a_copy_that_misses_its_files_is_named_before_its_step_runs_again(tmp_path: Path):
+    _saved(tmp_path, steps=(3, 4))
+    (tmp_path / "4" / "_CHECKPOINT_METADATA").unlink()
+    with pytest.raises(UserError, match=r"/4 is not complete: remove it"):
+        Checkpoints(tmp_path)
+
+
 def test_saving_a_step_again_leaves_it_as_it_is(tmp_path: Path):
     _saved(tmp_path, steps=(3, 3))
     assert find_checkpoint(tmp_path).name == "3"
