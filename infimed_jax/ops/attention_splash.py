@@ -12,6 +12,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from infimed_jax.errors import UserError
 from infimed_jax.sharding import spec_of
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def splash_attention(
 ) -> Float[Array, "B T N H"]:
     """Self-attention of packed rows; the multi-query kernel mapped over K heads, so that no key is repeated.
 
-    Raises ValueError for explicit positions, other keys than queries, and sizes that the kernel cannot tile.
+    Raises ValueError for explicit positions and other keys than queries, UserError for sizes that it cannot tile.
     `interpret` runs the kernel's logic on any platform, for tests.
     """
     _, tokens, heads, width = q.shape
@@ -45,8 +46,8 @@ def splash_attention(
     if mask.query_segments is not mask.key_segments:
         raise ValueError("splash attention wants one array of segments for queries and keys: use 'xla'")
     if tokens % _LANES or width % _LANES:
-        raise ValueError(
-            f"splash attention tiles by {_LANES}: rows of {tokens} tokens with heads of {width} need attention='xla'"
+        raise UserError(  # the one of these that settings alone can bring about
+            f"splash attention tiles by {_LANES}: rows of {tokens} tokens, heads of {width} need train.attention=xla"
         )
 
     def shard(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
