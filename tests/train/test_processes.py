@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -63,13 +64,18 @@ def test_two_processes_train_stop_and_resume_as_one_does(stage, tmp_path: Path):
     lines = {output.splitlines()[-1] for _, output, _ in stopped}
     assert len(lines) == 1 and "the same command continues" in lines.pop(), "both stop after the same step"
     assert len(read_metrics(together.train.output)) < 12
+    fewer = dataclasses.replace(together, train=dataclasses.replace(together.train, output=str(tmp_path / "fewer")))
+    shutil.copytree(together.train.output, fewer.train.output)
     finished = _two_processes(together, tmp_path / "cache")
     assert [code for code, _, _ in finished] == [0, 0], finished[0][2][-2000:] + finished[1][2][-2000:]
-    losses = [[(row["loss"], row["grad_norm"]) for row in read_metrics(cfg.train.output)] for cfg in (alone, together)]
+    train(fewer)  # what two processes began, one ends
+    rows = [read_metrics(cfg.train.output) for cfg in (alone, together, fewer)]
+    losses = [[(row["loss"], row["grad_norm"]) for row in each] for each in rows]
     # Float32 sums over four devices run in another order.
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
-    counts = [[(row["tokens"], row["images"]) for row in read_metrics(cfg.train.output)] for cfg in (alone, together)]
-    assert counts[0] == counts[1]
+    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-4)
+    counts = [[(row["tokens"], row["loss_tokens"], row["images"]) for row in each] for each in rows]
+    assert counts[0] == counts[1] == counts[2]
     params, _ = load_params(together.train.output)
     np.testing.assert_allclose(params["text"]["embed_tokens"], expected.params["text"]["embed_tokens"], atol=5e-4)
 
