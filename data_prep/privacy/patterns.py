@@ -43,7 +43,9 @@ _SURNAME = (
 )
 _GIVEN = f"(?!某)[{_HAN}]"
 """王某 is masked already."""
-_LETTER = "A-Za-zÀ-ÖØ-öø-ɏ"
+_ACCENTS = "\u0300-\u036f"
+"""Apart from their letters, as text from PDFs and macOS has them."""
+_LETTER = "A-Za-zÀ-ÖØ-öø-ɏ" + _ACCENTS
 """Latin letters with all their accents: Łukasz and Šimić are names too."""
 _NAME = rf"(?!(?:Dr|Mr|Mrs|Ms|Prof)\b)[A-ZÀ-ÖØ-ÞĀ-Ɏ](?:[{_LETTER}'’-]{{1,30}}|\.)"
 """None is a title: after "Prof. Dr." the second one's name follows."""
@@ -72,7 +74,7 @@ _ORDINARY = (
 )
 """Words that follow a title which is no title, or a name."""
 _NO_WORD = rf"(?!(?i:{_ORDINARY})(?![{_LETTER}]))"
-_SMALL_LETTER, _CAPITAL = "a-zß-öø-ÿ", "A-ZÀ-ÖØ-Þ"
+_SMALL_LETTER, _CAPITAL = "a-zß-öø-ÿ" + _ACCENTS, "A-ZÀ-ÖØ-Þ" + _ACCENTS
 
 
 def _in_one_case(first: str, rest: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import unicodedata
 from collections import Counter
 
 import pytest
@@ -106,6 +107,15 @@ HARMLESS = [
     "name@ @home a@b c@d.e",
     "",
 ]
+
+
+@pytest.mark.parametrize(
+    "text", ["Dr. Müller saw Mrs. Šimić", "dr. müller saw mrs. garcía", "DR. MÜLLER SAW MRS. GARCÍA"]
+)
+def test_a_name_is_found_with_its_accents_apart(text):
+    apart = unicodedata.normalize("NFD", text)
+    title, seen_by = text.split()[0], " ".join(text.split()[2:4])
+    assert apart != text and mask(apart)[0] == mask(text)[0] == f"{title} [NAME] {seen_by} [NAME]"
 
 
 @pytest.mark.parametrize("text", HARMLESS)
