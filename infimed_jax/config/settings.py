@@ -283,7 +283,7 @@ class Train:
         require(
             not self.rows_per_device or self.micro_batches == 1,
             f"train.micro_batches={self.micro_batches} and train.rows_per_device={self.rows_per_device} are both set: "
-            "set one, the other follows",
+            "set one, and the other to its default (1 or 0)",
         )
         require(self.step_timeout >= 0, "train.step_timeout must not be negative")
 
