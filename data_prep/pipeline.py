@@ -25,7 +25,7 @@ from infimed_jax.data.storage import SHARD_SIZE, write_shard
 from infimed_jax.errors import UserError
 from infimed_jax.files import write_json
 
-VERSION = 5
+VERSION = 6
 """Of what adapters make of the same files; raise it when that changes, so that datasets are prepared again."""
 _REMEMBERED = 100_000
 """Images whose verdict is kept, in case they come again."""
@@ -181,8 +181,11 @@ def _report(
     }
 
 
-def _by_reason(skipped: Iterable[dict[str, str]]) -> dict[str, int]:
-    return dict(sorted(Counter(record["reason"] for record in skipped).items()))
+def _by_reason(skipped: Iterable[dict[str, Any]]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for fault in skipped:
+        counts[fault["reason"]] += fault["records"]
+    return dict(sorted(counts.items()))
 
 
 def _ingest_piece(

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.faults import NO_TEXT, Unusable
-from data_prep.sources.files import Images, all_files, find_files, shard_name, shards_of
-from data_prep.sources.parquet import parquet_rows
+from data_prep.sources.files import Images, all_files, find_files, shard_name
+from data_prep.sources.parquet import parquet_parts, parquet_rows
 from data_prep.sources.parts import csv_parts, json_parts
 from data_prep.sources.rows import WHOLE, Part, Table, csv_rows, json_rows, read_json
 from data_prep.sources.source import Row, Source, caption_sample, filled, need, once, records, text
@@ -61,23 +61,20 @@ def _rocov2_files(folder: Path, split: str) -> list[Path]:
 _ROCOV2_TABLE = Table(("ID", "Caption"))
 
 
-def _rocov2_shards(folder: Path, split: str) -> list[str | Part]:
-    files = _rocov2_files(folder, split)
-    if files[0].suffix == ".csv":
-        return csv_parts(files[0], _ROCOV2_TABLE)
-    return [shard_name(folder, file) for file in files]
+def _rocov2_parts(folder: Path, split: str) -> list[Part]:
+    file = _rocov2_files(folder, split)[0]
+    return csv_parts(file, _ROCOV2_TABLE) if file.suffix == ".csv" else parquet_parts(_rocov2_files)(folder, split)
 
 
-def read_rocov2(folder: Path, split: str, shard: str | Part = WHOLE) -> Iterator[Sample | Skipped]:
+def read_rocov2(folder: Path, split: str, part: Part = WHOLE) -> Iterator[Sample | Skipped]:
     short = {"train": "train", "validation": "valid", "test": "test"}[split]
     images = Images(folder / short, folder / f"{short}_images", folder / short / short, folder / f"{short}_images.zip")
-    part = shard if isinstance(shard, Part) else WHOLE
-    for file in _rocov2_files(folder, split) if isinstance(shard, Part) else [folder / shard]:
+    for file in [folder / part.file] if part.file else _rocov2_files(folder, split):
         if file.suffix == ".csv":
             rows, make = csv_rows(file, _ROCOV2_TABLE, part), partial(_sample_by_id, images, "Caption", "ID")
         else:
             columns = ("image", "image_id", "caption")
-            rows, make = parquet_rows(file, columns), partial(_sample, images, "image", "caption", "image_id")
+            rows, make = parquet_rows(file, columns, part), partial(_sample, images, "image", "caption", "image_id")
         yield from records(f"rocov2/{split}/{shard_name(folder, file)}", rows, make, part.first)
 
 
@@ -106,11 +103,11 @@ def _medtrinity_files(folder: Path, split: str) -> list[Path]:
     return all_files(folder, ".parquet")
 
 
-def read_medtrinity(folder: Path, split: str, shard: str | None = None) -> Iterator[Sample | Skipped]:
-    for file in [folder / shard] if shard else _medtrinity_files(folder, split):
-        rows = parquet_rows(file, ("image", "id", "caption"))
-        prefix = f"medtrinity/{split}/{shard_name(folder, file)}"
-        yield from records(prefix, rows, partial(_sample, Images(folder), "image", "caption", "id"))
+def read_medtrinity(folder: Path, split: str, part: Part = WHOLE) -> Iterator[Sample | Skipped]:
+    make = partial(_sample, Images(folder), "image", "caption", "id")
+    for file in [folder / part.file] if part.file else _medtrinity_files(folder, split):
+        rows = parquet_rows(file, ("image", "id", "caption"), part)
+        yield from records(f"medtrinity/{split}/{shard_name(folder, file)}", rows, make, part.first)
 
 
 def read_fig_captions(folder: Path, split: str) -> Iterator[Sample | Skipped]:
@@ -187,7 +184,7 @@ SOURCES = (
         notes="the licence is the Hub card's; its articles are CC BY or CC BY-NC. The folders of the Zenodo archives "
         "are not verified here",
         read=read_rocov2,
-        shards=_rocov2_shards,
+        shards=_rocov2_parts,
     ),
     Source(
         name="pmc_oa",
@@ -213,7 +210,7 @@ SOURCES = (
         obtain="UCSC-VLAA/MedTrinity-25M on the Hugging Face Hub, on request",
         notes="columns as of the dataset card; not verified here. Credentialed sets may be among its sources",
         read=read_medtrinity,
-        shards=shards_of(_medtrinity_files),
+        shards=parquet_parts(_medtrinity_files),
     ),
     Source(
         name="llava_med_fig_caption",

@@ -26,7 +26,7 @@ from data_prep.faults import (
 from data_prep.sources.files import Images, all_files, find_files, shard_name, shards_of
 from data_prep.sources.parquet import parquet_rows
 from data_prep.sources.rows import json_rows
-from data_prep.sources.source import Row, Source, text
+from data_prep.sources.source import Row, Source, numbered, text
 from data_prep.sources.webdataset import json_member
 from infimed_jax.data.sample import Sample, Skipped, Turn
 
@@ -70,14 +70,13 @@ def document(id: str, pieces: Iterable[Piece], joint: str) -> Iterator[Sample | 
 
 
 def _documents(prefix: str, rows: Iterable[Any], pieces: Any, joint: str) -> Iterator[Sample | Skipped]:
-    for number, row in enumerate(rows):
-        id = f"{prefix}/{number:05d}"
+    for id, row in numbered(prefix, rows):
         try:
             if isinstance(row, Unusable):
                 raise row
             found = list(pieces(row))
         except Unusable as fault:
-            yield Skipped(id, fault.reason, fault.detail)
+            yield Skipped(id, fault.reason, fault.detail, fault.records)
         else:
             yield from document(id, found, joint)
 

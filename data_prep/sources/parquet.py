@@ -1,50 +1,93 @@
-"""Rows of Parquet files, a few at a time, as the readers of `files` give theirs."""
+"""Rows of Parquet files, a few at a time, as the readers of `rows` give theirs, and such files cut into parts.
+
+A group of rows that cannot be read takes none of the others with it: one `Unusable` stands for its rows, which keep
+their numbers. So a row's number is its place in the file, however the file is read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_prep.archives import is_bomb
 from data_prep.faults import DAMAGED_FILE, NOT_UNICODE, PARQUET_BOMB, Unusable
+from data_prep.sources.files import shard_name
+from data_prep.sources.parts import even_parts
+from data_prep.sources.rows import WHOLE, Part, check_state, state_of
 from data_prep.sources.source import Row
 from infimed_jax.errors import UserError
 
+_BATCH = 16
+"""Rows held at once: an image has megabytes."""
+_BUFFER = 2**20
+"""Bytes read at once; without a buffer Arrow reads a column of a whole group of rows, which may be the whole file."""
+_PER_GROUP = 4
+"""Parts of one group: none can be entered but at its beginning, and to pass over a row costs a tenth of its use."""
 
-def parquet_rows(file: Path, columns: Sequence[str], batch: int = 16) -> Iterator[Row | Unusable]:
+
+def parquet_rows(
+    file: Path, columns: Sequence[str], part: Part = WHOLE, batch: int = _BATCH
+) -> Iterator[Row | Unusable]:
     """The rows of one Parquet file; an image column gives `{"bytes": …, "path": …}` or bytes.
 
-    UserError: a column is absent. A damaged file gives the rows before the damage, then an `Unusable`.
+    UserError: a column is absent. Damage gives the rows of its group before it, then an `Unusable` for the others.
     """
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
+    check_state(file, part)
     try:
-        with parquet.ParquetFile(file, pre_buffer=False) as table:
+        with parquet.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER) as table:
             names = table.schema_arrow.names
             if missing := [column for column in columns if column not in names]:
                 raise UserError(f"{file} lacks {', '.join(missing)}: its columns are {', '.join(names)[:300]}")
-            number, groups = 0, []
+            begin = 0
             for group in range(table.num_row_groups):
-                if _is_bomb(table.metadata.row_group(group), columns):
-                    rows = table.metadata.row_group(group).num_rows
-                    yield Unusable(PARQUET_BOMB, f"{file.name} group {group + 1} of {rows:,} rows")
-                else:
-                    groups.append(group)
-            for rows in table.iter_batches(batch_size=batch, row_groups=groups, columns=list(columns)):
-                try:
-                    made = rows.to_pylist()
-                except UnicodeDecodeError:  # Arrow does not look whether its text is UTF-8
-                    made = [_parquet_row(rows, at, f"{file.name} row {number + at}") for at in range(len(rows))]
-                yield from made
-                number += len(rows)
+                end = begin + table.metadata.row_group(group).num_rows
+                first, stop = max(begin, part.first), end if part.stop is None else min(end, part.stop)
+                if first < stop:
+                    yield from _group_rows(table, group, columns, batch, file.name, begin, first, stop)
+                begin = end
     except UserError:
         raise
     except FileNotFoundError as error:
         raise UserError(f"{file} does not exist: check the input folder and its layout") from error
     except (arrow.ArrowException, OSError):
-        yield Unusable(DAMAGED_FILE, file.name)
+        yield Unusable(DAMAGED_FILE, file.name, 1 if part.stop is None else part.stop - part.first)
+    check_state(file, part)
+
+
+def _group_rows(
+    table: Any, group: int, columns: Sequence[str], batch: int, name: str, begin: int, first: int, stop: int
+) -> Iterator[Row | Unusable]:
+    """Rows `first` to `stop` of the file, all of them in the group, which begins with row `begin`."""
+    import pyarrow as arrow
+
+    if _is_bomb(table.metadata.row_group(group), columns):
+        yield _unusable(PARQUET_BOMB, name, first, stop)
+        return
+    at = begin
+    try:
+        for rows in table.iter_batches(batch_size=batch, row_groups=[group], columns=list(columns)):
+            number, at = max(first, at), at + len(rows)
+            if at <= first:
+                continue
+            taken = rows.slice(number - (at - len(rows)), stop - number)
+            try:
+                yield from taken.to_pylist()
+            except UnicodeDecodeError:  # Arrow does not look whether its text is UTF-8
+                yield from [_row(taken, k, f"{name} row {number + k}") for k in range(len(taken))]
+            if at >= stop:
+                return
+    except (arrow.ArrowException, OSError):
+        pass
+    yield _unusable(DAMAGED_FILE, name, max(first, at), stop)  # or its directory promises more than there is
+
+
+def _unusable(reason: str, name: str, first: int, stop: int) -> Unusable:
+    return Unusable(reason, f"{name} rows {first} to {stop - 1}", stop - first)
 
 
 def _is_bomb(group: Any, columns: Sequence[str]) -> bool:
@@ -54,8 +97,30 @@ def _is_bomb(group: Any, columns: Sequence[str]) -> bool:
     return any(is_bomb(column.total_uncompressed_size, column.total_compressed_size) for column in read)
 
 
-def _parquet_row(rows: Any, at: int, where: str) -> Row | Unusable:
+def _row(rows: Any, at: int, where: str) -> Row | Unusable:
     try:
         return rows.slice(at, 1).to_pylist()[0]
     except UnicodeDecodeError:
         return Unusable(NOT_UNICODE, where)
+
+
+def parquet_parts(files: Callable[[Path, str], list[Path]]) -> Callable[..., list[Part]]:
+    """`Source.shards` of a split's files, whatever the options. UserError: one has gone."""
+    return partial(_parts, files)
+
+
+def _parts(files: Callable[[Path, str], list[Path]], folder: Path, split: str, **options: Any) -> list[Part]:
+    return [part for file in files(folder, split) for part in _file_parts(file, shard_name(folder, file))]
+
+
+def _file_parts(file: Path, name: str) -> list[Part]:
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    state = state_of(file)
+    try:
+        with parquet.ParquetFile(file) as table:
+            groups = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+    except (arrow.ArrowException, OSError):  # the reader says so
+        return [Part(file=name)]
+    return even_parts(sum(groups), -(-max(groups, default=0) // _PER_GROUP), file=name, state=state)

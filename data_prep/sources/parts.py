@@ -7,7 +7,9 @@ are depends on the rows alone, so that a run that goes on elsewhere, with more w
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from data_prep.sources.rows import (
     MAX_RECORD,
@@ -65,7 +67,12 @@ def _parts(ends: Iterator[tuple[int, int]], state: tuple[int, int] | None = None
         rows += 1
         if rows % LEAST == 0:
             marks.append(end)
-    step = min(max(-(-rows // (_PARTS * LEAST)), 1), _MOST // LEAST)
-    firsts = range(0, max(rows, 1), step * LEAST)
-    stops = [*firsts[1:], None]
-    return [Part(first, stop, *marks[first // LEAST], state) for first, stop in zip(firsts, stops, strict=True)]
+    made = [(part, marks[part.first // LEAST]) for part in even_parts(rows, state=state)]
+    return [replace(part, start=start, line=line) for part, (start, line) in made]
+
+
+def even_parts(rows: int, least: int = 0, **facts: Any) -> list[Part]:
+    """So many rows in parts of one size, of at least `least` rows; `facts` are every part's."""
+    step = max(min(-(-rows // (_PARTS * LEAST)), _MOST // LEAST), -(-least // LEAST), 1) * LEAST
+    firsts = range(0, max(rows, 1), step)
+    return [Part(first, stop, **facts) for first, stop in zip(firsts, [*firsts[1:], None], strict=True)]

@@ -68,6 +68,8 @@ class Part:
     """Lines before it; of a JSON list, rows."""
     state: tuple[int, int] | None = None
     """The file's when it was cut: in another file the bytes are not where its rows begin."""
+    file: str = ""
+    """Its path in the input folder, where a split has several."""
 
     def of(self, rows: Iterator[Row | Unusable]) -> Iterator[Row | Unusable]:
         """Its own of the rows from `start` on."""
@@ -79,12 +81,13 @@ WHOLE = Part()
 
 def state_of(file: Path) -> tuple[int, int]:
     """Size, and time of the last change. UserError as `open_text`."""
-    with open_text(file) as stream:
-        found = os.fstat(stream.fileno())
+    with _errors_name(file):
+        found = file.stat()
     return found.st_size, found.st_mtime_ns
 
 
-def _check_state(file: Path, part: Part) -> None:
+def check_state(file: Path, part: Part) -> None:
+    """UserError: the file is no longer what it was when it was cut."""
     if part.state is not None and part.state != state_of(file):
         raise UserError(f"{file} has changed since its rows were counted: run this again when it is complete")
 
@@ -95,15 +98,20 @@ def open_text(file: Path, newline: str | None = None, start: int = 0) -> Iterato
 
     Its `buffer` stands where the text begins. UserError names the file and the mend.
     """
+    with _errors_name(file), file.open("rb") as raw:
+        head = raw.read(4)
+        raw.seek(start or (len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0))
+        utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        if (b"\0" in head and not utf16) or head == codecs.BOM_UTF32_LE:
+            raise UserError(f"{file} is not UTF-8 (zero bytes): convert it, as with iconv -f UTF-16LE -t UTF-8")
+        encoding, errors = ("utf-16", "strict") if utf16 else ("utf-8", "surrogateescape")
+        yield io.TextIOWrapper(raw, encoding=encoding, errors=errors, newline=newline)
+
+
+@contextmanager
+def _errors_name(file: Path) -> Iterator[None]:
     try:
-        with file.open("rb") as raw:
-            head = raw.read(4)
-            raw.seek(start or (len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0))
-            utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-            if (b"\0" in head and not utf16) or head == codecs.BOM_UTF32_LE:
-                raise UserError(f"{file} is not UTF-8 (zero bytes): convert it, as with iconv -f UTF-16LE -t UTF-8")
-            encoding, errors = ("utf-16", "strict") if utf16 else ("utf-8", "surrogateescape")
-            yield io.TextIOWrapper(raw, encoding=encoding, errors=errors, newline=newline)
+        yield
     except FileNotFoundError as error:
         raise NoFiles(f"{file} does not exist: check the input folder and its layout") from error
     except UnicodeDecodeError as error:
@@ -142,9 +150,9 @@ def read_rows(file: Path) -> list[Row]:
 def json_rows(file: Path, limit: int | None = None, part: Part = WHOLE) -> Iterator[Row | Unusable]:
     """The objects of a JSON list, or of JSON lines, one at a time. UserError: the file is missing or no such thing."""
     limit = MAX_RECORD if limit is None else limit
-    _check_state(file, part)
+    check_state(file, part)
     yield from part.of(_list_rows(file, limit, part) if is_list(file) else _line_rows(file, limit, part))
-    _check_state(file, part)
+    check_state(file, part)
 
 
 def is_list(file: Path) -> bool:
@@ -316,13 +324,13 @@ class Table:
 
 def csv_rows(file: Path, table: Table, part: Part = WHOLE) -> Iterator[Row | Unusable]:
     """The rows as text by column. UserError: the file is missing, or its header lacks one of the columns."""
-    _check_state(file, part)
+    check_state(file, part)
     names = _header(file, table) if table.header else list(table.columns)
     with open_text(file, newline="", start=part.start) as stream:
         lines = Lines(stream, MAX_RECORD, f"{file.name} line ", part.line)
         for row in part.of(csv_lines(lines, table, part.start > 0)):
             yield row if isinstance(row, Unusable) else _named(names, row, f"{lines.where}{lines.number}")
-    _check_state(file, part)
+    check_state(file, part)
 
 
 def csv_lines(lines: Lines, table: Table, inside: bool = False) -> Iterator[list[str] | Unusable]:

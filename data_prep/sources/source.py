@@ -142,15 +142,22 @@ def records(
 ) -> Iterator[Sample | Skipped]:
     """One record a row, numbered from `first` on: the sample, or why there is none. `sample(id, row)` may raise
     Unusable."""
-    for number, row in enumerate(rows, start=first):
-        id = f"{prefix}/{number:05d}"
+    for id, row in numbered(prefix, rows, first):
         try:
             if isinstance(row, Unusable):
                 raise row
             record: Sample | Skipped = sample(id, row)
         except Unusable as fault:
-            record = Skipped(id, fault.reason, fault.detail)
+            record = Skipped(id, fault.reason, fault.detail, fault.records)
         yield record
+
+
+def numbered(prefix: str, rows: Iterable[Any], first: int = 0) -> Iterator[tuple[str, Any]]:
+    """Each row with its id; behind a fault of several records, the numbers of those are passed over."""
+    number = first
+    for row in rows:
+        yield f"{prefix}/{number:05d}", row
+        number += row.records if isinstance(row, Unusable) else 1
 
 
 def once(rows: Iterable[Row | Unusable], field: str) -> Iterator[Row | Unusable]:

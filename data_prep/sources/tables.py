@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.faults import DAMAGED_FILE, NO_TEXT, NOT_UNICODE, Unusable
-from data_prep.sources.files import Images, NoFiles, find_files, shard_name, shards_of
-from data_prep.sources.parquet import parquet_rows
+from data_prep.sources.files import Images, NoFiles, find_files, shard_name
+from data_prep.sources.parquet import parquet_parts, parquet_rows
+from data_prep.sources.parts import even_parts
+from data_prep.sources.rows import WHOLE, Part
 from data_prep.sources.source import (
     Option,
     Row,
@@ -38,7 +40,7 @@ def read(
     name: str,
     folder: Path,
     split: str,
-    shard: str | None = None,
+    part: Part = WHOLE,
     image: str = "image",
     question: str = "question",
     answer: str = "answer",
@@ -47,8 +49,9 @@ def read(
     """Questions and answers, or captions where `caption` names a column."""
     columns = (image, caption) if caption else (image, question, answer)
     make = partial(_sample, Images(folder), columns)
-    for file in [folder / shard] if shard else files_of(folder, split):
-        yield from records(f"{name}/{split}/{shard_name(folder, file)}", parquet_rows(file, columns), make)
+    for file in [folder / part.file] if part.file else files_of(folder, split):
+        rows = parquet_rows(file, columns, part)
+        yield from records(f"{name}/{split}/{shard_name(folder, file)}", rows, make, part.first)
 
 
 def _sample(images: Images, columns: tuple[str, ...], id: str, row: Row) -> Sample:
@@ -64,6 +67,7 @@ def _sample(images: Images, columns: tuple[str, ...], id: str, row: Row) -> Samp
 def read_tfds(
     folder: Path,
     split: str,
+    part: Part = WHOLE,
     image: str = "image",
     question: str = "question",
     answer: str = "answer",
@@ -74,9 +78,19 @@ def read_tfds(
 
     UserError: no such set, split or column, or one that was prepared as TFRecord.
     """
+    columns = (image, caption) if caption else (image, question, answer)
+    rows = _tfds_rows(_tfds_source(folder, split, columns, tfds_split), image, part)
+    yield from records(f"tfds/{split}", rows, partial(_sample, Images(folder), columns), part.first)
+
+
+def tfds_parts(folder: Path, split: str, tfds_split: str | None = None, **columns: Any) -> list[Part]:
+    """`Source.shards`. UserError as `read_tfds`, but for the columns."""
+    return even_parts(len(_tfds_source(folder, split, (), tfds_split)))
+
+
+def _tfds_source(folder: Path, split: str, columns: tuple[str, ...], tfds_split: str | None) -> Any:
     import tensorflow_datasets as tfds
 
-    columns = (image, caption) if caption else (image, question, answer)
     try:
         builder = tfds.builder_from_directory(folder)
     except Exception as error:  # its own errors, and those of broken JSON
@@ -90,14 +104,13 @@ def read_tfds(
     if not tfds_split and split not in builder.info.splits:
         raise NoFiles(f"{folder} has no split {split}: its splits are {', '.join(builder.info.splits)}")
     try:
-        source = builder.as_data_source(tfds_split or split, decoders=decoders)
+        return builder.as_data_source(tfds_split or split, decoders=decoders)
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"{folder}: {' '.join(str(error).split())[:300]}") from error
-    yield from records(f"tfds/{split}", _tfds_rows(source, image), partial(_sample, Images(folder), columns))
 
 
-def _tfds_rows(source: Any, image: str) -> Iterator[Row | Unusable]:
-    for number in range(len(source)):
+def _tfds_rows(source: Any, image: str, part: Part) -> Iterator[Row | Unusable]:
+    for number in range(part.first, len(source) if part.stop is None else part.stop):
         try:
             row = source[number]
             yield {
@@ -130,7 +143,7 @@ def _hub(name: str, **facts: Any) -> Source:
         layout="data/SPLIT-*.parquet",
         columns=("image", "question", "answer"),
         read=partial(read, name),
-        shards=shards_of(files_of),
+        shards=parquet_parts(files_of),
         **facts,
     )
 
@@ -144,7 +157,7 @@ SOURCES = (
         columns=("as the options say",),
         obtain="your own files, or most image sets of the Hugging Face Hub",
         read=partial(read, "parquet"),
-        shards=shards_of(files_of),
+        shards=parquet_parts(files_of),
         options=_QA_OPTIONS,
         **_DOOR,
     ),
@@ -155,6 +168,7 @@ SOURCES = (
         columns=("as the options say",),
         obtain="tfds build --file_format=array_record",
         read=read_tfds,
+        shards=tfds_parts,
         options=(
             *_QA_OPTIONS,
             Option("tfds_split", "the set's own split or slice, such as train[:90%] [SPLIT]", names_split=True),

@@ -54,3 +54,5 @@ class Skipped:
     reason: str
     """A short fixed phrase, so that reports can count it: `image missing`, `no answer`, …"""
     detail: str = ""
+    records: int = 1
+    """How many it stands for: those of a damaged block cannot be told apart."""

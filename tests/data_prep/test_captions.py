@@ -79,8 +79,9 @@ def test_rocov2_and_medtrinity_from_parquet_read_apart_or_together(tmp_path):
         records = list(source.read(folder, "train"))
         assert outline(records) == [(b"A0", "\nLiver."), "image missing", (b"A1", "\nLiver."), "image missing"]
         assert records[2].meta["source_id"] == "id1" and len({record.id for record in records}) == 4
-        assert source.shards(folder, "train") == files
-        assert records == [record for shard in files for record in source.read(folder, "train", shard)]
+        found = source.shards(folder, "train")
+        assert [part.file for part in found] == files
+        assert records == [record for part in found for record in source.read(folder, "train", part)]
         check_documents(records[::2])
 
 

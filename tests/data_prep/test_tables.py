@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_prep.sources import SOURCES
+from data_prep.sources import SOURCES, parts
 from data_prep.sources.source import with_options
 from infimed_jax.data.sample import Skipped
 from infimed_jax.errors import UserError
@@ -51,8 +51,8 @@ def test_own_columns_by_option(tmp_path):
     sample, missing = source.read(tmp_path, "train")
     assert (sample.images, sample.question, sample.answer) == ((b"A",), "Q", "A")
     assert missing == Skipped("parquet/train/train.parquet/00001", "image missing", "b.png")
-    assert source.shards(tmp_path, "train") == ["train.parquet"]
-    assert list(source.read(tmp_path, "train", "train.parquet")) == [sample, missing]
+    (part,) = source.shards(tmp_path, "train")
+    assert part.file == "train.parquet" and list(source.read(tmp_path, "train", part)) == [sample, missing]
     source, _ = with_options(SOURCES["parquet"], {"image": "file", "caption": "say"})
     document, _ = source.read(tmp_path, "train")
     assert document.kind == "document" and document.turns[0].content == (0, "\nA")
@@ -93,12 +93,15 @@ def prepared(tmp_path) -> Path:
     return folder
 
 
-def test_tfds_sets_keep_their_encoded_images(prepared):
+def test_tfds_sets_keep_their_encoded_images(prepared, monkeypatch):
     source, _ = with_options(SOURCES["tfds"], {"question": "q", "answer": "a"})
     first, broken, last = source.read(prepared, "train")
     assert first.images == last.images == ((prepared / "jpeg").read_bytes(),)
     assert (first.kind, first.question, first.answer) == ("yes_no", "Is it?", "yes")
     assert broken == Skipped("tfds/train/00001", "text is not valid UTF-8", "record 1")
+    monkeypatch.setattr(parts, "LEAST", 1)
+    pieces = [list(source.read(prepared, "train", part)) for part in source.shards(prepared, "train")]
+    assert pieces == [[first], [broken], [last]]
     source, _ = with_options(SOURCES["tfds"], {"image": "image", "caption": "q", "tfds_split": "train[2:]"})
     (document,) = source.read(prepared, "validation")
     assert document.id == "tfds/validation/00000" and document.turns[0].content == (0, "\nWhat?")
