@@ -15,9 +15,11 @@ import hmac
 import io
 import logging
 import os
+import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,27 +67,75 @@ _TEXT_BURNERS = frozenset((
     "US", "IVUS", "ES", "XA", "RF", "OP", "OPT", "OT", "SC", "XC", "GM", "ECG", "DG", "PX", "IO",
 ))  # fmt: skip
 """Modalities whose devices, or the film scanners behind them, usually write into the picture."""
+_PART = 256
+"""Files that one worker takes at once: a minute's work at most, where each has one frame."""
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _DEFLATED = ("1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.8.1")
 
 
+@dataclass(frozen=True)
+class Files:
+    """Some of a folder's files, by their numbers in the sorted listing."""
+
+    first: int
+    stop: int
+    """Number of the first one behind them."""
+    again: frozenset[int]
+    """Those whose image an earlier file holds, of these or of others."""
+    listing: bytes
+    """Hash of the whole listing, without which the numbers say nothing."""
+
+
+def shards(folder: Path, split: str, salt: Secret, frames: str, **options: str) -> list[Files]:
+    """Files that workers share; to read all headers takes a few percent of the time that their images take."""
+    listed = list(_listing(folder))
+    again, seen = set(), set()
+    for number, file in listed:
+        try:
+            _, facts, _ = _opened(file, salt, frames)
+        except Unusable:
+            continue
+        if facts["image_id"] in seen:
+            again.add(number)
+        elif facts["image_id"]:
+            seen.add(facts["image_id"])
+    firsts, digest = [number for number, _ in listed[::_PART]] or [1], _digest(listed)
+    return [
+        Files(first, stop, frozenset(number for number in again if first <= number < stop), digest)
+        for first, stop in zip(firsts, [*firsts[1:], sys.maxsize], strict=True)
+    ]
+
+
 def read(
-    folder: Path, split: str, salt: Secret, window: str, burned_in: str, frames: str
+    folder: Path, split: str, part: Files | None = None, *, salt: Secret, window: str, burned_in: str, frames: str
 ) -> Iterator[Sample | Skipped]:
     """One sample a file, or a frame. Needs pydicom."""
     seen: set[str] = set()
+    listing: Iterable[tuple[int, Path]] = _listing(folder)
+    if part is not None:
+        listed = list(listing)
+        if _digest(listed) != part.listing:
+            raise UserError(f"{folder} has changed since its files were listed: run this again when it is complete")
+        listing = [(number, file) for number, file in listed if part.first <= number < part.stop]
+    for number, file in listing:
+        id = f"{NAME}/{split}/{number:06d}"
+        try:
+            if part is not None and number in part.again:
+                raise Unusable(DUPLICATE)
+            yield from _samples(file, id, seen, salt, window, burned_in, frames)
+        except Unusable as fault:
+            yield Skipped(id, fault.reason, f"file {number} of the sorted listing")
+
+
+def _listing(folder: Path) -> Iterator[tuple[int, Path]]:
+    """Files of every kind are counted, so that no number changes with what a file turns out to be."""
     number = 0
     for parent, folders, files in os.walk(folder):
         folders.sort()
         for file in sorted(files):
             number += 1
-            if file == "DICOMDIR" or not os.path.isfile(os.path.join(parent, file)):
-                continue
-            id = f"{NAME}/{split}/{number:06d}"
-            try:
-                yield from _samples(Path(parent, file), id, seen, salt, window, burned_in, frames)
-            except Unusable as fault:
-                yield Skipped(id, fault.reason, f"file {number} of the sorted listing")
+            if file != "DICOMDIR" and os.path.isfile(os.path.join(parent, file)):
+                yield number, Path(parent, file)
 
 
 @contextmanager
@@ -109,13 +159,14 @@ def _guarded(reason: str) -> Iterator[None]:
         logger.handlers, logger.propagate = before
 
 
+def _digest(listed: list[tuple[int, Path]]) -> bytes:
+    return hashlib.sha256("\0".join(f"{number}:{file}" for number, file in listed).encode(errors="replace")).digest()
+
+
 def _samples(
     file: Path, id: str, seen: set[str], salt: Secret, window: str, burned_in: str, frames: str
 ) -> Iterator[Sample]:
-    with _guarded(NOT_DICOM):
-        header = _header(file)
-        facts = _facts(header, salt)
-        numbers = _frames(header, frames)
+    header, facts, numbers = _opened(file, salt, frames)
     uid = facts["image_id"] or id
     if uid in seen:
         raise Unusable(DUPLICATE)
@@ -132,6 +183,13 @@ def _samples(
         with _guarded(CANNOT_DECODE):
             image = _png(file, header, window, number)
         yield caption_sample(name, (image,), words, meta | at)
+
+
+def _opened(file: Path, salt: bytes, frames: str) -> tuple[Any, dict[str, str], Sequence[int | None]]:
+    """Its header, what is taken from that, and the frames that are wanted. Raises Unusable."""
+    with _guarded(NOT_DICOM):
+        header = _header(file)
+        return header, _facts(header, salt), _frames(header, frames)
 
 
 def _facts(header: Any, salt: bytes) -> dict[str, str]:
@@ -285,6 +343,7 @@ SOURCE = Source(
     notes="no promise of anonymity. No text comes with DICOM: a sample's is its modality, body part and view. "
     "Files in JPEG-LS or lossless JPEG need a plugin of pydicom's, such as pylibjpeg",
     read=read,
+    shards=shards,
     options=(
         Option("salt", "a file of at least 16 random bytes, kept apart from the data", secret_file, required=True),
         Option(

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep.engine import Engine
 from data_prep.pipeline import ingest
+from data_prep.sources import dicom
 from data_prep.sources.dicom import BODY_PARTS, SOURCE, hashed
 from data_prep.sources.source import secret_file, with_options
 from infimed_jax.data.sample import Sample, Skipped
@@ -136,6 +138,33 @@ def test_files_without_a_uid_are_no_duplicates(tmp_path, salt):
         del data.SOPInstanceUID
         data.save_as(file)
     assert [s.meta["image_id"] for s in read(tmp_path / "in", salt)] == ["dicom/all/000001", "dicom/all/000002"]
+
+
+def test_a_folder_in_parts_is_what_it_is_whole_duplicates_included(tmp_path, salt, monkeypatch):
+    monkeypatch.setattr(dicom, "_PART", 2)
+    folder = tmp_path / "in"
+    for number, uid in enumerate((1, 2, 1, 3, 3, 2, 4, 1)):
+        write(folder / f"{number % 3}" / f"{number}.dcm", GREY + number, SOPInstanceUID=f"1.2.{uid}")
+    write(folder / "0" / "DICOMDIR")
+    (folder / "0" / "notes").write_text("no DICOM")
+    data = pydicom.dcmread(folder / "0" / "0.dcm")  # the first of the copies of 1.2.1 cannot be read, the second can
+    data.NumberOfFrames = 2
+    data.save_as(folder / "0" / "0.dcm")
+    raw = (folder / "0" / "0.dcm").read_bytes()
+    (folder / "0" / "0.dcm").write_bytes(raw.replace(b"IS\x02\x002 ", b"IS\x02\x00xx"))
+    source, _ = with_options(SOURCE, {"salt": salt, "window": "full"})
+    found = source.shards(folder, "all")
+    whole = list(source.read(folder, "all"))
+    assert [part.first for part in found] == [1, 3, 6, 8, 10] and len(whole) == 9
+    assert [record for part in found for record in source.read(folder, "all", part)] == whole
+    reasons = [record.reason for record in whole if isinstance(record, Skipped)]
+    assert reasons.count("duplicate id") == 3 and reasons.count("not a DICOM file") == 2
+    options = {"salt": salt, "window": "full"}
+    made = [ingest("dicom", folder, tmp_path / str(jobs), options=options, engine=Engine(jobs=jobs)) for jobs in (1, 2)]
+    assert made[0] == made[1] and made[0]["all"]["samples"] == 4
+    write(folder / "0" / "later.dcm")
+    with pytest.raises(UserError, match="has changed since its files were listed: run this again"):
+        list(source.read(folder, "all", found[1]))
 
 
 def test_another_salt_prepares_again(tmp_path, salt):
