@@ -257,6 +257,7 @@ def elements(file: Path, limit: int, start: int = 0) -> Iterator[tuple[bytes | N
     """
     pieces: list[bytes] = []
     place, size, depth = start, 0, 0
+    entry = start
     quoted, opened = False, start > 0
     chunks = _utf8_chunks(file, start)
     for chunk in chunks:
@@ -269,6 +270,7 @@ def elements(file: Path, limit: int, start: int = 0) -> Iterator[tuple[bytes | N
             if not opened:
                 place += len(chunk)
                 continue
+            entry = place + at
         elif quoted:
             match = _STRING_REST.match(chunk)
             at, quoted = match.end(), not match[1]
@@ -288,13 +290,16 @@ def elements(file: Path, limit: int, start: int = 0) -> Iterator[tuple[bytes | N
                 element = b"".join((*pieces, chunk[begin : match.start()])) if size <= limit else None
                 if element is None or element.strip():
                     yield element, place + at
-                pieces, size, begin = [], 0, at
+                pieces, size, begin, entry = [], 0, at, place + at
                 if mark == b"]":
                     return
         size += len(chunk) - begin
         pieces = [*pieces, chunk[begin:]] if size <= limit else []
         place += len(chunk)
-    raise UserError(f"{file} ends inside of its list: it is not valid JSON, download it again")
+    raise UserError(
+        f"{file} ends inside of its list: the entry that begins at byte {entry:,} never does, for it is cut or a quote "
+        "in it is not escaped: mend it, or download the file again"
+    )
 
 
 def _utf8_chunks(file: Path, start: int) -> Iterator[bytes]:

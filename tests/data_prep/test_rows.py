@@ -88,10 +88,22 @@ def test_bad_entries_of_a_list_are_named_and_the_others_kept(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("content", ["[", '[{"a": 1}', '[{"a": 1},', '[{"a": 1}, {"b": "', '[{"a": 1}, {"b": {]'])
-def test_a_list_that_ends_early_is_an_error_that_names_the_file(tmp_path, content):
+@pytest.mark.parametrize("chunk", [1, 7, 2**20])
+@pytest.mark.parametrize(
+    ("content", "byte"),
+    [
+        ("[", 1),
+        ('[{"a": 1}', 1),
+        ('[{"a": 1},', 10),
+        ('\n[{"a": 1}, {"b": "', 11),
+        ('[{"a": 1}, {"b": {]', 10),
+        ('[{"a": 1}, {"b": "an "open one"}, {"c": 1}]', 10),
+    ],
+)
+def test_a_list_that_ends_early_is_an_error_that_names_the_place(tmp_path, monkeypatch, content, byte, chunk):
+    monkeypatch.setattr(module, "_CHUNK", chunk)
     (tmp_path / "x.json").write_text(content)
-    with pytest.raises(UserError, match=r"x\.json ends inside of its list"):
+    with pytest.raises(UserError, match=rf"x\.json ends inside of its list: .* begins at byte {byte} never"):
         list(json_rows(tmp_path / "x.json"))
 
 
