@@ -27,7 +27,7 @@ from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import open_samples
 from infimed_jax.errors import UserError
 
-VERSION = 1
+VERSION = 2
 IMAGE, QUESTION = "image", "question"
 _LONG = 8
 """Words from which a question stands for itself."""
@@ -128,7 +128,7 @@ def decontaminate(
         "version": VERSION,
         "threshold": THRESHOLD,
         "input": samples.fingerprint,
-        "tests": [open_samples(folder).fingerprint for folder in tests],
+        "tests": (fingerprints := [open_samples(folder).fingerprint for folder in tests]),
     }
     known = read_tests(tests)
     return make_dataset(
@@ -138,7 +138,7 @@ def decontaminate(
         info={"origin": samples.manifest["info"]},
         work=partial(_clean_slice, known),
         pieces=slices(samples),
-        report=partial(_report, input, [str(folder) for folder in tests], known),
+        report=partial(_report, input, [str(folder) for folder in tests], fingerprints, known),
         engine=engine,
         on_progress=on_progress,
     )
@@ -159,7 +159,12 @@ def _clean_slice(tests: Tests, piece: Slice, folder: Path, name: str) -> dict[st
 
 
 def _report(
-    input: Path, folders: list[str], tests: Tests, _: dict[str, Any], facts: list[dict[str, Any]]
+    input: Path,
+    folders: list[str],
+    fingerprints: list[str],
+    tests: Tests,
+    _: dict[str, Any],
+    facts: list[dict[str, Any]],
 ) -> dict[str, Any]:
     affected: dict[str, set[str]] = {}
     for piece in facts:
@@ -169,6 +174,7 @@ def _report(
     return {
         "input": str(input),
         "tests": folders,
+        "test_fingerprints": fingerprints,
         "threshold_bits": THRESHOLD,
         "test_samples": len(tests.asked),
         "test_images": len(tests.exact),

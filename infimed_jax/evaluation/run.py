@@ -26,13 +26,14 @@ from infimed_jax.data.prompts import QUESTION_KINDS, prompt_for
 from infimed_jax.data.sample import Kind, Sample
 from infimed_jax.errors import UserError
 from infimed_jax.evaluation.answers import Status
+from infimed_jax.evaluation.contamination import GROUPING
 from infimed_jax.evaluation.protocols import PROTOCOLS, posed
 from infimed_jax.evaluation.statistics import Accuracy, Comparison, accuracy, compare
 from infimed_jax.files import to_json, write_json, write_text
 from infimed_jax.models.compute import Compute
 from infimed_jax.sampling.generate import Completion, generate
 
-GROUPS = ("kind", "source", "modality", "organ", "template", "question_type", "answer_type", "language")
+GROUPS = ("kind", "source", "modality", "organ", "template", "question_type", "answer_type", "language", GROUPING)
 """What accuracy is broken down by, where the questions have it."""
 CHUNK = 2048
 """Questions whose decoded images are in memory at once: 0.9 GB at 384 pixels."""

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch.commands.arguments import add_command, add_settings
+
+if TYPE_CHECKING:
+    from infimed_jax.evaluation.statistics import Accuracy
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -16,6 +20,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--protocol", default="strict", help="strict, medevalkit-fixed or medevalkit-2025-06 [%(default)s]")
     p.add_argument("--reasoning", action="store_true", help="ask for reasoning and a boxed answer")
     p.add_argument("--blind", action="store_true", help="the control: the same questions without their images")
+    p.add_argument("--contamination", type=Path, action="append", default=[], metavar="REPORT",
+                   help="of `data decontaminate`, whose input the checkpoint was trained on; repeatable: "
+                   "accuracy apart on the questions that it touches")  # fmt: skip
     p.add_argument("--limit", type=int, default=0, help="questions at most, the first ones [all]")
     add_settings(p, files=False)
 
@@ -26,6 +33,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from infimed_jax.config import Config, from_dict, with_overrides
     from infimed_jax.data.chat import load_tokenizer
     from infimed_jax.data.storage import open_samples
+    from infimed_jax.evaluation.contamination import GROUPING, WORDS, mark
     from infimed_jax.evaluation.run import evaluate
     from infimed_jax.evaluation.statistics import majority_baseline
     from infimed_jax.models.compute import Compute
@@ -38,6 +46,8 @@ def evaluate(args: argparse.Namespace) -> None:
     config = from_dict(Config, with_overrides(metadata["config"], args.settings))
     dataset = open_samples(args.dataset)
     samples = [dataset[i] for i in range(min(len(dataset), args.limit or len(dataset)))]
+    if args.contamination:
+        samples = mark(samples, dataset, args.contamination)
     compute = Compute.of(config.train)
     with jax.set_mesh(make_mesh(config.mesh)), StepProgress("evaluate") as progress:
         result = evaluate(
@@ -55,7 +65,12 @@ def evaluate(args: argparse.Namespace) -> None:
             name=str(args.checkpoint),
             on_progress=lambda done, total, _: progress.update(done, total, {}),
         )
-    share = result.accuracy
-    print(f"{args.protocol}: {share.accuracy:.1%} of {share.n:,} [{share.low:.1%}, {share.high:.1%}]; "
+    print(f"{args.protocol}: {_shown(result.accuracy)}; "
           f"majority answer per template {majority_baseline(samples).accuracy:.1%}")  # fmt: skip
+    for what, share in result.groups().get(GROUPING, {}).items():
+        print(f"  training data hold {WORDS[what]}: {_shown(share)}")
     print(f"Outputs: {args.output}")
+
+
+def _shown(share: Accuracy) -> str:
+    return f"{share.accuracy:.1%} of {share.n:,} [{share.low:.1%}, {share.high:.1%}]"

@@ -1,0 +1,92 @@
+"""`evaluate` from the shell: accuracy apart on the questions that training data hold, as `data decontaminate` lists."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from infimed_jax.data.prompts import question_sample
+from infimed_jax.data.sample import Sample
+from infimed_jax.data.storage import open_samples, write_samples
+from infimed_jax.evaluation.contamination import WORDS, mark
+from infimed_jax.evaluation.run import GROUPS
+from tests.launch.hf_sources import PATCHES, command, picture, write_sources
+
+LONG = "does the enlarged left lobe press on any of the large vessels nearby"
+OTHER = "which of the organs shown here lies closest to the lower edge of it"
+
+
+def asked(id: str, image: int, question: str) -> Sample:
+    return question_sample(id=id, source="toy", split=id.split("/")[1], images=(picture(image),), kind="yes_no",
+                           question=question, answer="yes")  # fmt: skip
+
+
+TESTS = {
+    "toy/test/0": (asked("toy/test/0", 0, LONG), "image with question"),
+    "toy/test/1": (asked("toy/test/1", 1, "is it large?"), "image"),
+    "toy/test/2": (asked("toy/test/2", 2, OTHER), "question"),
+    "toy/test/3": (asked("toy/test/3", 1, OTHER), "image, question"),
+    "toy/test/4": (asked("toy/test/4", 4, "is it large?"), "none"),
+}
+TRAIN = {
+    "a": [asked("toy/train/0", 0, LONG), asked("toy/train/1", 1, "what else?"), asked("toy/train/9", 9, "what?")],
+    "b": [asked("toy/train/2", 7, OTHER), asked("toy/train/8", 8, "what?")],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Training sets a and b, their reports a.json and b.json, the test set, and a checkpoint."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    write_samples(folder / "test", [sample for sample, _ in TESTS.values()], name="toy")
+    for name, samples in TRAIN.items():
+        write_samples(folder / "in" / name, samples, name="toy")
+        assert command("data", "decontaminate", "--input", folder / "in" / name, "--test", folder / "test",
+                       "--output", folder / name) == 0  # fmt: skip
+    text, vision = write_sources(folder)
+    assert command("convert", "from-hf", "--text", text, "--vision", vision, "--output", folder / "checkpoint",
+                   "--visual-tokens", PATCHES, "--dtype", "float32") == 0  # fmt: skip
+    return folder
+
+
+def evaluate(folder: Path, *more) -> int:
+    return command("evaluate", "--checkpoint", folder / "checkpoint", "--dataset", folder / "test", "--output",
+                   folder / "evaluation", *more, "sampling.max_tokens=2")  # fmt: skip
+
+
+def test_questions_are_told_apart_by_what_training_data_hold_of_them(folder):
+    tests = open_samples(folder / "test")
+    marked = mark(tests, tests, [folder / "a.json", folder / "b.json"])
+    assert {s.id: s.meta["contamination"] for s in marked} == {id: what for id, (_, what) in TESTS.items()}
+    one = mark(tests, tests, [folder / "b.json"])
+    assert [s.meta["contamination"] for s in one] == ["none", "none", "question", "question", "none"]
+    assert [replace(s, meta={}) for s in marked] == [replace(s, meta={}) for s, _ in TESTS.values()]
+
+
+def test_each_part_has_its_accuracy(folder, capsys):
+    reports = [part for name in "ab" for part in ("--contamination", folder / f"{name}.json")]
+    assert evaluate(folder, *reports) == 0
+    printed = capsys.readouterr().out
+    assert all(f"training data hold {words}: " in printed for words in WORDS.values())
+    table = json.loads((folder / "evaluation" / "summary.json").read_text())["groups"]["contamination"]
+    assert {what: part["n"] for what, part in table.items()} == {what: 1 for _, what in TESTS.values()}
+    assert evaluate(folder) == 0
+    assert "training data" not in capsys.readouterr().out
+    groups = json.loads((folder / "evaluation" / "summary.json").read_text())["groups"]
+    assert "contamination" not in groups and "contamination" in GROUPS
+
+
+def test_a_report_about_other_questions_is_refused(folder, tmp_path, capsys):
+    write_samples(tmp_path / "test", [TESTS["toy/test/0"][0]], name="toy")
+    assert command("data", "decontaminate", "--input", folder / "in" / "a", "--test", tmp_path / "test", "--output",
+                   tmp_path / "a") == 0  # fmt: skip
+    assert evaluate(folder, "--contamination", tmp_path / "a.json") == 2
+    assert f"other test questions than {folder / 'test'}: run `data decontaminate` with" in capsys.readouterr().err
+    (tmp_path / "b.json").write_text('{"affected": {}}')
+    assert evaluate(folder, "--contamination", tmp_path / "b.json") == 2
+    assert "is no report of `data decontaminate`" in capsys.readouterr().err
+    assert evaluate(folder, "--contamination", tmp_path / "none.json") == 2
+    assert "cannot read the report" in capsys.readouterr().err
