@@ -38,7 +38,7 @@ def run_mesh(cfg: config.Config, devices: Sequence[jax.Device] | None = None) ->
 def settle_mesh(cfg: config.Config, devices: int) -> config.Mesh:
     """`cfg.mesh` with a positive `tensor`: the least with which the rows of the global batch split over the rest.
 
-    Raises UserError where no `tensor` that divides the model helps.
+    Raises UserError where the rows do not split over the sizes given, or no `tensor` that divides the model helps.
     """
     mesh = cfg.mesh
     fixed = math.prod(size for size in (mesh.data, mesh.fsdp) if size != -1)
@@ -47,6 +47,12 @@ def settle_mesh(cfg: config.Config, devices: int) -> config.Mesh:
     if -1 not in (mesh.data, mesh.fsdp):
         return replace(mesh, tensor=devices // fixed)
     rows = cfg.train.global_batch // cfg.train.micro_batches
+    if rows % fixed:  # no tensor and no other number of devices would help
+        axis = "data" if mesh.fsdp == -1 else "fsdp"
+        raise UserError(
+            f"{rows} rows (train.global_batch / train.micro_batches) do not split over mesh.{axis}={fixed}: lower "
+            f"mesh.{axis}, or make the rows a multiple of it"
+        )
     common = math.gcd(*_split(cfg.model).values())
     for tensor in range(1, devices + 1):
         shards = devices // tensor

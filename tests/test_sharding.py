@@ -98,6 +98,18 @@ def test_the_default_mesh_follows_from_devices_and_global_batch(rows, devices, e
         assert sharding.settle_mesh(_config(rows), devices) == config.Mesh(data=1, fsdp=-1, tensor=expected)
 
 
+@pytest.mark.parametrize(("sizes", "axis"), [((8, -1), "data"), ((-1, 8), "fsdp")])
+def test_too_few_rows_for_a_size_that_was_asked_for_name_that_size(sizes, axis):
+    """Another number of devices would not help; what the message says does: a lower size, or more rows."""
+    asked = replace(_config(4), mesh=config.Mesh(*sizes))
+    words = f"4 rows (train.global_batch / train.micro_batches) do not split over mesh.{axis}=8: lower mesh.{axis}, or"
+    for devices in (8, 16):
+        with pytest.raises(UserError, match=re.escape(words)):
+            sharding.settle_mesh(asked, devices)
+    assert sharding.settle_mesh(replace(asked, train=config.Train(global_batch=16)), 8).tensor == 1
+    assert sharding.settle_mesh(replace(asked, mesh=replace(asked.mesh, **{axis: 4})), 8).tensor == 2
+
+
 def test_a_tensor_axis_that_was_asked_for_stays():
     asked = replace(_config(128), mesh=config.Mesh(2, -1, 4))
     assert sharding.settle_mesh(asked, 256) is asked.mesh
