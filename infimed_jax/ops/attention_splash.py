@@ -32,7 +32,8 @@ def splash_attention(
 ) -> Float[Array, "B T N H"]:
     """Self-attention of packed rows; the multi-query kernel mapped over K heads, so that no key is repeated.
 
-    Raises ValueError for explicit positions and other keys than queries, UserError for sizes that it cannot tile.
+    Raises ValueError for explicit positions and other keys than queries, UserError for sizes that it cannot tile and
+    for devices that are no TPUs.
     `interpret` runs the kernel's logic on any platform, for tests.
     """
     _, tokens, heads, width = q.shape
@@ -46,8 +47,13 @@ def splash_attention(
     if mask.query_segments is not mask.key_segments:
         raise ValueError("splash attention wants one array of segments for queries and keys: use 'xla'")
     if tokens % _LANES or width % _LANES:
-        raise UserError(  # the one of these that settings alone can bring about
+        raise UserError(  # this and the next are what settings alone can bring about
             f"splash attention tiles by {_LANES}: rows of {tokens} tokens, heads of {width} need train.attention=xla"
+        )
+    device = jax.sharding.get_abstract_mesh().abstract_device  # None where the mesh is abstract too
+    if device is not None and device.platform != "tpu" and not interpret:
+        raise UserError(
+            f"train.attention=splash is a kernel for TPUs, and this runs on {device.platform}: set train.attention=auto"
         )
 
     def shard(q: Array, k: Array, v: Array, segments: Array | None) -> Array:

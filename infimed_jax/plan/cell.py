@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from infimed_jax import config, sharding
+from infimed_jax.errors import UserError
 from infimed_jax.models.infimed import param_count
 from infimed_jax.plan import collectives as network
 from infimed_jax.plan.compile import compile_step
@@ -27,8 +28,12 @@ Cell = dict[str, Any]
 def counted(cfg: config.Config, topology: Topology, mesh: config.Mesh) -> Cell:
     """Everything that follows from the configuration alone, in less than a few seconds, and without a device.
 
-    Raises UserError where the mesh divides neither the devices, the model nor the batch.
+    Raises UserError where the mesh divides neither the devices, the model nor the batch, or GPUs lack the kernel.
     """
+    if cfg.train.attention == "splash" and not topology.chip.tpu:
+        raise UserError(
+            f"train.attention=splash is a kernel for TPUs, and {topology.name} has none: set train.attention=auto"
+        )
     cfg = dataclasses.replace(for_tpu(cfg) if topology.chip.tpu else cfg, mesh=mesh)
     sizes = sharding.mesh_sizes(sharding.settle_mesh(cfg, topology.devices), topology.devices)
     abstract = sharding.abstract_mesh(**sizes)

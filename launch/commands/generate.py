@@ -106,9 +106,9 @@ def generate(args: argparse.Namespace) -> None:
 def _open(args: argparse.Namespace) -> tuple[Any, Any, int]:
     """(Config, parameters on the host or the disk, the context's tokens).
 
-    Over the checkpoint's settings lie this command's: this machine's devices, short bursts for the stream, plain greedy
-    decoding (a run's own penalty would make it another reply than its export's), and float32 on a CPU, where bfloat16
-    is no faster. The user's lie over these.
+    Over the checkpoint's settings lie this command's: this machine's devices and kernel, short bursts for the stream,
+    plain greedy decoding (a run's own penalty would make it another reply than its export's), and float32 on a CPU,
+    where bfloat16 is no faster. The user's lie over these.
     """
     import jax
 
@@ -132,9 +132,9 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any, int]:
         values = metadata["config"]
         positions = max_positions(history_of(metadata)) or MAX_POSITIONS
     sampling = {"burst": 4, "temperature": 0.0, "repetition_penalty": 1.0}
-    ours: dict[str, Any] = {"mesh": to_dict(Mesh()), "sampling": sampling}
+    ours: dict[str, Any] = {"mesh": to_dict(Mesh()), "sampling": sampling, "train": {"attention": "auto"}}
     if jax.default_backend() == "cpu":
-        ours["train"] = {"compute_dtype": "float32"}
+        ours["train"] |= {"compute_dtype": "float32"}
     values = merge(values, ours)
     shards = make_mesh(from_dict(Config, with_overrides(values, args.settings)).mesh).shape
     values = merge(values, {"sampling": {"slots": shards["data"] * shards["fsdp"]}})

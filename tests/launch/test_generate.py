@@ -85,9 +85,11 @@ def test_however_a_prompt_begins(models, transformers_reply, start, images):
     assert code == 0 and reply["tokens"] == tokens
 
 
-def test_a_runs_own_sampling_does_not_change_the_greedy_reply(models, transformers_reply, tmp_path):
+def test_a_runs_own_sampling_and_machine_do_not_change_the_greedy_reply(models, transformers_reply, tmp_path):
     params, metadata = load_params(models / "checkpoint")
     metadata["config"]["sampling"] |= {"repetition_penalty": 3.0, "temperature": 1.0, "top_k": 5}
+    metadata["config"]["mesh"] |= {"data": 8}
+    metadata["config"]["train"] |= {"attention": "splash"}  # which no CPU has
     save_params(models / "penalised", flatten(params).items(), metadata)
     tokens, _ = transformers_reply(1)
     assert ask(models, "checkpoint", 1, folder="penalised")[1]["tokens"] == tokens

@@ -8,6 +8,7 @@ import jax.test_util
 import numpy as np
 import pytest
 
+from infimed_jax import sharding
 from infimed_jax.errors import UserError
 from infimed_jax.ops import attention as attention_module
 from infimed_jax.ops.attention import Mask, attention
@@ -157,6 +158,19 @@ def test_splash_refuses_what_it_cannot_do(shape, positions, message):
     index = [jnp.zeros((2, x.shape[1]), jnp.int32) for x in (q, k)] if positions else [None, None]
     with pytest.raises(UserError if "tiles" in message else ValueError, match=message):
         attention(q, k, v, Mask(True, None, None, *index), implementation="splash")
+
+
+def test_splash_refuses_other_devices_than_tpus():
+    """Shapes that it tiles: here the kernel's own refusal would be a traceback. A mesh without devices may trace it."""
+    q, k, v = random_qkv(np.random.default_rng(6), queries=128, keys=128, width=128)
+    refused = r"splash is a kernel for TPUs, and this runs on cpu: set train.attention=auto"
+    for call in (attention, jax.jit(attention, static_argnames="implementation")):
+        with pytest.raises(UserError, match=refused):
+            call(q, k, v, Mask(True), implementation="splash")
+    abstract = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
+    with jax.sharding.use_abstract_mesh(sharding.abstract_mesh()):
+        out = jax.eval_shape(lambda *x: attention(*x, Mask(True), implementation="splash"), *abstract)
+    assert out.shape == q.shape
 
 
 def test_splash_refuses_two_different_segment_arrays():

@@ -159,6 +159,13 @@ def test_a_mesh_that_cannot_be(mesh, word):
         counted(cfg, parse_topology("v5p:2x2x4"), mesh)
 
 
+def test_gpus_have_no_splash_attention():
+    asked = stage("foundation_1p7b", "pretrain", "train.remat=full", "train.attention=splash")
+    assert counted(asked, parse_topology("v5p:2x4x4"), Mesh(1, -1, 1))["attention"] == "splash"
+    with pytest.raises(UserError, match=r"kernel for TPUs, and h100x32 has none: set train.attention=auto"):
+        counted(asked, parse_topology("h100x32"), Mesh(1, -1, 1))
+
+
 def test_state_bytes_are_those_of_real_arrays():
     """One device: what the abstract state says is what `init_state` makes."""
     from infimed_jax.models.infimed import init_params
