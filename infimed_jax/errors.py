@@ -29,6 +29,8 @@ def describe(error: Exception) -> str:
     """One line for an error that is the user's to mend."""
     if isinstance(error, OSError) and (refusal := disk_refusal(error)):
         return f"{error.filename or 'the output'}: {refusal}, and run it again"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror.lower()}; give another path, and run it again"
     return " ".join(str(error).split())
 
 

@@ -1,12 +1,28 @@
-"""Files that appear whole or not at all: written beside their place, then renamed."""
+"""Folders for outputs, and files that appear whole or not at all: written beside their place, then renamed."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
+
+from infimed_jax.errors import UserError, disk_refusal
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder that outputs go to, with its parents. UserError where nothing can be written there.
+
+    To be called before the work, not after hours of it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        refusal = disk_refusal(error) or f"{(error.strerror or str(error)).lower()}; name another folder"
+        raise UserError(f"cannot write to the folder {folder}: {refusal}, and run it again") from error
 
 
 @contextmanager

@@ -71,6 +71,8 @@ def _torch() -> Check:
 def _disk(name: str, folder: Path) -> Check:
     existing = next(place for place in [folder.absolute(), *folder.absolute().parents] if place.exists())
     free = shutil.disk_usage(existing).free / GIB
+    if not existing.is_dir():
+        return Check(name, f"{existing} is no folder", "name another folder")
     mend = f"free at least {_LEAST_DISK} GiB, or name another folder" if free < _LEAST_DISK else ""
     return Check(name, f"{free:.0f} GiB free at {existing}", mend)
 

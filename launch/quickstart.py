@@ -22,7 +22,7 @@ import yaml
 from infimed_jax import config as configuration
 from infimed_jax.data.chat import load_tokenizer
 from infimed_jax.errors import Interrupted, UserError, describe
-from infimed_jax.files import write_json
+from infimed_jax.files import make_folder, write_json
 from launch.progress import ChainProgress
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,7 +171,7 @@ def prepare_folder(options: Options) -> None:
     file = options.output / "quickstart.json"
     if options.overwrite and file.exists():
         shutil.rmtree(options.output)
-    if options.output.exists() and any(options.output.iterdir()) and not file.exists():
+    if options.output.is_dir() and any(options.output.iterdir()) and not file.exists():
         raise UserError(f"{options.output} holds something that is no quickstart run: choose another --output")
     if file.exists():
         if not options.resume:
@@ -184,7 +184,7 @@ def prepare_folder(options: Options) -> None:
             raise UserError(
                 f"cannot resume {options.output}: {'; '.join(changed)}; use the first arguments or --overwrite"
             )
-    (options.output / "steps").mkdir(parents=True, exist_ok=True)
+    make_folder(options.output / "steps")
     write_json(file, identity)
 
 

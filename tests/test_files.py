@@ -6,7 +6,34 @@ import math
 
 import pytest
 
-from infimed_jax.files import open_whole, to_json, write_json, write_text
+from infimed_jax.errors import UserError, describe
+from infimed_jax.files import make_folder, open_whole, to_json, write_json, write_text
+
+
+def test_a_folder_is_made_with_its_parents_and_left_empty(tmp_path):
+    for _ in range(2):
+        make_folder(tmp_path / "a/b")
+    assert list((tmp_path / "a").rglob("*")) == [tmp_path / "a/b"]
+
+
+@pytest.mark.parametrize(
+    ("place", "cause"),
+    [("file", "file exists"), ("file/x", "not a directory"), ("/proc/x", "no such file"), ("/proc", "no such file")],
+)
+def test_a_folder_that_cannot_be_written_is_one_line_with_the_mend(tmp_path, place, cause):
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / place
+    with pytest.raises(UserError) as refused:
+        make_folder(folder)
+    assert str(refused.value).startswith(f"cannot write to the folder {folder}: {cause}")
+    assert str(refused.value).endswith("; name another folder, and run it again")
+
+
+def test_a_path_that_nothing_knew_to_refuse_is_named_without_a_number(tmp_path):
+    with pytest.raises(FileNotFoundError) as gone:
+        (tmp_path / "gone").read_text()
+    expected = f"{tmp_path / 'gone'}: no such file or directory; give another path, and run it again"
+    assert describe(gone.value) == expected
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_beside_it(tmp_path):

@@ -29,7 +29,7 @@ from infimed_jax.evaluation.answers import Status
 from infimed_jax.evaluation.contamination import GROUPING
 from infimed_jax.evaluation.protocols import PROTOCOLS, posed
 from infimed_jax.evaluation.statistics import Accuracy, Comparison, accuracy, compare
-from infimed_jax.files import to_json, write_json, write_text
+from infimed_jax.files import make_folder, to_json, write_json, write_text
 from infimed_jax.models.compute import Compute
 from infimed_jax.sampling.generate import Completion, generate
 
@@ -121,8 +121,7 @@ class Evaluation:
         }
 
     def write(self, folder: Path) -> None:
-        """`replies.jsonl`, a record a line, and `summary.json`; each written whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """`replies.jsonl`, a record a line, and `summary.json` in an existing folder; each whole or not at all."""
         lines = [to_json(asdict(record), ensure_ascii=False) for record in self.records]
         write_text(folder / "replies.jsonl", "\n".join(lines) + "\n")
         write_json(folder / "summary.json", self.summary())
@@ -151,11 +150,14 @@ def evaluate(
     pixels) keeps decoded images from call to call; without it at most CHUNK questions' are held. With a `folder`,
     `replies.jsonl` and `summary.json` are written there. `on_progress(answered, questions, tokens)` after each burst.
 
-    Raises UserError for an unknown protocol, samples without a gold answer, equal ids, and unreadable images.
+    Raises UserError for an unknown protocol, samples without a gold answer, equal ids, unreadable images, and a folder
+    that cannot be written.
     """
     if protocol not in PROTOCOLS:
         raise UserError(f"unknown protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
     _check(samples)
+    if folder is not None and jax.process_index() == 0:
+        make_folder(Path(folder))
     began = time.monotonic()
     visual_tokens = model.projector.visual_tokens
     prompts = [

@@ -135,7 +135,7 @@ def _whole_or_nothing(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
-        refusal = disk_refusal(error) or error.strerror or error
+        refusal = disk_refusal(error) or f"{error.strerror or error}; name another folder"
         raise UserError(f"cannot write {output}: {refusal}; nothing was kept") from error
 
 

@@ -24,7 +24,7 @@ from infimed_jax import config
 from infimed_jax.data.chat import Tokenizer
 from infimed_jax.data.sample import Sample
 from infimed_jax.errors import Interrupted, UserError
-from infimed_jax.files import to_json, write_json, write_text
+from infimed_jax.files import make_folder, to_json, write_json, write_text
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.infimed import abstract_params
 from infimed_jax.models.lora import merge_lora, scale_of
@@ -100,7 +100,7 @@ def grpo(
     cfg = replace(cfg, train=replace(cfg.train, micro_batches=micro_batches(cfg.train, mesh), rows_per_device=0))
     found = questions(samples, tokenizer, cfg)
     folder = Path(cfg.train.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     checkpoints = Checkpoints(folder / CHECKPOINTS, cfg.train.keep_checkpoints)
     try:
         with jax.set_mesh(mesh):

@@ -26,7 +26,7 @@ from infimed_jax.data.chat import Tokenizer, load_tokenizer
 from infimed_jax.data.loader import Loader, make_loader
 from infimed_jax.data.packing import TOO_LONG, TOO_MANY_IMAGES
 from infimed_jax.errors import Interrupted, UserError
-from infimed_jax.files import write_json
+from infimed_jax.files import make_folder, write_json
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.infimed import abstract_params, init_params
 from infimed_jax.models.lora import merge_lora, scale_of
@@ -112,7 +112,7 @@ def train(
     mesh = sharding.run_mesh(cfg)
     sharding.micro_batches(cfg.train, mesh)  # refuses what does not split, before anything is written
     folder = Path(cfg.train.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     checkpoints = Checkpoints(folder / CHECKPOINTS, cfg.train.keep_checkpoints)
     try:
         with jax.set_mesh(mesh):

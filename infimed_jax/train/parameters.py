@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from infimed_jax.errors import UserError
+from infimed_jax.files import make_folder
 from infimed_jax.models import lora
 from infimed_jax.train.checksum import numpy_checksum
 from infimed_jax.train.stored import (
@@ -194,11 +195,12 @@ def save_params(folder: str | Path, leaves: Iterable[tuple[str, np.ndarray]], me
     """Write parameters alone, as (`text.norm.scale`, array), a leaf at a time: only one is in memory.
 
     The folder appears when it is complete; what a stopped call leaves beside it is cleared away by the next. Runs in
-    one process. UserError where the folder exists already, or the disk ends.
+    one process. UserError where the folder exists already, or its parent cannot be written, or the disk ends.
     """
     folder = Path(folder).absolute()
     if folder.exists():
         raise UserError(f"{folder} exists already: remove it or choose another folder")
+    make_folder(folder.parent)
     _clear_partial(folder)
     try:
         with disk_errors(f"parameters in {folder} were not written"), _chunked():

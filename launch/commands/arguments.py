@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from infimed_jax.errors import UserError
 from launch import accelerator, distributed
 
 Run = Callable[[argparse.Namespace], None]
@@ -30,6 +31,16 @@ def add_devices(parser: argparse.ArgumentParser, *, hosts: str) -> None:
     accelerator.add_option(parser)
     distributed.add_options(parser, default=argparse.SUPPRESS)
     parser.set_defaults(hosts=hosts)
+
+
+def check_file(option: str, file: Path | None) -> None:
+    """UserError where the file that `option` names can be no output; before the work, not after it."""
+    if file is None:
+        return
+    if file.is_dir():
+        raise UserError(f"{option} {file} is a folder: name a file in it")
+    if not file.absolute().parent.is_dir():
+        raise UserError(f"{option} {file}: there is no folder {file.parent}: make it, or name another")
 
 
 def add_settings(parser: argparse.ArgumentParser, *, files: bool = True) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from infimed_jax.errors import UserError
 from launch import accelerator
-from launch.commands.arguments import add_command
+from launch.commands.arguments import add_command, check_file
 
 EXIT_SOMETHING_WRONG = 1
 
@@ -23,8 +22,7 @@ def doctor(args: argparse.Namespace) -> None:
     from infimed_jax.files import write_json
     from launch.doctor import checks
 
-    if args.json and not args.json.absolute().parent.is_dir():
-        raise UserError(f"--json {args.json}: no such folder")
+    check_file("--json", args.json)
     found = []
     for check in checks(args.platform, args.output):
         found.append(check)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from infimed_jax.errors import UserError
-from launch.commands.arguments import add_command, add_settings
+from infimed_jax.files import make_folder
+from launch.commands.arguments import add_command, add_settings, check_file
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -31,6 +32,9 @@ def generate(args: argparse.Namespace) -> None:
         raise UserError("--prompt is empty: write a question, or what to do with the images")
     if any("\ud800" <= letter <= "\udfff" for letter in args.prompt):  # how Python reads bytes that are no text
         raise UserError("--prompt is no UTF-8: write it in that encoding (a UTF-8 terminal or locale)")
+    if args.output:
+        make_folder(args.output.parent)
+    check_file("--output", args.output)
     images = [_read(file) for file in args.image]
     _keep_notes_off_stdout()
     import jax
@@ -98,7 +102,6 @@ def generate(args: argparse.Namespace) -> None:
             "sampling": configuration.to_dict(config.sampling),
             "seconds": seconds,
         }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.output, values)
         print(f"Outputs: {args.output}", file=sys.stderr)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infimed_jax.errors import UserError
-from launch.commands.arguments import add_command, add_settings
+from launch.commands.arguments import add_command, add_settings, check_file
 
 if TYPE_CHECKING:
     from infimed_jax.config import Mesh
@@ -37,8 +37,7 @@ def plan(args: argparse.Namespace) -> None:
         raise UserError("plan wants a machine: --topology v5p:4x4x8, or h100x32; repeat it to compare")
     topologies = [parse_topology(name) for name in args.topology]
     meshes = [parse_mesh(text) for text in args.mesh] or [config.mesh]
-    if args.json and not args.json.absolute().parent.is_dir():
-        raise UserError(f"--json {args.json}: no such folder")
+    check_file("--json", args.json)
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs: an accelerator here stays untouched
     from infimed_jax.files import write_json
     from infimed_jax.plan import table

@@ -271,6 +271,7 @@ def test_image_id_is_the_sources_else_the_files_else_the_questions():
         (SAMPLES, {"protocol": "lenient"}, "unknown protocol 'lenient'; there are strict"),
         ([replace(SAMPLES[0], kind="chat")], {}, "s/test/0 is a chat"),
         ([SAMPLES[0], SAMPLES[0]], {}, "repeat an id"),
+        (SAMPLES, {"folder": "/proc/x"}, "cannot write to the folder /proc/x"),
         ([replace(SAMPLES[3], images=(b"",))], {}, r"s/test/3: image 1 is unreadable \(empty file\)"),
     ],
 )

@@ -204,6 +204,8 @@ def test_an_existing_output_is_kept(model, make_params, tokenizer_folder, tmp_pa
     with pytest.raises(UserError, match="exists already"):
         to_hf(make_params(model), model, tokenizer_folder, tmp_path / "out")
     assert (tmp_path / "out" / "mine").read_text() == "x"
+    with pytest.raises(UserError, match="cannot write /proc/out: No such file or directory; name another folder"):
+        to_hf(make_params(model), model, tokenizer_folder, "/proc/out")
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(model, make_params, tokenizer_folder, tmp_path, monkeypatch):

@@ -116,6 +116,8 @@ def test_mistakes_are_one_line(models, tmp_path, capsys):
         ((*asked[:-1], "x " * 2000), "sampling.max_tokens=512 exceed the model's context of 1234: shorten the prompt"),
         ((*asked, "sampling.max_tokens=99999999"), "exceed the model's context of 1234"),
         (("generate", "--hf", models / "hf", *asked[3:], "sampling.max_tokens=1230"), "context of 1234"),
+        ((*asked, "--output", tmp_path), "is a folder: name a file in it"),
+        ((*asked, "--output", tmp_path / "text.png/reply.json"), "text.png: file exists; name another folder"),
         ((*asked, "--image", tmp_path / "gone.png"), "gone.png: No such file"),
         ((*asked, "--image", tmp_path / "text.png"), "text.png: not a supported image"),
         ((*asked, "sampling.temprature=1"), "did you mean sampling.temperature"),

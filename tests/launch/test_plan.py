@@ -45,7 +45,8 @@ def test_a_table_best_first_and_everything_as_json(tmp_path):
         ((*FILES, "--topology", "v5p4"), "v5p:4x4x8"),
         ((*FILES, "--topology", "h100x8", "--mesh", "rows=8"), "data=2,fsdp=16,tensor=1"),
         ((*FILES, "--topology", "h100x8", "--mesh", "fsdp=many"), "data=2,fsdp=16,tensor=1"),
-        ((*FILES, "--topology", "h100x8", "--json", "/no/such/folder/plan.json"), "/no/such/folder"),
+        ((*FILES, "--topology", "h100x8", "--json", "/no/such/folder/plan.json"), "make it, or name another"),
+        ((*FILES, "--topology", "h100x8", "--json", "/tmp"), "--json /tmp is a folder: name a file in it"),
         (("--config", "/no/file.yaml", "--topology", "h100x8"), "/no/file.yaml"),
     ],
 )

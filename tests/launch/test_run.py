@@ -93,6 +93,7 @@ def test_what_no_command_knows_is_refused(arguments, capsys):
         (("quickstart", "--source", "vqa_rad"), ("--input",)),
         (("quickstart", "--source", "vqa_rad", "--input", "/no/such/folder"), ("/no/such/folder",)),
         (("quickstart", "--tokenizer", "/no/tokenizer"), ("--tokenizer", "/no/tokenizer")),
+        (("quickstart", "--output", "/proc/x"), ("/proc/x/steps", "name another folder")),
         (("train", "--config", "/no/file.yaml"), ("/no/file.yaml",)),
         (("train", "train.stepz=3"), ("train.stepz", "train.steps")),
         (("train", "train.steps=many"), ("train.steps", "int")),

@@ -163,6 +163,8 @@ def timeless(history):
 def test_a_run_needs_a_folder(tiny):
     with pytest.raises(ConfigError, match=r"train.output"):
         align(tiny, tiny.cfg)
+    with pytest.raises(UserError, match=r"cannot write to the folder /proc/x: .*; name another folder"):
+        align(tiny, configure(tiny, "/proc/x"))
 
 
 def test_adapters_learn_what_is_rewarded_and_come_merged(tiny, tmp_path):

@@ -24,7 +24,7 @@ from infimed_jax.models.infimed import init_params
 from infimed_jax.sharding import make_mesh
 from infimed_jax.train import loop, stored
 from infimed_jax.train.loop import train
-from infimed_jax.train.parameters import load_params
+from infimed_jax.train.parameters import load_params, save_params
 from infimed_jax.train.telemetry import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -263,6 +263,14 @@ def test_given_parameters_are_the_start_and_stay_whole(stage):
     _assert_same(result.params, params)
     with pytest.raises(UserError, match="choose one"):
         train(_with_train(cfg, init_from="somewhere"), params=params)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_with_the_mend(stage):
+    refused = r"cannot write to the folder /proc/x: .*; name another folder"
+    with pytest.raises(UserError, match=refused):
+        train(stage(output="/proc/x"))
+    with pytest.raises(UserError, match=r"cannot write to the folder /proc: .*; name another folder"):
+        save_params("/proc/x", [("a", np.zeros(1))], {})
 
 
 def test_non_finite_updates_end_the_run_and_name_the_samples(stage, caplog):
