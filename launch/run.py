@@ -57,7 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\n{stop}", file=sys.stderr)
         return EXIT_RESUME_ME
     except KeyboardInterrupt:
-        print("\nInterrupted. Finished steps are kept.", file=sys.stderr)
+        # Wherever it was: a run may have saved nothing yet, and an answer keeps nothing.
+        print("\nInterrupted: the same command goes on from what is saved, or else from the start.", file=sys.stderr)
         return EXIT_RESUME_ME
     except (UserError, OSError) as error:
         if args.debug:

@@ -157,7 +157,8 @@ def test_a_notice_while_a_run_starts_means_resume_me(tmp_path, number):
     with (tmp_path / "settings.yaml").open("w"):  # opens when the run reads it, and it waits for the rest
         process.send_signal(number)
         _, error = process.communicate(timeout=60)
-    assert process.returncode == 75 and error.strip() == "Interrupted. Finished steps are kept."
+    assert process.returncode == 75
+    assert error.strip() == "Interrupted: the same command goes on from what is saved, or else from the start."
 
 
 def test_a_folder_with_a_run_is_never_touched_unasked(tmp_path):
