@@ -94,7 +94,7 @@ def check(platform: str | None) -> str:
     return found
 
 
-def out_of_memory(error: Exception, command: str) -> str | None:
+def out_of_memory(error: BaseException, command: str) -> str | None:
     """What to tell where `error` is that a device has no room, while it compiles or runs; None for any other error."""
     jax = sys.modules.get("jax")
     text = " ".join(str(error).split())

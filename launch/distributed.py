@@ -146,7 +146,7 @@ def initialize(processes: Processes) -> None:
         ) from error
 
 
-def lost_another(error: Exception) -> str | None:
+def lost_another(error: BaseException) -> str | None:
     """What to tell where `error` is a collective's that another process has left; None for any other error.
 
     Gloo (CPU) says so at once. Where the runtime waits instead, JAX ends this process itself once the other has sent
@@ -164,8 +164,17 @@ def lost_another(error: Exception) -> str | None:
     )
 
 
+def joined() -> bool:
+    """Whether this process has joined others (or, on a TPU slice, might have); starts no backend."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
 def leave(code: int) -> NoReturn:
-    """End this process at once: JAX's own end waits for the others, and one of them is lost."""
+    """End this process at once: JAX's own end waits five minutes for the others.
+
+    They wait for this one in a collective, or are lost; when it leaves, they are told.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,8 +1,8 @@
 """The one entry: `python launch/run.py COMMAND --help`.
 
 A user's mistake ends with one line and exit code 2 (`--debug` shows the traceback); a run that was interrupted, or lost
-one of its processes, and can be resumed ends with exit code 75. Heavy imports happen inside the commands, so `--help`
-answers at once.
+one of its processes, and can be resumed ends with exit code 75. Of several processes, one that fails leaves at once, so
+that the others do not wait for it. Heavy imports happen inside the commands, so `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from infimed_jax.errors import Interrupted, UserError, describe
 from launch import accelerator, commands, distributed
 
+EXIT_FAULT = 1  # a traceback, as Python's own
 EXIT_USER_ERROR = 2
 EXIT_RESUME_ME = 75  # EX_TEMPFAIL: schedulers take it for "run the same command again"
 
@@ -53,29 +55,36 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         accelerator.refuse_hosts(args)
         args.run(args)
-    except Interrupted as stop:
+        return 0
+    except Interrupted as stop:  # all processes together, after the same step
         print(f"\n{stop}", file=sys.stderr)
         return EXIT_RESUME_ME
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as error:
+        code = say(error, args)
+        if not distributed.joined():
+            if code is None:
+                raise
+            return code
+        if code is None:
+            traceback.print_exc()
+        distributed.leave(EXIT_FAULT if code is None else code)
+
+
+def say(error: BaseException, args: argparse.Namespace) -> int | None:
+    """Print the one line for what ended a command, and return the exit code; None for what only a traceback tells."""
+    if isinstance(error, KeyboardInterrupt):
         # Wherever it was: a run may have saved nothing yet, and an answer keeps nothing.
         print("\nInterrupted: the same command goes on from what is saved, or else from the start.", file=sys.stderr)
         return EXIT_RESUME_ME
-    except (UserError, OSError) as error:
-        if args.debug:
-            raise
-        print(f"error: {describe(error)}", file=sys.stderr)
+    mistake = isinstance(error, (UserError, OSError))
+    line = describe(error) if mistake else accelerator.out_of_memory(error, args.command)
+    if line and not args.debug:
+        print(f"error: {line}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except Exception as error:
-        full = accelerator.out_of_memory(error, args.command)
-        if full and not args.debug:
-            print(f"error: {full}", file=sys.stderr)
-            return EXIT_USER_ERROR
-        lost = distributed.lost_another(error)
-        if lost is None:
-            raise
+    if lost := distributed.lost_another(error):
         print(f"\n{lost}", file=sys.stderr)
-        distributed.leave(EXIT_RESUME_ME)
-    return 0
+        return EXIT_RESUME_ME
+    return None
 
 
 def quiet_after_failed_saves() -> None:

@@ -186,6 +186,61 @@ def test_a_process_whose_other_one_is_killed_ends_in_one_line_to_be_resumed(stag
     assert last.endswith("the same command continues from the latest checkpoint")
 
 
+_OUT_OF_MEMORY = """
+import sys
+from launch import run
+
+def fourth_step_has_no_room():
+    import jax
+    from infimed_jax.train import loop
+    real, steps = loop.make_train_step, []
+
+    def make(*arguments):
+        step = real(*arguments)
+
+        def run_or_fail(*state):
+            steps.append(1)
+            if len(steps) == 4:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
+            return step(*state)
+
+        return run_or_fail
+
+    loop.make_train_step = make
+
+start = run.accelerator.start
+run.accelerator.start = lambda args: (start(args), fourth_step_has_no_room())
+sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.timeout(300)
+def test_a_process_out_of_memory_ends_the_others_as_a_lost_one_does(stage, environment, tmp_path):
+    """It says what needs less, and is gone: until JAX's own end the other would wait for five minutes."""
+    cfg = stage(steps=100_000, checkpoint_every=100_000, log_every=1000, output=str(tmp_path / "run"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    commands = [
+        _command(tmp_path, cfg, "--coordinator", address, "--num-processes", "2", "--process-id", str(number))
+        for number in range(2)
+    ]
+    commands[1][1:2] = ["-c", _OUT_OF_MEMORY]
+    children = [
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for command in commands
+    ]
+    try:
+        errors = [child.communicate(timeout=200)[1] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert [child.returncode for child in children] == [run.EXIT_RESUME_ME, run.EXIT_USER_ERROR], errors
+    assert errors[1].strip().startswith("error: out of memory on a device (RESOURCE_EXHAUSTED")
+    assert errors[0].splitlines()[-1].startswith("process 0 of 2 lost another one, whose log says why (")
+    assert len(read_metrics(cfg.train.output)) in (2, 3), "of three steps; the third's result may not have been read"
+
+
 def test_an_error_of_its_own_is_not_blamed_on_another_process(monkeypatch):
     """Alone nothing can be lost; among others a device out of memory, or a program's fault, stays what it is."""
     lost = jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer")

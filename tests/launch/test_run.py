@@ -1,6 +1,7 @@
 """The one entry: what a user's mistake looks like, and what `--help` may not import."""
 
 import argparse
+import errno
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from infimed_jax.errors import UserError
 from launch import accelerator, commands
 from launch.run import main, parse, quiet_after_failed_saves
 
@@ -135,6 +137,43 @@ def test_a_device_without_room_is_one_line_with_what_needs_less(monkeypatch, cap
     assert "train.rows_per_device=1" in accelerator.out_of_memory(jax.errors.JaxRuntimeError(said), "train")
     assert accelerator.out_of_memory(jax.errors.JaxRuntimeError("INTERNAL: a fault"), "train") is None
     assert accelerator.out_of_memory(ValueError(said), "train") is None
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UserError("a mistake"), 2, "error: a mistake"),
+        (OSError(errno.ENOSPC, "full", "/disk/a"), 2, "error: /disk/a: no space left on device; free some space"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 5 bytes"), 2, "error: out of memory on a device"),
+        (KeyboardInterrupt(), 75, "\nInterrupted: "),
+        (ZeroDivisionError("a fault"), 1, "Traceback"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_of_several_processes_one_that_fails_leaves_at_once(monkeypatch, capsys, error, code, words):
+    """JAX's own end would wait for the others, who wait for this one. A process alone ends as Python does."""
+
+    def fail(*_):
+        raise error
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr("launch.commands.doctor.doctor", fail)
+    monkeypatch.setattr("launch.distributed.joined", lambda: True)
+    monkeypatch.setattr("launch.distributed.leave", leave)
+    for lasting in ("configure_jax", "quiet_after_failed_saves"):
+        monkeypatch.setattr(f"launch.run.{lasting}", lambda: None)
+    with pytest.raises(SystemExit) as left:
+        main(["doctor"])
+    assert left.value.code == code
+    assert capsys.readouterr().err.startswith(words)
+    monkeypatch.setattr("launch.distributed.joined", lambda: False)
+    if code == 1:
+        with pytest.raises(ZeroDivisionError):
+            main(["doctor"])
+    else:
+        assert main(["doctor"]) == code
 
 
 def test_only_what_a_failed_save_prints_late_is_kept_silent(monkeypatch):
