@@ -14,12 +14,12 @@ import yaml
 
 from data_prep.engine import HERE, Engine, Progress
 from data_prep.sources import SOURCES
-from data_prep.steps import make_dataset, open_for_training, readable, unreadable_report
+from data_prep.steps import held_out, make_dataset, open_for_training, readable, unreadable_report
 from infimed_jax.data.storage import MANIFEST, SHARD_SIZE, Samples, open_samples, write_shard
 from infimed_jax.errors import UserError
 
-VERSION = 2
-"""Of the way in which samples are drawn and ordered."""
+VERSION = 3
+"""Of the way in which samples are drawn and ordered, and of the report."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,9 @@ def mix(
     """Write the mixture to `output` and return its report, which is also `output.json` beside it.
 
     A pure function of the datasets and the seed; a mixture that was made so before is left as it is. Damaged records
-    are left out by name, and nothing is drawn in their place. UserError: no parts, a part is no prepared dataset or may
-    not be trained on, or an id occurs twice.
+    are left out by name, and nothing is drawn in their place. A test or validation split among the parts is told, and
+    named in the report. UserError: no parts, a part is no prepared dataset or may not be trained on, or an id occurs
+    twice.
     """
     if not parts:
         raise UserError("a mixture needs at least one part")
@@ -187,6 +188,7 @@ def _row(part: Part, dataset: Samples, taken: int) -> dict[str, Any]:
     return {
         "folder": str(part.folder),
         "origins": dataset.manifest["origins"],
+        "held_out": held_out(dataset.manifest["origins"]),
         "fingerprint": dataset.fingerprint,
         "group": part.group,
         "samples": len(dataset),

@@ -6,8 +6,10 @@ that was stopped leaves its finished pieces in `.NAME.new`, and goes on from the
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,9 +34,12 @@ from infimed_jax.data.storage import (
 from infimed_jax.errors import UserError
 from infimed_jax.files import to_json, write_json
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 UNREADABLE_RECORDS = "unreadable_records"
 """Key of a report under which damaged records are named."""
+HELD_OUT = ("validation", "test", "dev")
+"""Splits by which models are compared, and those whose names go on from there: `test_v1`."""
 _RECIPE = "recipe.json"
 _TFDS_FILES = ("dataset_info.json", "features.json")
 
@@ -62,11 +67,32 @@ class Slice:
 
 
 def open_for_training(folder: str | Path) -> Samples:
-    """The one door to data that is learnt from. UserError: no prepared dataset, or one that holds test questions."""
+    """The one door to data that is learnt from; a held-out split passes it, but not in silence.
+
+    UserError: no prepared dataset, or one of a source that is for evaluation only.
+    """
     samples = open_samples(folder)
-    if held := evaluation_only(samples.manifest["origins"]):
-        raise UserError(f"{folder} holds {', '.join(held)}, for evaluation only: train on a dataset without it")
+    if only := evaluation_only(samples.manifest["origins"]):
+        raise UserError(f"{folder} holds {', '.join(only)}, for evaluation only: train on a dataset without it")
+    if held := held_out(samples.manifest["origins"]):
+        _warn(str(folder), ", ".join(held))
     return samples
+
+
+def held_out(origins: Iterable[str]) -> list[str]:
+    """Of a dataset's origins (`source/split`), as its manifest lists them, those that are held out for evaluation."""
+    return [origin for origin in origins if origin.partition("/")[2].partition("_")[0] in HELD_OUT]
+
+
+@functools.cache
+def _warn(folder: str, held: str) -> None:
+    """Once, though a command opens a dataset again."""
+    log.warning(
+        "warning: %s holds %s, held out for evaluation: what is trained on it scores there by memory; leave it out, "
+        "unless you never evaluate on it",
+        folder,
+        held,
+    )
 
 
 def slices(samples: Samples) -> list[Slice]:

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from data_prep.mixture import Part, load_mixture, mix
 from data_prep.sources import SOURCES
+from data_prep.steps import held_out, open_for_training
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
@@ -118,6 +120,36 @@ def test_a_test_set_is_no_part(parts, tmp_path, monkeypatch):
     monkeypatch.setitem(SOURCES, "mine", replace(SOURCES["vqa_rad"], name="mine", training_allowed=False))
     with pytest.raises(UserError, match="b holds mine/train, for evaluation only"):
         mix([Part(folder) for folder in parts], tmp_path / "mix", 0)
+
+
+def test_a_held_out_split_is_told_once_and_named_in_the_report(parts, tmp_path, caplog):
+    held = dataset(tmp_path / "held", "vqa_rad", 5, "test")
+    report = mix([Part(parts[0]), Part(held)], tmp_path / "mix", 0)
+    assert [row["held_out"] for row in report["parts"]] == [[], ["vqa_rad/test"]]
+    assert json.loads((tmp_path / "mix.json").read_text())["parts"] == report["parts"]
+    (told,) = caplog.messages
+    assert str(held) in told and "vqa_rad/test" in told and "leave it out" in told
+    # what is trained on is the mixture, so its door tells too; the second opening of one folder adds nothing
+    for _ in range(2):
+        open_for_training(tmp_path / "mix")
+    assert len(caplog.messages) == 2 and "mix holds vqa_rad/test" in caplog.messages[1]
+
+
+def test_which_splits_are_held_out():
+    splits = {split for source in SOURCES.values() for split in source.splits}
+    learnt = {split for split in splits if not held_out([f"any/{split}"])}
+    assert splits - learnt == {"validation", "test", "dev", "test_v1", "test_clean_v1"}
+    assert held_out(["a/train", "test/train", "b/testing", "c/test/more"]) == []
+
+
+def test_the_demo_and_the_stages_train_on_no_held_out_split():
+    configs = Path(__file__).resolve().parents[2] / "configs"
+    demo = [yaml.safe_load((configs / f"runs/quickstart/{name}.yaml").read_text()) for name in ("phantom", "vqa_rad")]
+    names = [name for run in demo for stage in run["mixtures"].values() for name in stage]
+    for file in (configs / "mixtures").iterdir():
+        names += [str(part.folder.relative_to("data")) for part in load_mixture(file, Path("data"))[0].parts]
+    assert "vqa_rad/train_usual" in names and held_out(names) == []
+    assert all(held_out([run["test"]]) for run in demo)
 
 
 def test_a_file_says_what_the_calls_do(parts, tmp_path):
