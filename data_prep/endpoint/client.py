@@ -39,6 +39,8 @@ UNUSABLE = {
     405: "check the address",
 }
 """Answers that every other call would get too: they end the run."""
+UNKNOWN_MODEL = ("status 400", "status 404", "status 422")
+"""Answers to a model's name that the server does not know, among others: transformers serve gives 400."""
 
 
 class CallFailed(Exception):
@@ -103,6 +105,9 @@ class ChatClient:
         self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._not_before = 0.0  # monotonic; a server that says "too many" says it to all calls
         self._failures = 0
+        self._answered = False  # by a model, ever
+        self._listing = asyncio.Lock()
+        self._listed: list[str] | None = None  # the endpoint's models, once it was asked for them
         for name in ("httpx2", "httpcore2"):
             logging.getLogger(name).setLevel(logging.WARNING)  # they log addresses and headers
         key = endpoint.key()
@@ -143,7 +148,7 @@ class ChatClient:
             entry = self.cache.get(key)
             if entry is not None and entry.keys() == _REPLY_FIELDS:
                 self.counts["from the cache"] += 1
-                self._failures = 0  # what failed in the last run, and alone is left, need not end this one
+                self._failures, self._answered = 0, True  # what alone is left of the last run need not end this one
                 return Reply(**entry)
             async with self._places:
                 reply = await self._call(body, messages)
@@ -162,6 +167,8 @@ class ChatClient:
             except _Attempt as failure:
                 if not failure.charged:
                     self.account.settle(prompt, body["max_tokens"], (0, 0))
+                if failure.kind in UNKNOWN_MODEL:
+                    await self._check_model(failure.kind)
                 if failure.mend:
                     raise UserError(f"endpoint {self.endpoint.name} answers {failure.kind}: {failure.mend}") from None
                 if not failure.again or attempt + 1 == self.endpoint.attempts:
@@ -172,9 +179,37 @@ class ChatClient:
                 continue
             if used is not None:
                 self.account.settle(prompt, body["max_tokens"], used)
-            self._failures = 0
+            self._failures, self._answered = 0, True
             return reply
         raise AssertionError("attempts is at least 1")
+
+    async def _check_model(self, kind: str) -> None:
+        """UserError where the endpoint lists its models and ours is none: then every call will be refused alike.
+
+        Asked once, and before the first reply alone: after one the model's name is not at fault.
+        """
+        async with self._listing:
+            if self._answered:
+                return
+            if self._listed is None:
+                self._listed = await self._models()
+        if self._listed and self.endpoint.model not in self._listed:
+            few = ", ".join(repr(name[:200]) for name in self._listed[:5]) + (", …" if len(self._listed) > 5 else "")
+            raise UserError(
+                f"endpoint {self.endpoint.name} answers {kind} and has no model {self.endpoint.model!r}: it lists {few}"
+            ) from None
+
+    async def _models(self) -> list[str]:
+        """Names of the endpoint's models; empty where it has no list, or none that can be read."""
+        try:
+            async with (
+                asyncio.timeout(self.endpoint.timeout),
+                self._http.stream("GET", self.endpoint.models_url) as response,
+            ):
+                listed = json.loads(await _read(response))["data"] if response.status_code == 200 else []
+            return [str(model["id"]) for model in listed]
+        except (TimeoutError, httpx2.HTTPError, _Attempt, ValueError, RecursionError, KeyError, TypeError):
+            return []
 
     async def _back_off(self, attempt: int, failure: _Attempt) -> None:
         endpoint = self.endpoint
@@ -185,10 +220,18 @@ class ChatClient:
         await asyncio.sleep(pause)
 
     def _failed(self, kind: str, of_endpoint: bool) -> None:
-        """Count a call that has failed; UserError after too many in a row that are the endpoint's fault."""
+        """Count a call that has failed; UserError after too many in a row that are the endpoint's fault.
+
+        Before the first reply all are: what it refuses so often is in every call.
+        """
         self.counts[f"failed: {kind}"] += 1
-        self._failures += of_endpoint
+        self._failures += of_endpoint or not self._answered
         if self._failures >= self.endpoint.failures_in_a_row:
+            if not of_endpoint:
+                raise UserError(
+                    f"endpoint {self.endpoint.name} refuses every call, the last: {kind}; its log says why: the model "
+                    "may take no images, or too few tokens for them and a reply (--max-tokens, --image-side)"
+                ) from None
             raise UserError(
                 f"endpoint {self.endpoint.name} failed {self._failures} calls in a row, the last: {kind}; replies so "
                 "far are kept: mend it and run the same command"

@@ -112,6 +112,11 @@ class Endpoint:
         path = path if path.endswith("/chat/completions") else path + "/chat/completions"
         return f"{self.parsed.scheme}://{self.parsed.netloc}{path}"
 
+    @property
+    def models_url(self) -> str:
+        """Where the models are listed that the server has."""
+        return self.chat_url.removesuffix("/chat/completions") + "/models"
+
     @cached_property
     def reach(self) -> Reach:
         """Where the server stands. A name counts as what the outermost of its addresses is."""

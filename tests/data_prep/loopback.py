@@ -23,6 +23,9 @@ class Server:
     """(request body, its number from 0) to what is done about it."""
     requests: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    models: bytes = b""
+    """What is said of the models; none: there is no list."""
+    looked_up: list[str] = field(default_factory=list)
     most_at_once: int = 0
     at_once: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -48,6 +51,10 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             with self.state.lock:
                 self.state.at_once -= 1
+
+    def do_GET(self) -> None:
+        self.state.looked_up.append(self.path)
+        self.reply(200 if self.state.models else 404, self.state.models)
 
     def log_message(self, *_: Any) -> None:
         pass
