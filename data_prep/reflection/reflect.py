@@ -48,8 +48,8 @@ from infimed_jax.data.storage import Samples
 from infimed_jax.errors import UserError
 from infimed_jax.rl.rewards import well_formed
 
-VERSION = 1
-"""Of prompts, patterns and joints; raise it when they change."""
+VERSION = 2
+"""Of prompts, patterns, joints and the report; raise it when they change."""
 _BY_ENDPOINT = "endpoint: "
 """How a reason begins that says nothing about the model's reply."""
 SYSTEM = {
@@ -99,6 +99,8 @@ class Outcome:
     """Why draws were rejected; fixed phrases."""
     failed: str = ""
     """Why it could not be asked."""
+    alike: bool = False
+    """Several draws, and all said the same."""
 
 
 def reflect(
@@ -174,7 +176,21 @@ def reflect(
         )
     except NoSamples as error:
         counted = ", ".join(f"{reason}: {n}" for reason, n in (report["rejected"] | report["failed"]).items())
-        raise UserError(f"no reply to {folder} reached its answer ({counted}): try another model or --draws") from error
+        mend = unsampled(report) or "try another model or --draws"
+        if sum(report["failed"].values()) == len(asked):
+            mend = "mend that and run the same command"
+        raise UserError(f"no reply to {folder} reached its answer ({counted}): {mend}") from error
+
+
+def unsampled(report: dict[str, Any]) -> str:
+    """What to tell of an endpoint whose draws never differ, as where a server takes no temperature; else empty."""
+    answered = report["questions"] - sum(report["failed"].values())
+    if not answered or report["alike"] < answered:
+        return ""
+    return (
+        f"all draws of each of {answered:,} questions are the same, so the endpoint does not sample and they are one "
+        "draw: see its settings (transformers serve follows do_sample in the model's generation_config.json)"
+    )
 
 
 def _questions(dataset: Samples, unreadable: list[str]) -> tuple[dict[int, str], dict[str, int], dict[str, list[int]]]:
@@ -239,6 +255,7 @@ async def _ask(client: ChatClient, sample: Sample, plan: Plan, sparse: bool) -> 
     for reply in replies:
         if isinstance(reply, BaseException):
             raise reply
+    alike = plan.draws > 1 and len({reply if isinstance(reply, str) else reply.whole for reply in replies}) == 1
     right, wrong, reasons = [], [], []
     for number, reply in enumerate(replies):
         if isinstance(reply, str):
@@ -253,7 +270,7 @@ async def _ask(client: ChatClient, sample: Sample, plan: Plan, sparse: bool) -> 
             wrong.append(chain)
     if not right:
         failed = reasons[0] if reasons and all(reason.startswith(_BY_ENDPOINT) for reason in reasons) else ""
-        return Outcome((), 0, tuple(reasons), failed)
+        return Outcome((), 0, tuple(reasons), failed, alike)
     rng = random.Random(int.from_bytes(hashlib.sha256(f"{plan.seed} {sample.id}".encode()).digest()[:8], "big"))
     rng.shuffle(right)
     made = [Made("plain", chain.thoughts, (chain.draw,)) for chain in right]
@@ -261,7 +278,7 @@ async def _ask(client: ChatClient, sample: Sample, plan: Plan, sparse: bool) -> 
         first = await _reflect(client, sample, right, wrong, messages, language, rng, plan)
         made = [first, *made] if first is not None else made
     kept = [one for one in made if holds(sample, one)][: plan.keep]
-    return Outcome(tuple(kept), len(right), tuple(reasons))
+    return Outcome(tuple(kept), len(right), tuple(reasons), alike=alike)
 
 
 async def _reflect(
@@ -344,6 +361,7 @@ def _count(asked: dict[int, str], outcomes: dict[int, Outcome]) -> dict[str, Any
     return {
         "questions": len(asked),
         "reached": sum(bool(outcome.made) for outcome in outcomes.values()),
+        "alike": sum(outcome.alike and not outcome.failed for outcome in outcomes.values()),
         "patterns": dict(sorted(patterns.items())),
         "rejected": dict(sorted(rejected.items())),
         "failed": dict(sorted(failed.items())),

@@ -64,14 +64,19 @@ def test_assess(tmp_path, questions):
 
 
 def test_reflect(tmp_path, questions):
-    with lo.serve([lo.say("<think>Dark.</think>\\boxed{left lung}")]) as server:
-        code, out, err = call(
-            "reflect", "--input", questions, "--output", tmp_path / "out", "--endpoint", server.url, "--model", "m",
-            "--sparse-words", "0",
-        )  # fmt: skip
-    assert (code, err) == (0, [])
+    def sampled(body, _):
+        return lo.say(f"<think>Draw {body['seed']}.</think>\\boxed{{left lung}}")
+
+    arguments = ("reflect", "--input", questions, "--output", tmp_path / "out", "--model", "m", "--sparse-words", "0")
+    with lo.serve(sampled) as server:
+        code, out, err = call(*arguments, "--endpoint", server.url)
+    assert (code, err) == (0, []) and "warning" not in "".join(out)
     assert "3 of 3 questions reached their answer; patterns: plain: 3" in out[-3]
     assert out[-1] == f"Outputs: {tmp_path / 'out'}, {tmp_path / 'out'}.json"
+    with lo.serve([lo.say("<think>Dark.</think>\\boxed{left lung}")]) as server:  # takes no temperature
+        code, out, err = call(*arguments, "--endpoint", server.url)
+    assert (code, err) == (0, [])
+    assert out[-3].startswith("warning: all draws of each of 3 questions are the same, so the endpoint does not sample")
 
 
 def test_scrub_says_that_it_promises_nothing(tmp_path, questions):

@@ -74,7 +74,7 @@ def assess(args: argparse.Namespace) -> None:
 
 def reflect(args: argparse.Namespace) -> None:
     endpoint = endpoint_of(args)
-    from data_prep.reflection.reflect import Plan, reflect
+    from data_prep.reflection.reflect import Plan, reflect, unsampled
 
     plan = Plan(
         draws=args.draws,
@@ -89,6 +89,8 @@ def reflect(args: argparse.Namespace) -> None:
     print(f"{result['reached']:,} of {result['questions']:,} questions reached their answer; "
           f"patterns: {_counts(result['patterns'])}; draws rejected: {_counts(result['rejected'])}; "
           f"left out: {_counts(result['left_out'] | result['failed'])}")  # fmt: skip
+    if told := unsampled(result):
+        print(f"warning: {told}")
     _tell_account(result["account"])
     print(f"Outputs: {args.output}, {args.output}.json")
 

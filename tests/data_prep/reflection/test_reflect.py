@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.endpoint import Budget, BudgetReached, Endpoint
 from data_prep.reflection import reflect as module
-from data_prep.reflection.reflect import LOOK_AGAIN, Plan, reflect
+from data_prep.reflection.reflect import LOOK_AGAIN, Plan, reflect, unsampled
 from infimed_jax.config import Grpo
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
@@ -71,6 +71,7 @@ def test_only_what_reaches_its_answer_is_kept_and_the_rest_is_counted(tmp_path):
     assert [sample.meta["reasoning_right"] for sample in made] == ["4/4", "1/4", "1/4"]
     assert made[1].meta["reasoning_draws"] == "3" and made[1].turns[-1].reasoning == "It is dark there."
     assert report["left_out"] == {"no question with a gold answer": 1}
+    assert report["alike"] == 2 and unsampled(report) == ""  # questions 1 and 3; 4 had no reply
     assert report["questions"] == 6 and report["reached"] == 3 and report["samples"] == 3
     assert report["patterns"] == {"plain": 3}
     assert report["failed"] == {"endpoint: HTML instead of JSON": 1}
@@ -80,6 +81,19 @@ def test_only_what_reaches_its_answer_is_kept_and_the_rest_is_counted(tmp_path):
     assert report["sources"] == {"vqa_rad": {"questions": 6, "reached": 3, "draws": 24, "draws_right": 6}}
     assert sum(report["rejected"].values()) + 6 == 24
     assert json.loads((tmp_path / "out.json").read_text()) == report
+
+
+def test_an_endpoint_that_takes_no_temperature_is_told(tmp_path):
+    folder = dataset(tmp_path, [question(i) for i in range(3)])
+    with lo.serve(lambda body, _: lo.html if number_of(body) == 2 else reply("left lung")) as server:
+        report = reflect(folder, tmp_path / "out", endpoint(server), Plan(draws=3, sparse_words=0))
+        assert report["alike"] == 2 and "all draws of each of 2 questions are the same" in unsampled(report)
+        one = reflect(folder, tmp_path / "one", endpoint(server), Plan(draws=1, sparse_words=0))
+        assert one["alike"] == 0 and unsampled(one) == ""
+    with lo.serve([reply("liver")]) as server, pytest.raises(UserError, match=r"answer: 9\): all draws .* the same"):
+        reflect(folder, tmp_path / "wrong", endpoint(server), Plan(draws=3))
+    with lo.serve([lo.status(400)]) as server, pytest.raises(UserError, match=r"400: 3\): mend that and run the same"):
+        reflect(folder, tmp_path / "refused", endpoint(server), Plan(draws=3))
 
 
 def test_damaged_records_are_named_counted_and_not_asked(tmp_path):
