@@ -23,6 +23,8 @@ TRIES = 3
 """Replies asked for until one is a rating; each further one is shown what was wrong."""
 MAX_CHARACTERS = 12_000
 """Of a sample's text that the rater sees, and of a bad reply that it is shown again; cut samples are counted."""
+_BY_ENDPOINT = "endpoint: "
+"""How a reason begins that another run may not find again."""
 _CUT = "\n[The sample goes on; it was cut here for this rating.]"
 
 
@@ -121,12 +123,20 @@ def _write(output: Path, outcomes: Sequence[Outcome], assessment: dict[str, Any]
     sources = assessment["sources"]
     undecided = [name for name, row in sources.items() if row["keep"] is None]
     if undecided:
-        told = "; ".join(f"{name}: {sources[name]['reason']}" for name in undecided)
-        raise UserError(f"no decision is written: {told}; see {output / 'report.html'}, and run the same command again")
+        told = "; ".join(f"{name}: {sources[name]['reason']} ({_usual(sources[name])})" for name in undecided)
+        again = any(reason.startswith(_BY_ENDPOINT) for name in undecided for reason in sources[name]["unrated"])
+        mend = "run the same command again" if again else "try another --model or --max-tokens: replies are kept"
+        raise UserError(f"no decision is written: {told}; see {output / 'report.html'}, and {mend}")
     fields = ("keep", "reason", "mean_overall", "n")
     decision = {name: {field: row[field] for field in fields} for name, row in sources.items()}
     threshold = assessment["plan"]["threshold"]
     write_json(output / "decision.json", {"sources": decision, "threshold": threshold})
+
+
+def _usual(row: dict[str, Any]) -> str:
+    """Why most of a source's samples have no rating."""
+    reason, count = max(row["unrated"].items(), key=lambda item: item[1])
+    return f"{count} by {reason}"
 
 
 def _line(outcome: Outcome) -> dict[str, Any]:
@@ -162,15 +172,17 @@ async def _rate(client: ChatClient, source: str, sample: Sample | str, plan: Pla
         try:
             reply = await client.chat(source, messages, max_tokens=plan.max_tokens, temperature=0.0, seed=number)
         except CallFailed as failure:
-            return Outcome(source, sample.id, None, f"endpoint: {failure.kind}", cut)
+            return Outcome(source, sample.id, None, f"{_BY_ENDPOINT}{failure.kind}", cut)
         try:
             if reply.finish == "content_filter":
                 raise BadReply("refused by the endpoint's filter")
             return Outcome(source, sample.id, parse_rating(reply.text), cut=cut)
         except BadReply as bad:
-            reason = str(bad)
+            reason = "cut by the limit of tokens" if reply.finish == "length" else str(bad)
             mend = f"That could not be read: {reason}. Reply with the JSON object alone, all six dimensions in it."
-            messages = [*messages[:2], speech("assistant", reply.text[:MAX_CHARACTERS]), speech("user", mend)]
+            # servers refuse empty speech, which thoughts that were cut leave behind
+            said = reply.text[:MAX_CHARACTERS] if reply.text.strip() else "…"
+            messages = [*messages[:2], speech("assistant", said), speech("user", mend)]
     return Outcome(source, sample.id, None, f"reply: {reason}", cut)
 
 

@@ -154,6 +154,21 @@ def test_bad_replies_are_asked_for_again_then_set_aside_and_never_zero(tmp_path)
     assert row["n"] == 7 and row["mean_overall"] == 4.0 and row["dimensions"]["Overall"]["counts"] == [0, 0, 0, 7, 0]
 
 
+def test_replies_that_the_limit_cut_are_named_so_and_what_is_kept_is_not_to_be_asked_again(tmp_path):
+    write_samples(tmp_path / "d", [caption(i, text=f"number {i};") for i in range(4)], name="d")
+
+    def answer(body, number):  # thoughts parted from the text by the server, and whole though at the limit
+        cut = lo.say(None, finish="length", reasoning_content="Let me see")
+        return cut if "number 3;" not in text_of(body) else lo.say(rating(4), finish="length")
+
+    with lo.serve(answer) as server, pytest.raises(UserError) as error:
+        assess([tmp_path / "d"], tmp_path / "out", endpoint(server), Plan())
+    assert "only 1 of 4 samples could be rated (3 by reply: cut by the limit of tokens)" in str(error.value)
+    assert str(error.value).endswith("try another --model or --max-tokens: replies are kept")
+    assert "cut by the limit" in server.requests[-1]["messages"][-1]["content"]
+    assert all(message["content"] for body in server.requests for message in body["messages"])  # some refuse empty ones
+
+
 def test_every_reason_for_no_rating_is_named_and_too_few_ratings_decide_nothing(tmp_path, capsys):
     bad_image = Sample("vqa_rad/train/9", "vqa_rad", "train", "document", (b"<html>",), (Turn("document", (0, "x")),))
     write_samples(tmp_path / "d", [*(caption(i, text=f"{SECRET} {i};") for i in range(4)), bad_image], name="d")
@@ -166,7 +181,8 @@ def test_every_reason_for_no_rating_is_named_and_too_few_ratings_decide_nothing(
     (tmp_path / "out/decision.json").write_text('{"of": "an earlier run"}')
     with lo.serve(answer) as server, pytest.raises(UserError) as error:
         assess([tmp_path / "d"], tmp_path / "out", endpoint(server), Plan())
-    assert "no decision is written: vqa_rad: only 1 of 5 samples could be rated" in str(error.value)
+    assert "no decision is written: vqa_rad: only 1 of 5 samples could be rated (1 by endpoint:" in str(error.value)
+    assert str(error.value).endswith("run the same command again")
     assert not (tmp_path / "out/decision.json").exists()
     row = json.loads((tmp_path / "out/assessment.json").read_text())["sources"]["vqa_rad"]
     assert row["unrated"] == {
