@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,6 +41,14 @@ class Spent:
         self.at_worst += at_worst
 
 
+@dataclass
+class Booking:
+    """A call that is under way."""
+
+    used: tuple[int, int] | None = None
+    """Prompt and reply tokens as the endpoint has counted them; None leaves the call booked at its worst case."""
+
+
 class Account:
     """Each call is booked at its worst case before it is sent and corrected afterwards, so a killed run stays booked.
 
@@ -48,11 +57,43 @@ class Account:
 
     def __init__(self, folder: Path, budget: Budget) -> None:
         self.file, self.budget = folder / FILE, budget
+        self._in_flight = 0  # of this process
+        self._settled = asyncio.Condition()
         self.spent()
 
     def spent(self) -> Spent:
         with self._locked() as spent:
             return spent
+
+    @asynccontextmanager
+    async def booked(self, prompt: int, reply: int) -> AsyncIterator[Booking]:
+        """Book a call at its worst case for as long as it takes, then as the `used` that it is given.
+
+        Calls in flight are booked at far more than most will cost, so where they fill the budget they are waited for.
+        BudgetReached where none is left to wait for.
+        """
+        async with self._settled:
+            while not self._fits(prompt, reply):
+                await self._settled.wait()
+            self._in_flight += 1
+        booking = Booking()
+        try:
+            yield booking
+        finally:
+            async with self._settled:
+                self._in_flight -= 1
+                if booking.used is not None:
+                    self.settle(prompt, reply, booking.used)
+                self._settled.notify_all()
+
+    def _fits(self, prompt: int, reply: int) -> bool:
+        try:
+            self.reserve(prompt, reply)
+        except BudgetReached:
+            if self._in_flight:
+                return False
+            raise
+        return True
 
     def reserve(self, prompt: int, reply: int) -> None:
         """Book a call at its worst case. BudgetReached, with nothing booked, where that is too much."""

@@ -35,7 +35,7 @@ UNUSABLE = {
     401: "check the API key",
     402: "the account there has no money left",
     403: "check the API key and what it may do",
-    404: "check the address and the model's name",
+    404: "check the address, which usually ends in /v1, and the model's name",
     405: "check the address",
 }
 """Answers that every other call would get too: they end the run."""
@@ -83,8 +83,11 @@ class Reply:
 
     @property
     def whole(self) -> str:
-        """The text with its thoughts, if any, in a think block."""
-        return f"<think>{self.reasoning}</think>{self.text}" if self.reasoning else self.text
+        """The text with its thoughts, if any, in a think block, also where the prompt's template had opened it."""
+        if self.reasoning:
+            return f"<think>{self.reasoning}</think>{self.text}"
+        opened = "</think>" in self.text and "<think>" not in self.text
+        return f"<think>{self.text}" if opened else self.text
 
 
 _REPLY_FIELDS = {field.name for field in fields(Reply)}
@@ -160,13 +163,15 @@ class ChatClient:
         prompt = text_bytes(messages) + image_count(messages) * self.endpoint.budget.image_tokens
         for attempt in range(self.endpoint.attempts):
             await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
-            self.account.reserve(prompt, body["max_tokens"])
-            self.counts["sent"] += 1
             try:
-                reply, used = await self._attempt(payload)
+                async with self.account.booked(prompt, body["max_tokens"]) as booking:
+                    self.counts["sent"] += 1
+                    try:
+                        reply, booking.used = await self._attempt(payload)
+                    except _Attempt as failure:
+                        booking.used = None if failure.charged else (0, 0)
+                        raise
             except _Attempt as failure:
-                if not failure.charged:
-                    self.account.settle(prompt, body["max_tokens"], (0, 0))
                 if failure.kind in UNKNOWN_MODEL:
                     await self._check_model(failure.kind)
                 if failure.mend:
@@ -177,8 +182,6 @@ class ChatClient:
                 self.counts[f"again: {failure.kind}"] += 1
                 await self._back_off(attempt, failure)
                 continue
-            if used is not None:
-                self.account.settle(prompt, body["max_tokens"], used)
             self._failures, self._answered = 0, True
             return reply
         raise AssertionError("attempts is at least 1")
@@ -232,9 +235,10 @@ class ChatClient:
                     f"endpoint {self.endpoint.name} refuses every call, the last: {kind}; its log says why: the model "
                     "may take no images, or too few tokens for them and a reply (--max-tokens, --image-side)"
                 ) from None
+            mend = "give it a longer --timeout or a lower --concurrency" if kind == "timed out" else "mend it"
             raise UserError(
                 f"endpoint {self.endpoint.name} failed {self._failures} calls in a row, the last: {kind}; replies so "
-                "far are kept: mend it and run the same command"
+                f"far are kept: {mend} and run the same command"
             ) from None
 
     async def _attempt(self, payload: bytes) -> tuple[Reply, tuple[int, int] | None]:

@@ -282,6 +282,23 @@ def test_the_budget_in_money_is_never_passed(tmp_path):
     assert spent["cost"] == pytest.approx(4 * each) and spent["cost"] < settings.budget.cost
 
 
+def test_calls_in_flight_are_waited_for_before_the_budget_counts_as_reached(tmp_path):
+    def slow(body, number):
+        def behave(handler):
+            handler.state.closing.wait(0.01)
+            handler.reply(200, lo.completion("fine"))  # 18 tokens, booked at 85 while it flies
+
+        return behave
+
+    budget = Budget(tokens=18 * 9 + WORST)  # room for ten calls, one at a time
+    with lo.serve(slow) as server:
+        account = spend(endpoint(server, concurrency=8, budget=budget), tmp_path / "ten", 10)
+        assert account["spent"]["calls"] == 10 and account["spent"]["at_worst"] == 0 and server.most_at_once > 1
+        with pytest.raises(BudgetReached, match="180 are spent"):
+            spend(endpoint(server, concurrency=8, budget=budget), tmp_path / "eleven", 40)
+        assert len(server.requests) == 20
+
+
 def test_concurrent_calls_cannot_pass_the_budget_together(tmp_path):
     with lo.serve([lo.say("fine", usage={"prompt_tokens": 35, "completion_tokens": 50})]) as server:  # the worst case
         settings = endpoint(server, concurrency=8, budget=Budget(tokens=WORST * 5 + 1))

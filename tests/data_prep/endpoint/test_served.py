@@ -48,6 +48,23 @@ def test_a_completion_is_read_with_its_account():
     assert reply == Reply("\n\\boxed first glance: there there glance", "", "length") and used == (25, 8)
 
 
+NEVER_OPENED = "\nAt first glance: lower left. Wait, let me look again: there is no lesion.\n</think>\n\n\\boxed{no}"
+
+
+@pytest.mark.parametrize(
+    ("reply", "whole"),
+    [
+        (Reply(NEVER_OPENED, "", "stop"), f"<think>{NEVER_OPENED}"),  # as by templates that open it in the prompt
+        (Reply("<think>Dark.</think>no", "", "stop"), "<think>Dark.</think>no"),
+        (Reply("a <think> b </think> c", "", "stop"), "a <think> b </think> c"),
+        (Reply("no", "", "stop"), "no"),
+        (Reply("a</think>no", "hm", "stop"), "<think>hm</think>a</think>no"),
+    ],
+)
+def test_the_whole_reply_has_its_thoughts_in_a_block(reply, whole):
+    assert reply.whole == whole
+
+
 @pytest.mark.parametrize("code", [400, 404, 422])
 def test_a_model_that_is_not_there_ends_the_run_with_those_that_are(tmp_path, code):
     with lo.serve([lo.status(code, REFUSAL)]) as server:
