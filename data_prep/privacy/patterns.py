@@ -5,7 +5,8 @@ sets the age. Every repetition is bounded, so that no text takes more than linea
 
 A name stands after its title. By how the title is written:
 
-- `Dr`, `Mr`, `Mrs`, `Ms`, `Miss`, `Prof`, `Doctor`, `Professor`, with a dot or without: a capitalised name.
+- `Dr`, `Mr`, `Mrs`, `Ms`, `Miss`, `Prof`, `Doctor`, `Professor`, with a dot or without: a capitalised name, Latin or
+  Cyrillic; also after the degrees that a German doctor has (`Dr. h.c.`, `Dr.-Ing.`), and all names after `Drs`.
 - `dr.`, `mr.`, `mrs.`, `ms.`, `prof.` with the dot: a name, capitalised or not. Without it (`dr Smith`): after `dr`,
   `mrs`, `prof`, `doctor`, `professor`, a capitalised one.
 - `DR.`, `MRS.`, `PROF.` with the dot: a name in capitals. `DR. Smith` is left: diabetic retinopathy ends sentences.
@@ -13,7 +14,8 @@ A name stands after its title. By how the title is written:
 
 Where capitals do not tell names, a name is two words at most, beside initials and particles, and none of `_ORDINARY`
 ("dr. said", "DR. NO EDEMA"), so Dr. Will and Dr. May are found in their usual writing alone; nor has it an article or
-a possessive before it ("the dr. wants"), nor `mr.` and `ms.` a number, "on" or "in" ("30 ms. noise").
+a possessive before it ("the dr. wants"), nor `mr.` and `ms.` a number, "on" or "in" ("30 ms. noise"), nor `DR.` a grade
+("SEVERE DR. DRUSEN").
 """
 
 from __future__ import annotations
@@ -29,6 +31,12 @@ _NAMED_MONTH = (
     r"|Nov(?:ember)?|Dec(?:ember)?|JAN|FEB|MAR|APR|MAY|JUN|JUL|AUG|SEP|OCT|NOV|DEC)\.?"
 )
 _NAMED_DAY = rf"{_DAY}(?:st|nd|rd|th)?"
+_BIRTH = (
+    r"(?P<x>\d{6}(?:\d\d)?|\d{1,4}[-/.]\s?\d{1,4}(?:[-/.]\s?\d{2,4})?|\d{1,2}\s\d{1,2}\s\d{4}"
+    r"|\d{1,2}(?:st|nd|rd|th)?[-.\s]{0,2}[^\W\d_]{3,9}[-.,\s]{1,2}\d{2,4}"
+    r"|[^\W\d_]{3,9}[-.,\s]{1,2}\d{1,2}(?:st|nd|rd|th)?[-.,\s]{1,2}\d{2,4})(?!\d)"
+)
+"""In any form and language; all but a year alone, as everywhere."""
 _UNIT = r"\s?(?:%|(?:mm|cm|ml|mg|kg|HU)\b)"
 _ZH_DIGITS = "[〇零一二三四五六七八九十]"
 
@@ -45,14 +53,16 @@ _GIVEN = f"(?!某)[{_HAN}]"
 """王某 is masked already."""
 _ACCENTS = "\u0300-\u036f"
 """Apart from their letters, as text from PDFs and macOS has them."""
-_LETTER = "A-Za-zÀ-ÖØ-öø-ɏ" + _ACCENTS
-"""Latin letters with all their accents: Łukasz and Šimić are names too."""
-_NAME = rf"(?!(?:Dr|Mr|Mrs|Ms|Prof)\b)[A-ZÀ-ÖØ-ÞĀ-Ɏ](?:[{_LETTER}'’-]{{1,30}}|\.)"
+_LETTER = "A-Za-zÀ-ÖØ-öø-ɏ\u0400-\u045f" + _ACCENTS
+"""Latin letters with all their accents, and Cyrillic ones: Łukasz, Šimić and Иванов are names too."""
+_NAME = rf"(?!(?:Drs?|Mr|Mrs|Ms|Prof|Doctor)\b)[A-ZÀ-ÖØ-ÞĀ-Ɏ\u0400-\u042f](?:[{_LETTER}'’-]{{1,30}}|\.)"
 """None is a title: after "Prof. Dr." the second one's name follows."""
 _PARTICLES = r"(?:(?:van|von|de|der|den|la|le|di|bin|al)\s){0,2}"
 _FULL_NAME = rf"{_PARTICLES}{_NAME}(?:(?:[ ]|(?<=\.)){_PARTICLES}{_NAME}){{0,3}}"
 """Initials may stand without blanks: J.R. Smith."""
 _PERSON = rf"(?P<x>{_FULL_NAME})"
+_PERSONS = rf"(?P<x>{_FULL_NAME}(?:(?:,[ ]{_FULL_NAME}){{0,3}},?[ ](?:and|&)[ ]{_FULL_NAME})?)"
+_DEGREES = r"(?:[.\s-]{1,3}(?:med|dent|vet|phil|habil|mult|Ing|h\.\s?c|rer\.\s?nat)\b){0,3}"
 _SEX = r"(?:Male|Female|MALE|FEMALE|M|F)\b"
 _LISTED = (
     rf"(?P<x>{_FULL_NAME}(?:,[ ]?(?!{_SEX}){_NAME}(?:[ ](?!{_SEX}){_NAME}){{0,2}}(?![{_LETTER}'’-]|\s{{0,3}}[:=]))?)"
@@ -71,6 +81,9 @@ _ORDINARY = (
     "|should|show|showed|shows|signed|since|so|suggested|suggests|technique|tells|than|that|the|their|then|there|these"
     "|they|thinks|this|those|thought|to|today|told|tomorrow|visit|visits|was|we|were|what|when|where|which|while|who"
     "|why|will|with|without|would|writes|wrote|yes|yesterday|you|your"
+    # what is said of diabetic retinopathy
+    r"|(?:hard|soft)\sexudates?|exudates?|cotton\swool|drusen|macular?|retinal?|fundus|(?:micro)?aneurysms?"
+    r"|ha?emorrhages?|neovascularization|vitreous|optic"
 )
 """Words that follow a title which is no title, or a name."""
 _NO_WORD = rf"(?!(?i:{_ORDINARY})(?![{_LETTER}]))"
@@ -88,9 +101,10 @@ _NONE_BEFORE = "(?<![A-Za-z])" + "".join(
     for word in (
         *("the", "a", "an", "this", "that", "another", "every", "each", "any", "no"),
         *("your", "his", "her", "my", "our", "their", "its"),
+        *("mild", "moderate", "severe", "proliferative", "nonproliferative", "background"),
     )
 )
-"""An article or a possessive before a title makes it a noun."""
+"""An article or a possessive before a title makes it a noun, a grade a disease."""
 _SMALL_TITLE = r"(?:dr|mrs|prof|(?<!\bon\s)(?<!\bin\s)(?<!\d)(?<!\d\s)(?:mr|ms))\."
 
 _OVER_89 = r"(?P<x>9\d|1[0-4]\d)"
@@ -123,19 +137,25 @@ _SOURCES: dict[str, tuple[str, ...]] = {
         rf"(?<![\d.])(?P<x>{_NAMED_DAY}(?:\sof)?[\s-]{_NAMED_MONTH}(?:,?[\s-]{_YEAR})?)(?![A-Za-z\d])",
         rf"(?<![A-Za-z])(?P<x>{_NAMED_MONTH},?\s{_YEAR})(?!\d)",
         rf"(?<![A-Za-z])(?P<x>{_NAMED_MONTH}\s{_NAMED_DAY})(?![\d.]{{0,9}}\d)(?!{_UNIT})",
+        rf"(?i:\b(?:D\.?O\.?B\.?|date\sof\sbirth|birth\s?date|geb\.){_LABELLED}{_BIRTH})",
         r"(?<!\d)(?P<x>\d{2,4}\s?年\s?\d{1,2}\s?月(?:\s?\d{1,2}\s?[日号])?)",
         r"(?<![\d年])(?P<x>\d{1,2}\s?月\s?\d{1,2}\s?[日号])",
         f"(?P<x>{_ZH_DIGITS}{{2,4}}年{_ZH_DIGITS}{{1,3}}月(?:{_ZH_DIGITS}{{1,3}}[日号])?)",
     ),
     "name": (
-        rf"(?<![A-Za-z])(?:Dr(?:\.\s?med)?|Mr|Mrs|Ms|Miss|Prof|Professor|Doctor)(?:\.\s{{0,3}}|\s{{1,3}}){_PERSON}",
+        rf"(?<![{_LETTER}])(?:(?:Dr|Dipl){_DEGREES}|Mr|Mrs|Ms|Miss|Prof|Professor|Doctor|[Дд]-р|[Дд]октор)"
+        rf"(?:\.\s{{0,3}}|\s{{1,3}}){_PERSON}",
+        rf"(?<![A-Za-z])Drs(?:\.\s{{0,3}}|\s{{1,3}}){_PERSONS}",
         rf"(?=[dmp]){_NONE_BEFORE}(?:{_SMALL_TITLE}\s{{0,3}}|(?:dr|mrs|prof|doctor|professor)\s{{1,3}})"
         rf"(?:(?=[A-Z]\.\s?[A-Z])|{_NO_WORD}){_PERSON}",
         rf"(?=[dmp]){_NONE_BEFORE}{_SMALL_TITLE}\s{{1,3}}{_in_one_case(_SMALL_LETTER, _SMALL_LETTER)}",
         rf"(?=[DMP]){_NONE_BEFORE}(?:DR|MRS|PROF)\.\s{{0,3}}{_in_one_case(_CAPITAL, _CAPITAL)}",
         r"(?<![A-Za-z])(?:[Pp]atient(?:'s)?\s[Nn]ame|PATIENT\sNAME|[Nn]ame\sof\s(?:the\s)?patient|Name|NAME)"
         r"\s{0,3}[:=]\s{0,3}" + _LISTED,
-        r"(?<![A-Za-z])(?:Radiologist|[Rr]eferring\s(?:[Pp]hysician|[Dd]octor)|[Rr]eported\sby|[Ss]igned\sby)"
+        # that a person follows a bare "Patient:" takes two capitalised words: dialogues have it before each turn
+        rf"(?<![A-Za-z])(?:Patient|PATIENT|Pat\.)\s{{0,3}}[:=]\s{{0,3}}(?={_NAME},?[ ]{_NAME}){_LISTED}",
+        r"(?<![A-Za-z])(?:Radiologist|RADIOLOGIST"
+        r"|(?i:ref(?:erring|\.)\s(?:physician|doctor)|(?:reported|signed|dictated)\sby))"
         r"\s{0,3}[:=]\s{0,3}" + _PERSON,
         r"(?<![A-Za-z^])(?P<x>[A-Z][A-Za-z'-]{1,30}\^[A-Z][A-Za-z'-]{0,30}(?:\^[A-Za-z'-]{0,30}){0,3})",  # as in DICOM
         r"(?:姓名|报告医生|审核医生|报告医师|审核医师|检查医师|检查医生|主治医师|主管医生)\s{0,3}[:：]\s{0,3}"

@@ -16,7 +16,7 @@ from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import open_samples, write_shard
 from infimed_jax.errors import UserError
 
-VERSION = 4
+VERSION = 5
 """Of the patterns; raise it when they change, so that datasets are scrubbed again."""
 NO_PROMISE = (
     "Patterns find some identifiers and miss others (names without a title, places, text inside the images): "
