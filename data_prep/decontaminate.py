@@ -140,6 +140,7 @@ def decontaminate(
         pieces=slices(samples),
         report=partial(_report, input, [str(folder) for folder in tests], fingerprints, known),
         engine=engine,
+        inputs=tests,
         on_progress=on_progress,
     )
 

@@ -111,7 +111,7 @@ def measure(
     finished = finished_report(output, recipe)
     if finished is not None:
         return finished
-    refuse_other_files(output)
+    refuse_other_files(output, [folder])
     right = _measure_all(dataset, found, output, plan, cfg, weights, tokenizer, measured, on_progress)
     kept = choose(right, plan)
     report = {

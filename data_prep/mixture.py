@@ -139,6 +139,7 @@ def mix(
             {key: manifest[key] for key in ("images", "origins")} | known | unreadable_report(facts)
         ),
         engine=engine,
+        inputs=[part.folder for part in parts],
         on_progress=on_progress,
     )
 

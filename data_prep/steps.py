@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -142,19 +143,21 @@ def make_dataset(
     pieces: Sequence[T],
     report: Callable[[dict[str, Any], list[dict[str, Any]]], dict[str, Any]],
     engine: Engine,
+    inputs: Sequence[Path] = (),
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Make the dataset `output` of the pieces' shards, and `output.json`, which is returned: samples, fingerprint, and
     `report(manifest, facts)`.
 
-    `work` writes shards whose names begin with the piece's. UserError: the folder holds something else. NoSamples: no
-    piece gave a sample; the report alone is written, for what was left out is all that there is to see.
+    `work` writes shards whose names begin with the piece's; `inputs` are the datasets that it reads beside those of the
+    pieces. UserError: see `refuse_other_files`. NoSamples: no piece gave a sample; the report alone is written, for
+    what was left out is all that there is to see.
     """
+    refuse_other_files(output, [*inputs, *{piece.folder for piece in pieces if isinstance(piece, Slice)}])
     finished = finished_report(output, recipe)
     if finished is not None:
         return finished
     file = _report_file(output)
-    refuse_other_files(output)
     fresh = _work_folder(output, recipe)
     # there, where a run was killed after writing the report and before the folder was renamed
     whole = _report_of(fresh, file) if (fresh / MANIFEST).is_file() else None
@@ -205,6 +208,7 @@ def make_from_stream(
         pieces=[None],
         report=lambda *_: report,
         engine=HERE,
+        inputs=[origin.folder],
     )
 
 
@@ -237,10 +241,27 @@ def removed_report(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"read": sum(piece["read"] for piece in facts), "removed": counts, "removed_ids": removed} | damaged
 
 
-def refuse_other_files(output: Path) -> None:
-    """UserError where a dataset may not be written: for steps that spend much before they write."""
+def refuse_other_files(output: Path, inputs: Sequence[Path] = ()) -> None:
+    """For steps that spend much before they write. UserError where a dataset may not be written: at, in or around one
+    of its `inputs`, which it would replace; over other files; or where another file has its report's name."""
+    if output.name in ("", ".."):
+        raise UserError(f"the output {str(output)!r} has no name of its own: give a new folder")
+    place = output.resolve()
+    for folder in inputs:
+        read = folder.resolve()
+        if place == read or place in read.parents or read in place.parents:
+            raise UserError(f"{output} would be written over what is read, {folder}: choose another output folder")
     if output.exists() and any(output.iterdir()) and not (output / MANIFEST).is_file():
         raise UserError(f"{output} holds other files than a prepared dataset: choose another folder")
+    file = _report_file(output)
+    if not (output / MANIFEST).is_file() and file.exists() and not _begins_as_report(file):
+        raise UserError(f"{file}, where the report would be written, is another file: choose another output folder")
+
+
+def _begins_as_report(file: Path) -> bool:
+    """By its first bytes: a source's own annotations may be of any size."""
+    with file.open("rb") as start:
+        return re.match(rb'\{\s*"samples":', start.read(64)) is not None
 
 
 def _work_folder(output: Path, recipe: dict[str, Any]) -> Path:

@@ -1,0 +1,86 @@
+"""Where a step may write: never over what it reads, nor over what is not its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_prep.decontaminate import decontaminate
+from data_prep.filters import Rules, filter_dataset
+from data_prep.mixture import Part, mix
+from data_prep.pipeline import ingest
+from data_prep.privacy import scrub
+from data_prep.steps import refuse_other_files
+from infimed_jax.data.storage import open_samples, write_samples
+from infimed_jax.errors import UserError
+from tests.data_prep.samples import question
+
+STEPS = {
+    "filter": lambda folder, other, output: filter_dataset(folder, output, Rules(min_image_side=0)),
+    "scrub": lambda folder, other, output: scrub(folder, output),
+    "decontaminate": lambda folder, other, output: decontaminate(folder, [other], output),
+    "mix": lambda folder, other, output: mix([Part(folder), Part(other)], output, 0),
+}
+
+
+@pytest.fixture
+def folders(tmp_path) -> tuple[Path, Path]:
+    write_samples(tmp_path / "in", [question(i) for i in range(4)], name="toy")
+    write_samples(tmp_path / "other", [question(i, question=f"What of {i}?") for i in range(8, 10)], name="toy")
+    return tmp_path / "in", tmp_path / "other"
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("place", ["in", "in/deeper", "in/../in", "link", "link/deeper"])
+def test_no_step_writes_over_what_it_reads(folders, tmp_path, step, place):
+    (tmp_path / "link").symlink_to("in")
+    (tmp_path / "in.json").write_text("the report of the step before")
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match="over what is read"):
+        STEPS[step](*folders, tmp_path / place)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("step", ["decontaminate", "mix"])
+def test_nor_over_its_second_input(folders, tmp_path, step):
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match="over what is read"):
+        STEPS[step](*folders, folders[1])
+    assert tree(tmp_path) == before
+
+
+def test_nor_around_it(folders, tmp_path):
+    inner = folders[0] / "inner"
+    write_samples(inner, [question(7)], name="toy")
+    with pytest.raises(UserError, match="over what is read"):
+        filter_dataset(inner, folders[0], Rules(min_image_side=0))
+    assert len(open_samples(inner)) == 1 and len(open_samples(folders[0])) == 4
+
+
+def test_a_report_takes_no_other_files_place(folders, tmp_path):
+    """A source's own `train.json` stood where `ingest --output` of the same folder puts the report of `train`."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    mine = '[{"id": "1", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}]'
+    (raw / "train.json").write_text(mine)
+    with pytest.raises(UserError, match=r"raw/train\.json.* is another file"):
+        ingest("llava_json", raw, raw, ["train"])
+    assert (raw / "train.json").read_text() == mine and not (raw / "train").exists()
+    report = filter_dataset(folders[0], tmp_path / "out", Rules(min_image_side=0))
+    for file in (tmp_path / "out").iterdir():
+        file.unlink()
+    (tmp_path / "out").rmdir()
+    assert (
+        filter_dataset(folders[0], tmp_path / "out", Rules(min_image_side=0)) == report
+    )  # its own report is no other file
+
+
+@pytest.mark.parametrize("output", ["", ".", "/", "x/.."])
+def test_an_output_needs_a_name(output):
+    with pytest.raises(UserError, match="no name of its own"):
+        refuse_other_files(Path(output))
