@@ -23,7 +23,8 @@ from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import open_samples
 from infimed_jax.errors import UserError
 
-VERSION = 1
+VERSION = 2
+"""Of the rules; raise it when they change, so that datasets are filtered again."""
 SOURCE_EXCLUDED = "source excluded by the assessment"
 REFUSAL = "refusal"
 EMPTY = "empty text"
@@ -32,37 +33,58 @@ REPEATED = "repeating text"
 SMALL_IMAGE = "image too small"
 LANGUAGE = "language"
 
-_SORRY = (
-    r"(?:(?:i(?:'m| am)|we(?:'re| are)) (?:very |so |really |truly )?sorry|sorry|i apologi[sz]e|my apologies|"
-    r"unfortunately)"
-)
+_SORRY = r"(?:(?:i(?:'m| am)|we(?:'re| are)) (?:very |so |really |truly )?sorry|sorry|i apologi[sz]e|my apologies)"
+_ALAS = r"(?:unfortunately|i(?:'m| am) afraid|i regret)"
+_THEN = r"[^.!?]{0,40}?(?:[.!]\s*[^.!?]{0,20}?)?\b"
+"""Words between an apology and what is refused, which may begin the next sentence."""
 _CANNOT = (
-    r"(?:i|we)(?:'m| am|'re| are)? (?:can ?not|can't|cannot|could not|couldn't|(?:not able|unable|not allowed) to|"
-    r"won't be able to|am not able to|will not|do not have (?:access|the ability)|don't have (?:access|the ability))"
+    r"(?:i|we)(?:'m| am|'re| are)? (?:can ?not|can't|could not|couldn't|(?:not able|unable|not allowed) to|"
+    r"won't be able to|will not|(?:do not|don't) have)"
 )
+_IMAGE = (
+    r"(?:the |this |that |your |any |these |those |an? )?(?:(?:actual|attached|medical|provided|specific|uploaded) )*"
+    r"(?:images?|pictures?|photos?|photographs?|files?|attachments?)\b"
+)
+_OBJECT = rf"(?:{_IMAGE}|(?:it|this|that)(?=[.,;!]|$)|(?:the |this )?(?:person|people|individual)s?\b)"
 _DEED = (
-    r"(?:help|assist|answer|provide|fulfil|comply|process|identify|view|see|analy[sz]e|interpret|diagnose|do that|"
-    r"give|offer|make|access|the ability|access to)"
+    r"(?:(?:help|assist|answer|provide|fulfil|comply|respond|do that|offer|the (?:ability|capability))\b|"
+    rf"access (?:to )?{_IMAGE}|give (?:you|any|medical)\b|make (?:an? |any )?(?:medical )?diagnos[ei]s\b|"
+    rf"(?:directly )?(?:process|identify|view|see|analy[sz]e|interpret|diagnose|read|recogni[sz]e|open)"
+    rf"(?: or (?:process|view|see|analy[sz]e|interpret))? {_OBJECT}|"
+    rf"[^.!?]{{1,60}}? without (?:access to |seeing |viewing )?{_IMAGE})"
 )
+"""What is refused. A finding that cannot be seen, identified or excluded is an answer."""
+_FINDING = (
+    r"(?! (?:rule out|exclude|confirm|appreciate|detect|find|"
+    rf"(?:see|identify|recogni[sz]e|make out) (?!(?:directly )?{_OBJECT})))"
+)
+_AI = r"(?:[\w-]+ ){0,2}(?:ai|artificial intelligence|language model)\b"
 _REFUSALS = re.compile(
     "|".join(
         (
-            rf"^{_SORRY}\b[^.!?]{{0,40}}?\b{_CANNOT}",
-            rf"^{_SORRY}\b[^.!?]{{0,60}}\b(?:as an ai|language model)\b",
-            rf"^{_CANNOT} {_DEED}\b",
-            r"^as an? (?:ai|artificial intelligence|(?:large )?language model)\b",
+            rf"^{_SORRY}\b{_THEN}{_CANNOT}{_FINDING}",
+            rf"^{_SORRY}\b[^.!?]{{0,60}}\b(?:as an ai|language model|(?:do not|don't) have enough information)\b",
+            rf"^{_ALAS}\b{_THEN}{_CANNOT} {_DEED}",
+            rf"^{_CANNOT} {_DEED}",
+            r"^it is not possible for me to\b",
+            r"^(?:i|we) (?:must|have to) (?:respectfully )?decline\b",
+            rf"^as an? {_AI}",
+            rf"^i(?:'m| am) (?:just |only |merely )?an? {_AI}",
             r"^(?:很|非常|十分)?(?:抱歉|对不起|對不起|遗憾)[,，。!！:： ]*(?:但|我|作为|由于|无法|不能)",
             r"^(?:我|作为(?:一个|一名)?(?:ai|人工智能)[^。]{0,20})(?:无法|不能|無法)(?:回答|提供|协助|帮助|查看|处理|识别|看到)",
             r"^作为(?:一个|一名)?(?:ai|人工智能|语言模型)",
-            r"^(?:lo siento|lo lamento|perdón)\b[^.!?]{0,40}\bno (?:puedo|podemos)\b",
-            r"^(?:désolée?|je suis désolée?|je regrette)\b[^.!?]{0,40}\bje ne (?:peux|puis)\b",
-            r"^(?:es tut mir leid|tut mir leid|entschuldigung|leider)\b[^.!?]{0,40}\bkann ich\b",
-            r"^(?:desculpe|sinto muito|lamento)\b[^.!?]{0,40}\bnão (?:posso|consigo)\b",
-            r"^(?:mi dispiace|spiacente)\b[^.!?]{0,40}\bnon posso\b",
-            r"^(?:извините|простите|к сожалению)[^.!?]{0,40}\bне (?:могу|можем)\b",
-            r"^(?:申し訳|すみません|ごめんなさい)[^。]{0,40}(?:できません|お答えできません|できない)",
+            rf"^(?:lo siento|lo lamento|perdón)\b{_THEN}no (?:puedo|podemos)\b",
+            rf"^(?:désolée?|je suis désolée?|je regrette)\b{_THEN}je ne (?:peux|puis|suis pas en mesure)\b",
+            rf"^(?:es tut mir leid|tut mir leid|entschuldigung|leider)\b{_THEN}(?:kann ich|ich kann)\b"
+            r"[^.!?]{0,40}\b(?:nicht|keine?)\b",
+            rf"^(?:desculpe|sinto muito|lamento)\b{_THEN}não (?:posso|consigo)\b",
+            rf"^(?:mi dispiace|spiacente)\b{_THEN}non posso\b",
+            rf"^(?:извините|простите|к сожалению)\b{_THEN}не (?:могу|можем)\b",
+            r"^(?:申し訳|すみません|ごめんなさい)[^。]{0,40}(?:。[^。]{0,30})?(?:できません|できない)",
             r"^(?:죄송|미안)[^.]{0,40}(?:없습니다|수 없|어렵습니다)",
+            r"^(?:죄송|미안)[^.]{0,20}\.[^.]{0,30}(?:ㄹ|을|를|드릴|할|볼) 수 없",
             r"^(?:عذرا|عذرًا|آسف|أعتذر)[^.]{0,40}(?:لا أستطيع|لا يمكنني)",
+            r"^(?:como (?:un )?modelo de lenguaje|en tant que modèle de langage|als sprachmodell)\b",
         )
     ),
     re.IGNORECASE,
