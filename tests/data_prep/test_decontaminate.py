@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data_prep.decontaminate import decontaminate
-from data_prep.hashes import THRESHOLD, distances, ngrams, normalised, perceptual_hashes
+from data_prep.hashes import ALIKE, THRESHOLD, distances, likeness, ngrams, normalised, perceptual_hashes
 from infimed_jax.data.prompts import question_sample
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import open_samples, write_samples
@@ -49,6 +49,14 @@ COPIES = {
     "cropped": lambda image: encoded(cropped(image, 0.02)),
     "all at once": lambda image: encoded(cropped(image, 0.02).convert("L").resize((256, 256)), quality=50),
 }
+
+
+def body(patient: int, size: int = 256) -> Image.Image:
+    """What all patients have in common, and under it what is each one's own."""
+    common = np.asarray(picture(1000, size).convert("L"), np.float32)
+    own = np.random.default_rng(patient).integers(0, 256, (33, 33), np.uint8)
+    own = np.asarray(Image.fromarray(own).resize(common.shape[::-1], Image.Resampling.BICUBIC), np.float32)
+    return Image.fromarray(np.clip(0.85 * common + 0.15 * own, 0, 255).astype(np.uint8))
 
 
 def asked(id: str, image: bytes | None, question: str) -> Sample:
@@ -147,5 +155,43 @@ def test_no_two_real_radiographs_are_taken_for_copies():
 @pytest.mark.parametrize("copy", COPIES)
 def test_changed_copies_of_real_radiographs_are_found(copy):
     for file in sorted(REAL.iterdir())[::30]:
-        changed = perceptual_hashes(COPIES[copy](Image.open(file).convert("RGB")))
-        assert distances(perceptual_hashes(file.read_bytes()), changed).min() <= THRESHOLD
+        changed, whole = COPIES[copy](Image.open(file).convert("RGB")), file.read_bytes()
+        assert distances(perceptual_hashes(whole), perceptual_hashes(changed)).min() <= THRESHOLD
+        assert likeness(whole, changed) >= ALIKE
+
+
+@needs_real
+def test_the_nearest_of_different_real_radiographs_are_not_alike():
+    """Were the hash's threshold higher, likeness alone would still tell them apart."""
+    files = [file.read_bytes() for file in sorted(REAL.iterdir())]
+    looks = np.stack([perceptual_hashes(data) for data in files])
+    nearest = np.min([distances(looks[:, i], looks[:, j]) for i in range(2) for j in range(2)], axis=0)
+    one, two = np.triu_indices(len(files), 1)
+    order = nearest[one, two].argsort()[:20]
+    assert max(likeness(files[one[k]], files[two[k]]) for k in order) < ALIKE - 0.05
+
+
+def test_bodies_with_the_same_outlines_are_no_copies_and_a_copy_among_them_is(tmp_path):
+    rows = [asked(f"toy/test/{i}", encoded(body(i)), "What is seen?") for i in range(4)]
+    write_samples(tmp_path / "test", rows, name="toy")
+    rows = [asked(f"toy/train/{i}", encoded(body(100 + i)), "What is it?") for i in range(4)]
+    rows.append(asked("toy/train/copy", encoded(cropped(body(2), 0.02), quality=70), "What is it?"))
+    looks = [perceptual_hashes(encoded(body(patient))) for patient in (0, 100)]
+    assert distances(*looks).min() <= THRESHOLD  # the hash alone would take them for one
+    write_samples(tmp_path / "train", rows, name="toy")
+    report = decontaminate(tmp_path / "train", [tmp_path / "test"], tmp_path / "clean")
+    assert report["removed_ids"] == {"image": ["toy/train/copy"]}
+    assert report["affected"]["image"] == ["toy/test/2"]
+
+
+def test_likeness_is_that_of_the_best_crop_whichever_side_was_cut():
+    whole = picture(5)
+    for cut in ((0.02, 0.02, 0, 0), (0, 0.02, 0, 0.02), (0.015, 0, 0.005, 0.02), (0.02, 0.02, 0.02, 0.02)):
+        left, top, right, bottom = (
+            round(share * side) for share, side in zip(cut, (whole.width, whole.height) * 2, strict=True)
+        )
+        part = encoded(whole.crop((left, top, whole.width - right, whole.height - bottom)), "PNG")
+        assert likeness(encoded(whole, "PNG"), part) > 0.97
+        assert likeness(part, encoded(whole, "PNG")) == likeness(encoded(whole, "PNG"), part)
+    assert likeness(encoded(whole), encoded(whole)) == pytest.approx(1)
+    assert likeness(encoded(whole), b"broken") == 0 == likeness(encoded(whole), encoded(Image.new("RGB", (99, 99))))
