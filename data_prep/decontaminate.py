@@ -34,7 +34,7 @@ from data_prep.hashes import (
     normalised,
     perceptual_hashes,
 )
-from data_prep.steps import Slice, make_dataset, readable, removed_report, slices, write_kept
+from data_prep.steps import MAX_BAD_RECORDS, Slice, make_dataset, readable, removed_report, slices, write_kept
 from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import Samples, open_samples
 from infimed_jax.errors import UserError
@@ -138,7 +138,13 @@ def _same_images(image: bytes, tests: Tests, seen: dict[str, list[int]]) -> list
 
 
 def decontaminate(
-    input: Path, tests: Sequence[Path], output: Path, *, engine: Engine = HERE, on_progress: Progress | None = None
+    input: Path,
+    tests: Sequence[Path],
+    output: Path,
+    *,
+    engine: Engine = HERE,
+    max_bad_records: float = MAX_BAD_RECORDS,
+    on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write what no test set has to `output`, and `output.json`, which is returned.
 
@@ -162,6 +168,8 @@ def decontaminate(
         pieces=slices(samples),
         report=partial(_report, input, [str(folder) for folder in tests], fingerprints, known),
         engine=engine,
+        records=len(samples),
+        max_bad_records=max_bad_records,
         inputs=tests,
         on_progress=on_progress,
     )

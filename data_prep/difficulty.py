@@ -18,6 +18,7 @@ import numpy as np
 
 from data_prep.engine import NotedProgress
 from data_prep.steps import (
+    MAX_BAD_RECORDS,
     UNREADABLE_RECORDS,
     NoSamples,
     counted,
@@ -25,6 +26,7 @@ from data_prep.steps import (
     make_from_stream,
     open_for_training,
     readable,
+    refuse_damage,
     refuse_other_files,
 )
 from infimed_jax import config
@@ -84,6 +86,7 @@ def measure(
     weights: dict[str, Any],
     checkpoint: str,
     tokenizer: Tokenizer,
+    max_bad_records: float = MAX_BAD_RECORDS,
     on_progress: NotedProgress | None = None,
 ) -> dict[str, Any]:
     """Answer every candidate `plan.draws` times, write the dataset `output` of those kept, and return the report.
@@ -96,6 +99,7 @@ def measure(
     dataset = open_for_training(folder)
     unreadable: list[str] = []
     numbers = [number for number, _ in readable(dataset, range(len(dataset)), unreadable)]
+    refuse_damage(unreadable, len(dataset), max_bad_records)
     found = questions((dataset[number] for number in numbers), tokenizer, cfg)
     found = replace(found, numbers=np.array(numbers)[found.numbers])  # their places in the dataset again
     measured = {

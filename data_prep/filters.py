@@ -17,7 +17,7 @@ from PIL import Image
 
 from data_prep.engine import HERE, Engine, Progress
 from data_prep.sources.rows import read_json
-from data_prep.steps import Slice, make_dataset, removed_report, slices, write_kept
+from data_prep.steps import MAX_BAD_RECORDS, Slice, make_dataset, removed_report, slices, write_kept
 from infimed_jax.data.images import FORMATS
 from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import open_samples
@@ -210,7 +210,13 @@ def shorter_side(image: bytes) -> int:
 
 
 def filter_dataset(
-    input: Path, output: Path, rules: Rules, *, engine: Engine = HERE, on_progress: Progress | None = None
+    input: Path,
+    output: Path,
+    rules: Rules,
+    *,
+    engine: Engine = HERE,
+    max_bad_records: float = MAX_BAD_RECORDS,
+    on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write what stays of `input` to `output`, and `output.json`, which is returned. UserError: nothing stays."""
     samples = open_samples(input)
@@ -225,6 +231,8 @@ def filter_dataset(
         pieces=slices(samples),
         report=lambda _, facts: {"input": str(input), "rules": recipe["rules"]} | removed_report(facts),
         engine=engine,
+        records=len(samples),
+        max_bad_records=max_bad_records,
         on_progress=on_progress,
     )
 

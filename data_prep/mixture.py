@@ -14,7 +14,14 @@ import yaml
 
 from data_prep.engine import HERE, Engine, Progress
 from data_prep.sources import SOURCES
-from data_prep.steps import held_out, make_dataset, open_for_training, readable, unreadable_report
+from data_prep.steps import (
+    MAX_BAD_RECORDS,
+    held_out,
+    make_dataset,
+    open_for_training,
+    readable,
+    unreadable_report,
+)
 from infimed_jax.data.storage import MANIFEST, SHARD_SIZE, Samples, open_samples, write_shard
 from infimed_jax.errors import UserError
 
@@ -104,6 +111,7 @@ def mix(
     *,
     balance: Mapping[str, float] | None = None,
     engine: Engine = HERE,
+    max_bad_records: float = MAX_BAD_RECORDS,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the mixture to `output` and return its report, which is also `output.json` beside it.
@@ -139,6 +147,8 @@ def mix(
             {key: manifest[key] for key in ("images", "origins")} | known | unreadable_report(facts)
         ),
         engine=engine,
+        records=len(order),
+        max_bad_records=max_bad_records,
         inputs=[part.folder for part in parts],
         on_progress=on_progress,
     )

@@ -37,6 +37,8 @@ from infimed_jax.files import to_json, write_json
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+MAX_BAD_RECORDS = 0.01
+"""Share of the records that may be damaged, as in packing: with more the disk or the copy is at fault."""
 UNREADABLE_RECORDS = "unreadable_records"
 """Key of a report under which damaged records are named."""
 HELD_OUT = ("validation", "test", "dev")
@@ -113,6 +115,18 @@ def readable(samples: Samples, numbers: Iterable[int], unreadable: list[str]) ->
         yield number, sample
 
 
+def refuse_damage(unreadable: Sequence[str], records: int, allowed: float = MAX_BAD_RECORDS) -> None:
+    """UserError where more than a share of `allowed` of the records is damaged: what is left is no longer the dataset
+    that was asked for, and nobody reads that in a report."""
+    if not 0 <= allowed <= 1:
+        raise UserError(f"the share of bad records must lie in [0, 1], not {allowed}")
+    if len(unreadable) > allowed * records:
+        raise UserError(
+            f"{len(unreadable):,} of {records:,} records cannot be read ({unreadable[0]} first), more than "
+            f"--max-bad-records {allowed} allows: copy or prepare the dataset again, or allow more"
+        )
+
+
 def unreadable_report(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What a report says of the damaged records that the pieces' facts name."""
     return {UNREADABLE_RECORDS: [name for piece in facts for name in piece["unreadable"]]}
@@ -144,6 +158,8 @@ def make_dataset(
     report: Callable[[dict[str, Any], list[dict[str, Any]]], dict[str, Any]],
     engine: Engine,
     inputs: Sequence[Path] = (),
+    records: int = 0,
+    max_bad_records: float = MAX_BAD_RECORDS,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Make the dataset `output` of the pieces' shards, and `output.json`, which is returned: samples, fingerprint, and
@@ -151,7 +167,8 @@ def make_dataset(
 
     `work` writes shards whose names begin with the piece's; `inputs` are the datasets that it reads beside those of the
     pieces. UserError: see `refuse_other_files`. NoSamples: no piece gave a sample; the report alone is written, for
-    what was left out is all that there is to see.
+    what was left out is all that there is to see. Of the `records` that the pieces read, a share of `max_bad_records`
+    may be damaged.
     """
     refuse_other_files(output, [*inputs, *{piece.folder for piece in pieces if isinstance(piece, Slice)}])
     finished = finished_report(output, recipe)
@@ -163,6 +180,11 @@ def make_dataset(
     whole = _report_of(fresh, file) if (fresh / MANIFEST).is_file() else None
     if whole is None:
         facts = run_pieces(work, pieces, fresh, engine, on_progress)
+        try:
+            refuse_damage([name for piece in facts for name in piece.get("unreadable", ())], records, max_bad_records)
+        except UserError:
+            forget(output)  # by the next run the damaged shard may have been copied again
+            raise
         if not (fresh / MANIFEST).is_file():
             shards = sorted(f.stem for f in fresh.glob("*.json") if f.stem[0].isdigit())
             if not any(json.loads((fresh / f"{shard}.json").read_text())["samples"] for shard in shards):

@@ -11,7 +11,16 @@ from typing import Any, Literal
 
 from data_prep.engine import HERE, Engine, Progress
 from data_prep.privacy.patterns import KINDS, PATTERNS
-from data_prep.steps import UNREADABLE_RECORDS, NoSamples, Slice, counted, make_dataset, slices, unreadable_report
+from data_prep.steps import (
+    MAX_BAD_RECORDS,
+    UNREADABLE_RECORDS,
+    NoSamples,
+    Slice,
+    counted,
+    make_dataset,
+    slices,
+    unreadable_report,
+)
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import open_samples, write_shard
 from infimed_jax.errors import UserError
@@ -66,7 +75,13 @@ def mask(text: str) -> tuple[str, Counter[str]]:
 
 
 def scrub(
-    folder: Path, output: Path, mode: Mode = "mask", *, engine: Engine = HERE, on_progress: Progress | None = None
+    folder: Path,
+    output: Path,
+    mode: Mode = "mask",
+    *,
+    engine: Engine = HERE,
+    max_bad_records: float = MAX_BAD_RECORDS,
+    on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the dataset `output` with identifiers flagged or masked, and the report `output.json`, which is returned.
 
@@ -88,6 +103,8 @@ def scrub(
             pieces=slices(dataset),
             report=partial(_report, str(folder), mode),
             engine=engine,
+            records=len(dataset),
+            max_bad_records=max_bad_records,
             on_progress=on_progress,
         )
     except NoSamples as error:

@@ -32,6 +32,7 @@ from data_prep.reflection.chains import (
     verified,
 )
 from data_prep.steps import (
+    MAX_BAD_RECORDS,
     UNREADABLE_RECORDS,
     NoSamples,
     counted,
@@ -39,6 +40,7 @@ from data_prep.steps import (
     make_from_stream,
     open_for_training,
     readable,
+    refuse_damage,
     refuse_other_files,
 )
 from infimed_jax.data.images import ImageError
@@ -110,6 +112,7 @@ def reflect(
     plan: Plan | None = None,
     *,
     cache: Path | None = None,
+    max_bad_records: float = MAX_BAD_RECORDS,
     on_progress: NotedProgress | None = None,
 ) -> dict[str, Any]:
     """Write the dataset `output` of questions with reasoning and the report `output.json`, which is returned.
@@ -133,9 +136,10 @@ def reflect(
     finished = finished_report(output, recipe)
     if finished is not None and not any(reason.startswith(_BY_ENDPOINT) for reason in finished["rejected"]):
         return finished  # else what the endpoint failed at is asked again
-    refuse_other_files(output)
+    refuse_other_files(output, [folder])
     unreadable: list[str] = []
     asked, left_out, words = _questions(dataset, unreadable)
+    refuse_damage(unreadable, len(dataset), max_bad_records)
     sparse = {source: plan.sparse_words > 0 and median(found) <= plan.sparse_words for source, found in words.items()}
     outcomes: dict[int, Outcome] = {}
     right = 0

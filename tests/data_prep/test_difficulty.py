@@ -149,7 +149,9 @@ def test_unreadable_records_are_counted_and_the_rest_measured(tmp_path, tiny, mo
     folder = candidates(tmp_path, tiny)
     damage(folder)
     script(monkeypatch, tiny, [])
-    report = run(folder, tmp_path / "out", tiny)
+    with pytest.raises(UserError, match=r"1 of 21 records cannot be read .*--max-bad-records"):
+        run(folder, tmp_path / "out", tiny)
+    report = run(folder, tmp_path / "out", tiny, max_bad_records=0.05)
     assert report["left_out"] == {"no gold answer": 1, "unreadable record": 1}
     assert report["unreadable_records"] == [f"{open_samples(folder).name} record 0"]
     assert report["right"] == {f"tiny/train/{i}": i % 9 for i in range(1, 20)}

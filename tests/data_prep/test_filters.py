@@ -156,7 +156,7 @@ def test_damaged_records_are_named_counted_and_left_out(tmp_path):
     rows = [chat(REFUSALS[0] if i == 2 else f"clear lung number {i}", i) for i in range(6)]
     write_samples(tmp_path / "in", rows, name="toy")
     damage(tmp_path / "in")
-    report = filter_dataset(tmp_path / "in", tmp_path / "out", Rules())
+    report = filter_dataset(tmp_path / "in", tmp_path / "out", Rules(), max_bad_records=0.2)
     assert list(open_samples(tmp_path / "out")) == [rows[1], *rows[3:]]
     assert report["removed"] == {"refusal": 1, "unreadable record": 1} and report["read"] == 6
     assert report["unreadable_records"] == ["toy record 0"]

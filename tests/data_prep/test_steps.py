@@ -1,4 +1,4 @@
-"""Where a step may write: never over what it reads, nor over what is not its own."""
+"""Where a step may write: never over what it reads, nor over what is not its own; and what damage ends it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from data_prep.filters import Rules, filter_dataset
 from data_prep.mixture import Part, mix
 from data_prep.pipeline import ingest
 from data_prep.privacy import scrub
-from data_prep.steps import refuse_other_files
+from data_prep.steps import refuse_damage, refuse_other_files
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
-from tests.data_prep.samples import question
+from tests.data_prep.samples import damage, question
 
 STEPS = {
-    "filter": lambda folder, other, output: filter_dataset(folder, output, Rules(min_image_side=0)),
-    "scrub": lambda folder, other, output: scrub(folder, output),
-    "decontaminate": lambda folder, other, output: decontaminate(folder, [other], output),
-    "mix": lambda folder, other, output: mix([Part(folder), Part(other)], output, 0),
+    "filter": lambda folder, other, output, **more: filter_dataset(folder, output, Rules(min_image_side=0), **more),
+    "scrub": lambda folder, other, output, **more: scrub(folder, output, **more),
+    "decontaminate": lambda folder, other, output, **more: decontaminate(folder, [other], output, **more),
+    "mix": lambda folder, other, output, **more: mix([Part(folder), Part(other)], output, 0, **more),
 }
 
 
@@ -84,3 +84,30 @@ def test_a_report_takes_no_other_files_place(folders, tmp_path):
 def test_an_output_needs_a_name(output):
     with pytest.raises(UserError, match="no name of its own"):
         refuse_other_files(Path(output))
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_more_damage_than_is_allowed_ends_every_step_until_it_is_mended(folders, tmp_path, step):
+    (shard,) = folders[0].glob("*.array_record*")
+    whole = shard.read_bytes()
+    damage(folders[0])
+    records = 6 if step == "mix" else 4
+    with pytest.raises(
+        UserError, match=rf"1 of {records} records .*toy record 0 first.*--max-bad-records 0\.01 allows"
+    ):
+        STEPS[step](*folders, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.new").exists()
+    report = STEPS[step](*folders, tmp_path / "allowed", max_bad_records=0.25)
+    assert report["samples"] == records - 1 and report["unreadable_records"] == ["toy record 0"]
+    shard.write_bytes(whole)  # copied again: nothing of the first try is left
+    assert STEPS[step](*folders, tmp_path / "out")["samples"] == records
+
+
+def test_the_share_of_damage_is_exact_and_a_share():
+    names = [f"toy record {number}" for number in range(3)]
+    refuse_damage(names, 300)
+    refuse_damage([], 0)
+    with pytest.raises(UserError, match=r"3 of 299 records cannot be read \(toy record 0 first\)"):
+        refuse_damage(names, 299)
+    with pytest.raises(UserError, match=r"must lie in \[0, 1\], not 1.5"):
+        refuse_damage(names, 300, 1.5)

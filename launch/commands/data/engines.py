@@ -18,6 +18,11 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", default="", help="of a ray or dask cluster that runs [one is started here]")
 
 
+def add_max_bad_records(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-bad-records", type=float, default=0.01, metavar="SHARE",
+                        help="of the records that may be damaged; they are left out by name [%(default)s]")  # fmt: skip
+
+
 def engine_of(args: argparse.Namespace):
     from data_prep.engine import Engine
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.commands.arguments import add_command
-from launch.commands.data.engines import add_engine, bar, engine_of
+from launch.commands.data.engines import add_engine, add_max_bad_records, bar, engine_of
 
 
 def add(steps: argparse._SubParsersAction) -> None:
@@ -26,12 +26,14 @@ def add(steps: argparse._SubParsersAction) -> None:
     p.add_argument("--output", type=Path, required=True)
     p.add_argument("--seed", type=int, default=0, help="decides the draw and the order [%(default)s]")
     p.add_argument("--skip-missing", action="store_true", help="do without datasets that are not there, and say so")
+    add_max_bad_records(p)
     add_engine(p)
 
 
 def _add_folders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", type=Path, required=True, help="a prepared dataset")
     parser.add_argument("--output", type=Path, required=True, help="folder of the new one; OUTPUT.json is the report")
+    add_max_bad_records(parser)
     add_engine(parser)
 
 
@@ -45,7 +47,14 @@ def filter_(args: argparse.Namespace) -> None:
         excluded=excluded_sources(args.assessment) if args.assessment else (),
     )
     with bar("filter") as told:
-        report = filter_dataset(args.input, args.output, rules, engine=engine_of(args), on_progress=told)
+        report = filter_dataset(
+            args.input,
+            args.output,
+            rules,
+            engine=engine_of(args),
+            max_bad_records=args.max_bad_records,
+            on_progress=told,
+        )
     _print_removed(report)
     print(f"Outputs: {args.output}, {args.output}.json")
 
@@ -54,7 +63,14 @@ def decontaminate_(args: argparse.Namespace) -> None:
     from data_prep.decontaminate import decontaminate
 
     with bar("decontaminate") as told:
-        report = decontaminate(args.input, args.test, args.output, engine=engine_of(args), on_progress=told)
+        report = decontaminate(
+            args.input,
+            args.test,
+            args.output,
+            engine=engine_of(args),
+            max_bad_records=args.max_bad_records,
+            on_progress=told,
+        )
     _print_removed(report)
     affected = report["affected_counts"]
     print(f"{affected['any']:,} of {report['test_samples']:,} test questions are affected: {affected['image']:,} by "
@@ -69,7 +85,13 @@ def mix_(args: argparse.Namespace) -> None:
     mixture, missing = load_mixture(args.mixture, args.data, args.skip_missing)
     with bar("mix") as told:
         report = mix(
-            mixture.parts, args.output, args.seed, balance=mixture.balance, engine=engine_of(args), on_progress=told
+            mixture.parts,
+            args.output,
+            args.seed,
+            balance=mixture.balance,
+            engine=engine_of(args),
+            max_bad_records=args.max_bad_records,
+            on_progress=told,
         )
     _print_parts(report)
     if lost := report[UNREADABLE_RECORDS]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.commands.arguments import add_command, add_settings
-from launch.commands.data.engines import add_engine, bar, engine_of
+from launch.commands.data.engines import add_engine, add_max_bad_records, bar, engine_of
 from launch.commands.endpoint import add_endpoint, endpoint_of
 
 
@@ -37,6 +37,7 @@ def add(steps: argparse._SubParsersAction) -> None:
     )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--cache", type=Path, help="folder of replies and account [OUTPUT.cache]")
+    add_max_bad_records(p)
     add_endpoint(p)
 
     p = add_command(steps, "difficulty", difficulty, "Keep the RL candidates that a checkpoint gets right at times.")
@@ -49,6 +50,7 @@ def add(steps: argparse._SubParsersAction) -> None:
     p.add_argument("--between", type=float, default=0.5, help="share kept of the other mixed ones [%(default)s]")
     p.add_argument("--extreme", type=float, default=0.1, help="share kept of none or all right [%(default)s]")
     p.add_argument("--seed", type=int, default=0)
+    add_max_bad_records(p)
     add_settings(p, files=False)
 
     text = "Flag or mask identifiers that patterns find in text; no promise of anonymity."
@@ -56,6 +58,7 @@ def add(steps: argparse._SubParsersAction) -> None:
     p.add_argument("--input", type=Path, required=True, help="a prepared dataset")
     p.add_argument("--output", type=Path, required=True, help="the dataset to be written")
     p.add_argument("--mode", choices=("flag", "mask"), default="mask", help="[%(default)s]")
+    add_max_bad_records(p)
     add_engine(p)
 
 
@@ -85,7 +88,15 @@ def reflect(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     with bar("reflect") as told:
-        result = reflect(args.input, args.output, endpoint, plan, cache=args.cache, on_progress=told)
+        result = reflect(
+            args.input,
+            args.output,
+            endpoint,
+            plan,
+            cache=args.cache,
+            max_bad_records=args.max_bad_records,
+            on_progress=told,
+        )
     print(f"{result['reached']:,} of {result['questions']:,} questions reached their answer; "
           f"patterns: {_counts(result['patterns'])}; draws rejected: {_counts(result['rejected'])}; "
           f"left out: {_counts(result['left_out'] | result['failed'])}")  # fmt: skip
@@ -120,6 +131,7 @@ def difficulty(args: argparse.Namespace) -> None:
             weights=sampler_weights(params, config.model, Compute.of(config.train).dtype),
             checkpoint=fingerprint(params),
             tokenizer=load_tokenizer(config.data.tokenizer),
+            max_bad_records=args.max_bad_records,
             on_progress=told,
         )
     print(f"{result['questions']:,} questions, {result['mean_right']:.1%} of the answers right; "
@@ -132,7 +144,14 @@ def scrub(args: argparse.Namespace) -> None:
     from data_prep.privacy import scrub
 
     with bar("scrub") as told:
-        result = scrub(args.input, args.output, args.mode, engine=engine_of(args), on_progress=told)
+        result = scrub(
+            args.input,
+            args.output,
+            args.mode,
+            engine=engine_of(args),
+            max_bad_records=args.max_bad_records,
+            on_progress=told,
+        )
     print(f"{args.mode}: {_counts(result['found'])} in {result['samples_with_findings']:,} samples")
     print(f"left out: {_counts(result['left_out'])}; in metadata, left alone: {_counts(result['metadata'])}")
     print(result["note"])

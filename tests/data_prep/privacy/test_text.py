@@ -314,7 +314,7 @@ def test_unreadable_records_are_counted_and_named_until_their_shard_is_mended(tm
     (shard,) = folder.glob("*.array_record*")
     content = shard.read_bytes()
     damage(folder)
-    report = scrub(folder, tmp_path / "out")
+    report = scrub(folder, tmp_path / "out", max_bad_records=0.25)
     assert report["left_out"] == {"unreadable record": 1} and report["unreadable_records"] == ["d record 0"]
     assert list(open_samples(tmp_path / "out")) == samples[1:]
     shard.write_bytes(content)

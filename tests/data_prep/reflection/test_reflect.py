@@ -100,7 +100,7 @@ def test_damaged_records_are_named_counted_and_not_asked(tmp_path):
     folder = dataset(tmp_path, [question(i) for i in range(3)])
     damage(folder)
     with lo.serve(lambda body, _: reply("left lung")) as server:
-        report = reflect(folder, tmp_path / "out", endpoint(server), Plan(draws=1, sparse_words=0))
+        report = reflect(folder, tmp_path / "out", endpoint(server), Plan(draws=1, sparse_words=0), max_bad_records=0.5)
     assert [s.meta["parent"] for s in open_samples(tmp_path / "out")] == ["vqa_rad/train/1", "vqa_rad/train/2"]
     assert report["left_out"] == {"unreadable record": 1}
     assert report["unreadable_records"] == [f"{open_samples(folder).name} record 0"]
