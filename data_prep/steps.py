@@ -6,6 +6,8 @@ that was stopped leaves its finished pieces in `.NAME.new`, and goes on from the
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import itertools
 import json
@@ -175,35 +177,38 @@ def make_dataset(
     if finished is not None:
         return finished
     file = _report_file(output)
-    fresh = _work_folder(output, recipe)
-    # there, where a run was killed after writing the report and before the folder was renamed
-    whole = _report_of(fresh, file) if (fresh / MANIFEST).is_file() else None
-    if whole is None:
-        facts = run_pieces(work, pieces, fresh, engine, on_progress)
-        try:
-            refuse_damage([name for piece in facts for name in piece.get("unreadable", ())], records, max_bad_records)
-        except UserError:
-            forget(output)  # by the next run the damaged shard may have been copied again
-            raise
-        if not (fresh / MANIFEST).is_file():
-            shards = sorted(f.stem for f in fresh.glob("*.json") if f.stem[0].isdigit())
-            if not any(json.loads((fresh / f"{shard}.json").read_text())["samples"] for shard in shards):
-                shutil.rmtree(fresh)
-                empty = {"samples": 0, "fingerprint": ""}
-                write_json(file, empty | report(empty | {"images": 0, "kinds": {}, "origins": {}}, facts))
-                raise NoSamples(f"{output}: nothing is left to write; {file} lists why", facts)
-            join_shards(fresh, shards, name=name, info=recipe | info)
+    with _alone(output) as fresh:
+        _clear_other_work(fresh, recipe)
+        # there, where a run was killed after writing the report and before the folder was renamed
+        whole = _report_of(fresh, file) if (fresh / MANIFEST).is_file() else None
+        if whole is None:
+            facts = run_pieces(work, pieces, fresh, engine, on_progress)
+            try:
+                refuse_damage(
+                    [name for piece in facts for name in piece.get("unreadable", ())], records, max_bad_records
+                )
+            except UserError:
+                forget(output)  # by the next run the damaged shard may have been copied again
+                raise
+            if not (fresh / MANIFEST).is_file():
+                shards = sorted(f.stem for f in fresh.glob("*.json") if f.stem[0].isdigit())
+                if not any(json.loads((fresh / f"{shard}.json").read_text())["samples"] for shard in shards):
+                    shutil.rmtree(fresh)
+                    empty = {"samples": 0, "fingerprint": ""}
+                    write_json(file, empty | report(empty | {"images": 0, "kinds": {}, "origins": {}}, facts))
+                    raise NoSamples(f"{output}: nothing is left to write; {file} lists why", facts)
+                join_shards(fresh, shards, name=name, info=recipe | info)
+            manifest = open_samples(fresh).manifest
+            whole = {key: manifest[key] for key in ("samples", "fingerprint")} | report(manifest, facts)
+            write_json(file, whole)
         manifest = open_samples(fresh).manifest
-        whole = {key: manifest[key] for key in ("samples", "fingerprint")} | report(manifest, facts)
-        write_json(file, whole)
-    manifest = open_samples(fresh).manifest
-    kept = {MANIFEST, *_TFDS_FILES, *(shard["file"] for shard in manifest["shards"])}
-    for leftover in fresh.iterdir():  # facts, and what a worker that was taken for dead had begun
-        if leftover.name not in kept:
-            leftover.unlink()
-    shutil.rmtree(output, ignore_errors=True)
-    os.rename(fresh, output)
-    return whole
+        kept = {MANIFEST, *_TFDS_FILES, *(shard["file"] for shard in manifest["shards"])}
+        for leftover in fresh.iterdir():  # facts, and what a worker that was taken for dead had begun
+            if leftover.name not in kept:
+                leftover.unlink()
+        shutil.rmtree(output, ignore_errors=True)
+        os.rename(fresh, output)
+        return whole
 
 
 def make_from_stream(
@@ -286,21 +291,43 @@ def _begins_as_report(file: Path) -> bool:
         return re.match(rb'\{\s*"samples":', start.read(64)) is not None
 
 
-def _work_folder(output: Path, recipe: dict[str, Any]) -> Path:
-    """`.NAME.new`, emptied where another recipe left it, and without what a killed worker had begun."""
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[Path]:
+    """`.NAME.new`, held against other runs of this machine while the block runs; a kill lets it go. UserError: one of
+    them has it. (Two at once took each other's unfinished shards for leftovers.)"""
     fresh = _begun(output)
+    while True:
+        fresh.mkdir(parents=True, exist_ok=True)
+        handle = os.open(fresh, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise UserError(f"another run is writing {output}: wait for it, or choose another output folder") from error
+        except OSError:  # a file system without locks
+            break
+        if fresh.is_dir() and os.path.samestat(os.fstat(handle), fresh.stat()):
+            break
+        os.close(handle)  # the other run was done meanwhile, and has renamed it
+    try:
+        yield fresh
+    finally:
+        os.close(handle)
+
+
+def _clear_other_work(fresh: Path, recipe: dict[str, Any]) -> None:
+    """Empty the folder where another recipe left it, and remove what a killed worker had begun."""
     text = to_json(recipe, sort_keys=True)
     try:
         same = (fresh / _RECIPE).read_text(encoding="utf-8") == text
     except OSError:
         same = False
     if not same and not prepared_by(fresh, recipe):
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
+        for entry in fresh.iterdir():  # itself it stays: it is held
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         (fresh / _RECIPE).write_text(text, encoding="utf-8")
     for part in fresh.glob(".*.part"):
         part.unlink(missing_ok=True)
-    return fresh
 
 
 def _begun(output: Path) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -111,3 +113,27 @@ def test_the_share_of_damage_is_exact_and_a_share():
         refuse_damage(names, 299)
     with pytest.raises(UserError, match=r"must lie in \[0, 1\], not 1.5"):
         refuse_damage(names, 300, 1.5)
+
+
+def test_a_second_run_waits_for_none_and_spoils_nothing(folders, tmp_path):
+    """Two at once: the second is told, in whatever step, and the first goes on."""
+    (source, _), output = folders, tmp_path / "out"
+    told = []
+
+    def meanwhile(*_: int) -> None:
+        with pytest.raises(UserError, match=r"another run is writing .*out: wait for it") as error:
+            filter_dataset(source, output, Rules(min_image_side=1))
+        told.append(error)
+
+    report = filter_dataset(source, output, Rules(min_image_side=0), on_progress=meanwhile)
+    assert told and list(open_samples(output)) == list(open_samples(source))
+    assert filter_dataset(source, output, Rules(min_image_side=0)) == report
+    assert filter_dataset(source, output, Rules(min_image_side=1))["rules"]["min_image_side"] == 1  # it is free again
+
+
+def test_without_locks_a_step_runs_all_the_same(folders, tmp_path, monkeypatch):
+    def refused(*_: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    assert filter_dataset(folders[0], tmp_path / "out", Rules(min_image_side=0))["samples"] == 4
