@@ -69,6 +69,8 @@ class Plan:
             )
         if not (0 <= self.extreme <= 1 and 0 <= self.between <= 1):
             raise UserError("the shares kept must lie in [0, 1]")
+        if self.seed < 0:
+            raise UserError(f"the seed must not be negative, not {self.seed}")
 
     def share(self, right: int) -> float:
         """Of the questions with so many right answers, how many are kept."""

@@ -61,6 +61,10 @@ class Engine:
             raise UserError(f"no engine {self.name!r}: there are {', '.join(get_args(Name))}")
         if self.jobs == 0 or self.jobs < -1:
             raise UserError(f"jobs must be at least 1, or -1 for all processors, not {self.jobs}")
+        if self.address and self.name not in ("ray", "dask"):
+            raise UserError(
+                f"engine {self.name} goes to no address, {self.address}: choose ray or dask, or leave it out"
+            )
 
 
 HERE = Engine()

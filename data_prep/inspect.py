@@ -19,6 +19,7 @@ from infimed_jax.data.chat import Tokenizer, render
 from infimed_jax.data.images import ImageError, decode_image
 from infimed_jax.data.packing import PackingIndex
 from infimed_jax.data.storage import CorruptRecord, Samples
+from infimed_jax.errors import UserError
 from infimed_jax.files import write_bytes, write_text
 
 _COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
@@ -65,12 +66,16 @@ def write_inspection(
     samples: Samples, index: PackingIndex, tokenizer: Tokenizer, visual_tokens: int, file: Path, rows: int
 ) -> Path:
     """The first `rows` rows as the HTML page `file`, and as a PNG beside it, whose path is returned."""
+    if rows < 1:
+        raise UserError(f"rows to look at must be at least 1, not {rows}")
+    picture = file.with_suffix(".png")
+    if picture == file:
+        raise UserError(f"{file} is where the picture goes: name the page, such as {file.with_suffix('.html')}")
     shown = [_row(samples, index, tokenizer, visual_tokens, row) for row in range(min(rows, index.rows))]
     summary = (
         f"{len(index.samples):,} samples in {index.rows:,} rows, filled to {index.fill:.2%}; no packing passes "
         f"{index.fill_bound:.2%}. Bars show the samples of a row; grey is padding."
     )
-    picture = file.with_suffix(".png")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(picture, _png(_draw(samples.name, summary, shown)))  # whole: half a picture would be shown
     write_text(file, _page(samples.name, summary, shown))

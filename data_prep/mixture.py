@@ -123,6 +123,8 @@ def mix(
     """
     if not parts:
         raise UserError("a mixture needs at least one part")
+    if seed < 0:
+        raise UserError(f"the seed must not be negative, not {seed}")
     datasets = [open_for_training(part.folder) for part in parts]
     counts = _balanced(
         parts, [part.taken(len(dataset)) for part, dataset in zip(parts, datasets, strict=True)], balance

@@ -12,6 +12,7 @@ _MENDS = {
     errno.EACCES: "give this user the right to it, or name another folder",
     errno.EPERM: "give this user the right to it, or name another folder",
     errno.ENOTDIR: "name another folder",
+    errno.EISDIR: "name a file",
     errno.EROFS: "name a folder on a disk that can be written",
 }
 """What a file system refuses, and what the user can do about it."""
@@ -28,7 +29,7 @@ class Interrupted(Exception):
 def describe(error: Exception) -> str:
     """One line for an error that is the user's to mend."""
     if isinstance(error, OSError) and (refusal := disk_refusal(error)):
-        return f"{error.filename or 'the output'}: {refusal}, and run it again"
+        return f"{error.filename2 or error.filename or 'the output'}: {refusal}, and run it again"
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror.lower()}; give another path, and run it again"
     return " ".join(str(error).split())

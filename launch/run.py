@@ -43,6 +43,8 @@ def configure_jax() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    if sys.stdout is None:  # closed by the caller, as `>&-` does
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     parser = argparse.ArgumentParser(prog="launch/run.py", description=__doc__.splitlines()[0])
     distributed.add_options(parser)
     commands.add_commands(parser.add_subparsers(dest="command", required=True, metavar="COMMAND"))

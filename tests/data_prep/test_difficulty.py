@@ -223,3 +223,8 @@ def test_of_each_count_its_share_is_kept(right, between, extreme, seed):
 def test_impossible_plans_are_refused(options):
     with pytest.raises(UserError):
         Plan(**options)
+
+
+def test_a_seed_below_0_is_a_mistake():
+    with pytest.raises(UserError, match="seed must not be negative, not -1"):
+        Plan(seed=-1)

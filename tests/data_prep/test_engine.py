@@ -97,6 +97,9 @@ def test_user_errors(tmp_path, monkeypatch):
         Engine("flink")
     with pytest.raises(UserError, match="jobs must be at least 1"):
         Engine(jobs=0)
+    for name in ("loky", "spark"):
+        with pytest.raises(UserError, match=f"engine {name} goes to no address, 10.0.0.1:6379"):
+            Engine(name, address="10.0.0.1:6379")
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(UserError, match="engine dask needs the package distributed"):
         run_pieces(failing_work, range(1), tmp_path, Engine("dask"))

@@ -18,6 +18,7 @@ from infimed_jax.data.chat import load_tokenizer
 from infimed_jax.data.packing import build_index
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import open_samples, write_samples
+from infimed_jax.errors import UserError
 
 MODEL = config.Model(
     vision=config.Vision(image_size=16, patch_size=4, hidden_size=8, num_heads=2),
@@ -76,7 +77,7 @@ def test_the_picture_shows_tabs_as_blanks():
     assert drawn("lungs\tand heart") == drawn("lungs    and heart") != drawn("lungs and heart")
 
 
-def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+def test_what_cannot_be_written_leaves_the_old_page_and_picture(tmp_path, monkeypatch):
     write_samples(
         tmp_path / "set",
         [Sample("a", "toy", "train", "chat", (), (Turn("user", ("why",)), Turn("assistant", ("so",))))],
@@ -93,6 +94,12 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypat
         self.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    for name, number, words in (
+        ("page.png", 1, r"page\.png is where the picture goes"),
+        ("page.html", 0, "at least 1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            write_inspection(samples, index, tokenizer, 4, file.with_name(name), rows=number)
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         write_inspection(samples, index, tokenizer, 4, file, rows=1)

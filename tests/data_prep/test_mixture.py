@@ -197,3 +197,8 @@ def test_the_stages_files_are_the_papers(tmp_path):
     left_out = {"iu_xray", "medpix", "pmc_oa", "vqa_med_2019", "omnimedvqa", "mmmu_med", "medxpertqa_mm"}
     for mixture in stages.values():
         assert mixture.parts and not left_out & {part.folder.relative_to(tmp_path).parts[0] for part in mixture.parts}
+
+
+def test_a_seed_below_0_is_a_mistake(parts, tmp_path):
+    with pytest.raises(UserError, match="seed must not be negative, not -1"):
+        mix([Part(parts[0])], tmp_path / "mix", -1)

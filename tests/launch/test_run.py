@@ -223,3 +223,14 @@ def test_resume_with_other_arguments_is_refused_by_name(tmp_path):
     (folder / "quickstart.json").write_text(json.dumps(identity))
     done = run("quickstart", "--output", str(folder), "--resume", "--seed", "4")
     assert done.returncode == 2 and "seed was 3, is 4" in done.stderr
+
+
+def test_a_closed_stdout_is_no_mistake(tmp_path):
+    command = f"exec {sys.executable} {ROOT / 'launch/run.py'} data sources --json {tmp_path / 'all.json'} >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 0 and not done.stderr and (tmp_path / "all.json").is_file()
+
+
+def test_a_folder_where_a_file_is_to_be_is_named(tmp_path):
+    done = run("data", "sources", "--json", str(tmp_path))
+    assert done.returncode == 2 and done.stderr == f"error: {tmp_path}: is a directory; name a file, and run it again\n"
