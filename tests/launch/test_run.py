@@ -226,9 +226,11 @@ def test_resume_with_other_arguments_is_refused_by_name(tmp_path):
 
 
 def test_a_closed_stdout_is_no_mistake(tmp_path):
-    command = f"exec {sys.executable} {ROOT / 'launch/run.py'} data sources --json {tmp_path / 'all.json'} >&-"
+    """A step draws its bar before it reads: it got as far as what is wrong with the input."""
+    step = f"data import-json --input {tmp_path / 'none.json'} --output {tmp_path / 'out'}"
+    command = f"exec {sys.executable} {ROOT / 'launch/run.py'} {step} >&-"
     done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=60)
-    assert done.returncode == 0 and not done.stderr and (tmp_path / "all.json").is_file()
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path / 'none.json'} does not exist")
 
 
 def test_a_folder_where_a_file_is_to_be_is_named(tmp_path):
