@@ -36,6 +36,8 @@ FORMAT = 1
 """Layout of a prepared dataset; another number in a manifest is refused."""
 TFDS_SPLIT = "samples"
 """The one TFDS split; a sample's own split is its field."""
+_KEYS = {"name": str, "kinds": dict, "origins": dict, "shards": list, "fingerprint": str, "info": dict}
+"""What readers take from a manifest, with its JSON type."""
 SHARD_SIZE = 4096
 """Samples a shard: about 200 MB at the usual 50 KB an image."""
 
@@ -347,14 +349,26 @@ def open_samples(folder: str | Path) -> Samples:
     folder = Path(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        version, shards = manifest["format"], manifest["shards"]
+        version = manifest["format"]
     except FileNotFoundError as error:
         raise UserError(f"{folder} holds no prepared dataset (no {MANIFEST}): run `data ingest` first") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / MANIFEST} cannot be read: prepare the dataset again") from error
     if version != FORMAT:
         raise UserError(f"{folder} is in format {version}, this version reads {FORMAT}: prepare the dataset again")
+    if lost := [key for key, kind in _KEYS.items() if not isinstance(manifest.get(key), kind)]:
+        raise UserError(f"{folder / MANIFEST} is incomplete ({', '.join(lost)}): prepare the dataset again")
+    shards = manifest["shards"]
+    if not shards or not all(_is_shard(shard) for shard in shards):
+        raise UserError(f"{folder / MANIFEST} lists no usable shards: prepare the dataset again")
     for shard in shards:
         if not (folder / shard["file"]).is_file():
             raise UserError(f"{folder} lacks its shard {shard['file']}: copy it again or prepare the dataset again")
     return Samples(folder, manifest)
+
+
+def _is_shard(entry: Any) -> bool:
+    """A file of this folder, and how many samples it holds."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("file"), str) or type(entry.get("samples")) is not int:
+        return False
+    return entry["samples"] > 0 and Path(entry["file"]).name == entry["file"]

@@ -288,3 +288,26 @@ def test_a_shard_that_could_not_be_finished_takes_no_room(tmp_path):
         with pytest.raises(OSError, match="No space left"):
             storage.write_shard(tmp_path, "000000", samples())
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        *(
+            ({key: None}, f"incomplete .{key}.")
+            for key in ("name", "kinds", "origins", "shards", "fingerprint", "info")
+        ),
+        ({"shards": []}, "no usable shards"),
+        ({"shards": ["a"]}, "no usable shards"),
+        ({"shards": [{"file": "../other/secret", "samples": 1}]}, "no usable shards"),
+        ({"shards": [{"file": "a", "samples": 0}]}, "no usable shards"),
+        ({"shards": [{"file": "a", "samples": True}]}, "no usable shards"),
+    ],
+)
+def test_a_manifest_that_was_edited_is_told_at_once(tmp_path, change, words):
+    manifest = write_samples(tmp_path / "d", [make_sample(0)], name="toy")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "secret").write_text("not of this dataset")
+    (tmp_path / "d" / "manifest.json").write_text(json.dumps(manifest | change))
+    with pytest.raises(UserError, match=f"{words}.* prepare the dataset again"):
+        open_samples(tmp_path / "d")
