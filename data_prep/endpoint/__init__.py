@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from data_prep.endpoint.account import BudgetReached
-from data_prep.endpoint.client import CallFailed, ChatClient, Reply
+from data_prep.endpoint.client import CallFailed, ChatClient
 from data_prep.endpoint.jobs import Job, check_sources, run_jobs
 from data_prep.endpoint.messages import Message, parts, speech
+from data_prep.endpoint.replies import Reply
 from data_prep.endpoint.settings import Budget, Endpoint
 
 __all__ = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import functools
 import json
 import logging
@@ -11,8 +10,8 @@ import random
 import ssl
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -23,11 +22,14 @@ import httpx2
 from data_prep.endpoint.account import Account
 from data_prep.endpoint.cache import Cache
 from data_prep.endpoint.messages import Message, image_count, text_bytes
+from data_prep.endpoint.replies import FailedAttempt, Reply, read_reply, read_usage, retry_after
 from data_prep.endpoint.settings import Endpoint
+from data_prep.endpoint.sight import NOT_COUNTED, UNKNOWN, probes, verdict
 from data_prep.sources import SOURCES
 from infimed_jax.errors import UserError
 from infimed_jax.files import to_json
 
+log = logging.getLogger(__name__)
 MAX_REPLY_BYTES = 2**24
 """Of one HTTP reply: far above any text that a model writes."""
 
@@ -51,45 +53,6 @@ class CallFailed(Exception):
         self.kind = kind
 
 
-class _Attempt(Exception):
-    """One attempt failed."""
-
-    def __init__(
-        self,
-        kind: str,
-        *,
-        again: bool = True,
-        charged: bool = True,
-        own: bool = False,
-        wait: float = 0.0,
-        mend: str = "",
-    ) -> None:
-        """`again`: it may pass. `charged`: it may cost. `own`: only this request is at fault. `wait`: seconds that the
-        endpoint asks for. `mend`: what the user must do, where every other call would fail alike.
-        """
-        super().__init__(kind)
-        self.kind, self.again, self.charged, self.own, self.wait, self.mend = kind, again, charged, own, wait, mend
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What the model said."""
-
-    text: str
-    reasoning: str
-    """Thoughts that the server has parted from the text; empty where there are none, or where they stand in it."""
-    finish: str
-    """The server's `finish_reason`: `stop`, `length` (cut by the limit), `content_filter`, …; empty if it gave none."""
-
-    @property
-    def whole(self) -> str:
-        """The text with its thoughts, if any, in a think block, also where the prompt's template had opened it."""
-        if self.reasoning:
-            return f"<think>{self.reasoning}</think>{self.text}"
-        opened = "</think>" in self.text and "<think>" not in self.text
-        return f"<think>{self.text}" if opened else self.text
-
-
 _REPLY_FIELDS = {field.name for field in fields(Reply)}
 
 
@@ -107,6 +70,9 @@ class ChatClient:
         self._places = asyncio.Semaphore(endpoint.concurrency)
         self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._not_before = 0.0  # monotonic; a server that says "too many" says it to all calls
+        self.sight = ""
+        """Whether the endpoint takes notice of images, once one was sent."""
+        self._looking = asyncio.Lock()
         self._failures = 0
         self._answered = False  # by a model, ever
         self._listing = asyncio.Lock()
@@ -154,24 +120,24 @@ class ChatClient:
                 self._failures, self._answered = 0, True  # what alone is left of the last run need not end this one
                 return Reply(**entry)
             async with self._places:
-                reply = await self._call(body, messages)
+                reply = await self._call(body)
             self.cache.put(key, asdict(reply))
             return reply
 
-    async def _call(self, body: dict[str, Any], messages: Sequence[Message]) -> Reply:
+    def _most(self, body: dict[str, Any]) -> int:
+        """Tokens that the endpoint may count for the prompt."""
+        messages = body["messages"]
+        return text_bytes(messages) + image_count(messages) * self.endpoint.budget.image_tokens
+
+    async def _call(self, body: dict[str, Any]) -> Reply:
         payload = to_json(body).encode()
-        prompt = text_bytes(messages) + image_count(messages) * self.endpoint.budget.image_tokens
+        if image_count(body["messages"]):
+            await self._look()
         for attempt in range(self.endpoint.attempts):
             await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
             try:
-                async with self.account.booked(prompt, body["max_tokens"]) as booking:
-                    self.counts["sent"] += 1
-                    try:
-                        reply, booking.used = await self._attempt(payload)
-                    except _Attempt as failure:
-                        booking.used = None if failure.charged else (0, 0)
-                        raise
-            except _Attempt as failure:
+                reply, _ = await self._attempt(payload, self._most(body), body["max_tokens"], read_reply)
+            except FailedAttempt as failure:
                 if failure.kind in UNKNOWN_MODEL:
                     await self._check_model(failure.kind)
                 if failure.mend:
@@ -185,6 +151,27 @@ class ChatClient:
             self._failures, self._answered = 0, True
             return reply
         raise AssertionError("attempts is at least 1")
+
+    async def _look(self) -> None:
+        """Once, before the first image is sent: a picture of ours with a question, and the question alone."""
+        async with self._looking:
+            if self.sight:
+                return
+            self.sight, counted = UNKNOWN, []
+            for body in probes(self.endpoint.model):
+                payload = to_json(body).encode()
+                try:
+                    _, used = await self._attempt(payload, self._most(body), body["max_tokens"], read_usage)
+                except FailedAttempt:
+                    return  # the calls themselves will tell
+                counted.append(used)
+            self.sight = verdict(*counted)
+            if self.sight == NOT_COUNTED:
+                log.warning(
+                    "warning: endpoint %s counts as many prompt tokens without an image as with one: its model may"
+                    " never see the images, which servers of text models drop unsaid; serve a vision-language model",
+                    self.endpoint.name,
+                )
 
     async def _check_model(self, kind: str) -> None:
         """UserError where the endpoint lists its models and ours is none: then every call will be refused alike.
@@ -211,10 +198,10 @@ class ChatClient:
             ):
                 listed = json.loads(await _read(response))["data"] if response.status_code == 200 else []
             return [str(model["id"]) for model in listed]
-        except (TimeoutError, httpx2.HTTPError, _Attempt, ValueError, RecursionError, KeyError, TypeError):
+        except (TimeoutError, httpx2.HTTPError, FailedAttempt, ValueError, RecursionError, KeyError, TypeError):
             return []
 
-    async def _back_off(self, attempt: int, failure: _Attempt) -> None:
+    async def _back_off(self, attempt: int, failure: FailedAttempt) -> None:
         endpoint = self.endpoint
         pause = endpoint.pause * 2**attempt * random.uniform(0.5, 1.0)  # jitter: calls that failed together part
         pause = min(max(pause, failure.wait), endpoint.longest_pause)
@@ -241,11 +228,29 @@ class ChatClient:
                 f"far are kept: {mend} and run the same command"
             ) from None
 
-    async def _attempt(self, payload: bytes) -> tuple[Reply, tuple[int, int] | None]:
-        """The reply, and (prompt, reply) tokens where the endpoint counts them. Raises _Attempt.
+    async def _attempt(
+        self,
+        payload: bytes,
+        prompt: int,
+        limit: int,
+        read: Callable[[bytes], tuple[Any, tuple[int, int] | None]],
+    ) -> tuple[Any, tuple[int, int] | None]:
+        """What is `read` of the reply, whose second part are (prompt, reply) tokens where the endpoint counts them.
 
-        Only refusals (429, 5xx and other 4xx) and calls that never left are taken to cost nothing.
+        Booked at `prompt` and `limit` tokens meanwhile. Raises FailedAttempt; only refusals (429, 5xx and other 4xx)
+        and calls that never left are taken to cost nothing.
         """
+        async with self.account.booked(prompt, limit) as booking:
+            self.counts["sent"] += 1
+            try:
+                value, booking.used = read(await self._fetch(payload))
+            except FailedAttempt as failure:
+                booking.used = None if failure.charged else (0, 0)
+                raise
+        return value, booking.used
+
+    async def _fetch(self, payload: bytes) -> bytes:
+        """The body of the answer. Raises FailedAttempt."""
         try:
             async with (
                 asyncio.timeout(self.endpoint.timeout),  # the client's own timeouts start anew with every byte
@@ -254,39 +259,38 @@ class ChatClient:
                 ) as response,
             ):
                 self._check_status(response)
-                data = await _read(response)
+                return await _read(response)
         except (TimeoutError, httpx2.TimeoutException):
-            raise _Attempt("timed out") from None
+            raise FailedAttempt("timed out") from None
         except httpx2.ConnectError as error:
             kind = "certificate refused" if "CERTIFICATE" in str(error) else "connection refused"
-            raise _Attempt(kind, charged=False) from None
+            raise FailedAttempt(kind, charged=False) from None
         except httpx2.RemoteProtocolError as error:
             cut = "complete message body" in str(error)  # h11 has no class of its own for a body that ends early
-            raise _Attempt("reply cut" if cut else "no HTTP reply") from None
+            raise FailedAttempt("reply cut" if cut else "no HTTP reply") from None
         except httpx2.TransportError:
-            raise _Attempt("connection broken") from None
+            raise FailedAttempt("connection broken") from None
         except httpx2.DecodingError:
-            raise _Attempt("reply in a broken encoding") from None
+            raise FailedAttempt("reply in a broken encoding") from None
         except (httpx2.HTTPError, httpx2.InvalidURL):
-            raise _Attempt("request failed", again=False, own=True) from None
-        return read_reply(data)
+            raise FailedAttempt("request failed", again=False, own=True) from None
 
     def _check_status(self, response: httpx2.Response) -> None:
         status = response.status_code
         if status == 200:
             return
         if status in UNUSABLE:
-            raise _Attempt(f"status {status}", charged=False, mend=UNUSABLE[status])
+            raise FailedAttempt(f"status {status}", charged=False, mend=UNUSABLE[status])
         if 300 <= status < 400:
             same = _target(self.endpoint.chat_url, response.headers.get("location", "")) == self.endpoint.parsed.netloc
             kind = "redirected" if same else "redirected to another host"
-            raise _Attempt(f"{kind} (not followed)", again=False, charged=False)
+            raise FailedAttempt(f"{kind} (not followed)", again=False, charged=False)
         if status == 429 or status == 503:
             wait = retry_after(response.headers.get("retry-after", ""))
-            raise _Attempt(f"status {status}", charged=False, wait=wait)
+            raise FailedAttempt(f"status {status}", charged=False, wait=wait)
         if status >= 500 or status in (408, 409, 425):
-            raise _Attempt(f"status {status}", charged=False)
-        raise _Attempt(f"status {status}", again=False, charged=False, own=True)
+            raise FailedAttempt(f"status {status}", charged=False)
+        raise FailedAttempt(f"status {status}", again=False, charged=False, own=True)
 
 
 @functools.cache
@@ -308,62 +312,9 @@ async def _read(response: httpx2.Response) -> bytes:
     async for piece in response.aiter_bytes():
         size += len(piece)
         if size > MAX_REPLY_BYTES:
-            raise _Attempt("reply too large", again=False, own=True)
+            raise FailedAttempt("reply too large", again=False, own=True)
         pieces.append(piece)
     return b"".join(pieces)
-
-
-def read_reply(data: bytes) -> tuple[Reply, tuple[int, int] | None]:
-    """A chat completion's JSON; the second value as in `_attempt`. Raises _Attempt with what it is instead."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        start = data.lstrip()[:1]
-        kind = "reply cut" if start == b"{" else "HTML instead of JSON" if start == b"<" else "no JSON"
-        raise _Attempt(kind) from None
-    try:
-        choice = value["choices"][0]
-        message, finish = choice["message"], choice.get("finish_reason") or ""
-        text = _text(message.get("content"))
-        reasoning = _text(message.get("reasoning_content") or message.get("reasoning"))
-        if not isinstance(finish, str):
-            raise TypeError
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise _Attempt("not a chat completion") from None
-    if not (text.strip() or reasoning.strip() or finish == "content_filter"):
-        raise _Attempt("empty reply")
-    return Reply(text, reasoning, finish), _usage(value)
-
-
-def _text(content: Any) -> str:
-    """Message content: text, nothing, or a list of parts. TypeError for anything else."""
-    if content is None:
-        return ""
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content if part.get("type") == "text")
-    if not isinstance(content, str):
-        raise TypeError
-    return content.encode("utf-8", "replace").decode()  # JSON may smuggle in lone surrogates
-
-
-def _usage(value: dict[str, Any]) -> tuple[int, int] | None:
-    """Tokens as the endpoint counts them; None where that is absent or absurd, and the worst case stays booked."""
-    usage = value.get("usage")
-    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else []
-    valid = bool(counts) and all(type(count) is int and 0 <= count < 10**9 for count in counts) and counts[0] > 0
-    return (counts[0], counts[1]) if valid else None
-
-
-def retry_after(value: str) -> float:
-    """Seconds of a Retry-After header, which is a number or a date; 0 where it is neither, or past."""
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, OverflowError, TypeError):
-            return 0.0
-    return seconds if 0 < seconds < float("inf") else 0.0
 
 
 def _target(url: str, location: str) -> str:

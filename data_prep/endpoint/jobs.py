@@ -66,6 +66,7 @@ async def _run(
             "endpoint": endpoint.name,
             "reach": endpoint.reach,
             "model": endpoint.model,
+            "images": client.sight or "none sent",
             "counts": dict(sorted(client.counts.items())),
             "spent": asdict(client.account.spent()),
             "budget": asdict(endpoint.budget),

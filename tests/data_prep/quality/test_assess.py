@@ -81,7 +81,9 @@ def test_a_second_run_sends_nothing_and_another_threshold_decides_anew(tmp_path,
         page = (tmp_path / "out/report.html").read_text()
         second = assess(two_sources, tmp_path / "out", endpoint(server), Plan(samples=15, threshold=1.5))
         assert len(server.requests) == 30
-    assert first["account"]["counts"] == {"sent": 30} and second["account"]["counts"] == {"from the cache": 30}
+    assert first["account"]["counts"] == {"sent": 32} and second["account"]["counts"] == {"from the cache": 30}
+    # two looked whether images count, and only where one is sent
+    assert (first["account"]["images"], second["account"]["images"]) == ("counted", "none sent")
     assert second["account"]["spent"] == first["account"]["spent"]
     assert all(row["keep"] for row in json.loads((tmp_path / "out/decision.json").read_text())["sources"].values())
     assert page != (tmp_path / "out/report.html").read_text()
