@@ -27,6 +27,8 @@ class Server:
     headers: list[dict[str, str]] = field(default_factory=list)
     sees: bool = True
     """Images count among a prompt's tokens."""
+    before_sight: int = 0
+    """Requests that came before the last of the two that ask whether they do."""
     models: bytes = b""
     """What is said of the models; none: there is no list."""
     looked_up: list[str] = field(default_factory=list)
@@ -43,6 +45,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if body in (seen_and_blind := probes(body["model"])):  # no call of a test's own
+            self.state.before_sight = len(self.state.requests)
             tokens = 9 + (self.state.sees and body == seen_and_blind[0])
             return self.reply(200, completion("", {"prompt_tokens": tokens, "completion_tokens": 1}))
         with self.state.lock:

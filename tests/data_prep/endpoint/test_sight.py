@@ -39,7 +39,7 @@ def run(server, folder, images=True, sees=True, count=6, **options):
 def test_an_endpoint_that_counts_no_images_is_told_of_once(tmp_path, caplog, sees, images):
     with lo.serve([lo.say("grey")]) as server:
         account = run(server, tmp_path, sees=sees)
-    assert account["images"] == images and account["counts"] == {"sent": 6 + 2}
+    assert account["images"] == images and account["counts"] == {"sent": 6 + 2} and server.before_sight == 0
     told = [message for message in caplog.messages if "without an image as with one" in message]
     assert len(told) == (not sees) and "SECRET" not in caplog.text
 
