@@ -173,6 +173,8 @@ def test_a_file_says_what_the_calls_do(parts, tmp_path):
         ("parts: [{dataset: a, cap: true}]", "cap of a cannot be True"),
         ("parts: [{dataset: a, share: 2}]", "share of"),
         ("parts: [{dataset: a}]\nbalance: {x: 0}", "a weight above 0"),
+        ("parts: [{dataset: a}]\nbalance: {x: .inf}", "a weight above 0"),
+        ("parts: [{dataset: a, share: .nan}]", "share of a cannot be nan"),
     ],
 )
 def test_broken_files_are_refused_by_name(text, message, tmp_path):
