@@ -219,10 +219,13 @@ class ChatClient:
         if self._failures >= self.endpoint.failures_in_a_row:
             if not of_endpoint:
                 raise UserError(
-                    f"endpoint {self.endpoint.name} refuses every call, the last: {kind}; its log says why: the model "
-                    "may take no images, or too few tokens for them and a reply (--max-tokens, --image-side)"
+                    f"endpoint {self.endpoint.name} refuses every call, the last: {kind}; its log says why: it may not "
+                    "know the API key, or its model may take no images, or too few tokens for them and a reply "
+                    "(--max-tokens, --image-side)"
                 ) from None
-            mend = "give it a longer --timeout or a lower --concurrency" if kind == "timed out" else "mend it"
+            mend = (
+                "give it a longer --timeout or a lower --concurrency" if kind == "timed out" else "see its log, mend it"
+            )
             raise UserError(
                 f"endpoint {self.endpoint.name} failed {self._failures} calls in a row, the last: {kind}; replies so "
                 f"far are kept: {mend} and run the same command"
