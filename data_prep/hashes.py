@@ -114,8 +114,10 @@ def distances(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def normalised(question: str) -> list[str]:
-    """Words in lower case without accents and punctuation; a Chinese sign is a word."""
-    plain = "".join(c for c in unicodedata.normalize("NFKD", question.lower()) if not unicodedata.combining(c))
+    """Words in lower case without accents, punctuation and signs that are not seen (soft hyphens, as PDFs have them); a
+    Chinese sign is a word."""
+    letters = unicodedata.normalize("NFKD", question.casefold())
+    plain = "".join(c for c in letters if not unicodedata.combining(c) and unicodedata.category(c) != "Cf")
     return re.findall(
         r"[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]+", plain
     )

@@ -106,7 +106,34 @@ def test_questions_are_found_in_other_words_around_them(test_set, tmp_path):
     assert report["affected"]["question"] == ["toy/test/6", "toy/test/7"]
 
 
+def test_a_wording_of_many_test_images_is_everybodys_but_with_its_image(tmp_path):
+    def words(i: int) -> str:
+        return f"Which part of the body does this image belong to{', please' * i}?"
+
+    rows = [asked(f"toy/test/{i}", encoded(picture(i)), words(0)) for i in range(3)]
+    rows += [asked(f"toy/test/{i}", encoded(picture(i)), "How many of the lobes are of a darker grey?") for i in (3, 4)]
+    rows += [asked("toy/test/5", encoded(picture(4)), "How many of the lobes are of a darker grey?")]
+    write_samples(tmp_path / "test", rows, name="toy")
+    rows = [
+        asked("toy/train/0", encoded(picture(50)), words(0)),
+        asked("toy/train/1", encoded(picture(51)), words(1)),
+        asked("toy/train/2", encoded(picture(52)), "How many of the lobes are of a darker grey?"),
+        asked("toy/train/3", encoded(picture(2)), words(0)),
+        asked("toy/train/4", encoded(picture(53)), "What is seen?"),
+    ]
+    write_samples(tmp_path / "train", rows, name="toy")
+    report = decontaminate(tmp_path / "train", [tmp_path / "test"], tmp_path / "clean")
+    assert report["removed_ids"] == {"question": ["toy/train/2"], "image and question": ["toy/train/3"]}
+    assert report["affected"]["question"] == ["toy/test/2", "toy/test/3", "toy/test/4", "toy/test/5"]
+    assert report["test_questions_of_many_images"] == 3
+    write_samples(tmp_path / "text", [asked("toy/text/0", None, words(0))], name="toy")  # a test of text alone
+    report = decontaminate(tmp_path / "train", [tmp_path / "test", tmp_path / "text"], tmp_path / "clean")
+    assert set(report["removed_ids"]["question"]) == {"toy/train/0", "toy/train/1", "toy/train/2"}
+    assert report["test_questions_of_many_images"] == 0
+
+
 def test_words():
+    assert normalised("The pneumo\u00adthorax\u200b of the STRASSE") == normalised("the Pneumothorax of the Straße")
     assert normalised("Où est l'Épanchement?  (CT)") == ["ou", "est", "l", "epanchement", "ct"]
     assert normalised("肺部CT正常吗?") == ["肺", "部", "ct", "正", "常", "吗"]
     assert ngrams("a b c") == {"a b c"} and ngrams("?!") == set()
