@@ -248,24 +248,31 @@ def _marked(dataset: Samples, found: Questions, right: np.ndarray, kept: np.ndar
 
 
 def draw_histogram(report: dict[str, Any], path: Path) -> None:
-    """Questions by their number of right answers, and how many of them are kept, as PNG."""
+    """`histogram` as PNG."""
+    part = path.with_name(f".{path.name}.part")
+    histogram(report).savefig(part, format="png", dpi=120)
+    part.replace(path)
+
+
+def histogram(report: dict[str, Any]) -> Any:
+    """matplotlib's Figure of the questions by their number of right answers, and of how many of them are kept."""
     from matplotlib.figure import Figure
 
     counts, kept = report["histogram"], report["kept_of"]
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    figure = Figure(figsize=(max(7.0, 0.75 * len(counts)), 3.8), layout="constrained")  # room for 99,999 on each bar
     axes = figure.subplots()
     axes.bar(range(len(counts)), counts, color="#d3dde0", label="measured", width=0.8)
     axes.bar(range(len(counts)), kept, color="#0b6e75", label="kept", width=0.8)
     for place, (count, some) in enumerate(zip(counts, kept, strict=True)):
-        axes.annotate(f"{some:,} of {count:,}", (place, count), ha="center", va="bottom", fontsize=8, color="#1c2733")
+        text = f"{some:,}\nof {count:,}"
+        axes.annotate(text, (place, count), ha="center", va="bottom", fontsize=8, color="#1c2733")
     axes.set_xticks(range(len(counts)))
     axes.set_xlabel(f"right answers of {len(counts) - 1}", color="#5b6b7b")
     axes.set_ylabel("questions", color="#5b6b7b")
-    axes.margins(y=0.12)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.margins(y=0.16)
     axes.set_title("Difficulty of the candidates", loc="left", fontsize=11, fontweight="bold", color="#1c2733")
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    part = path.with_name(f".{path.name}.part")
-    figure.savefig(part, format="png", dpi=120)
-    part.replace(path)
+    return figure

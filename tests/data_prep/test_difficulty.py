@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep import difficulty
-from data_prep.difficulty import Plan, choose, fingerprint, measure
+from data_prep.difficulty import Plan, choose, fingerprint, histogram, measure
 from infimed_jax import config
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
@@ -228,3 +228,19 @@ def test_impossible_plans_are_refused(options):
 def test_a_seed_below_0_is_a_mistake():
     with pytest.raises(UserError, match="seed must not be negative, not -1"):
         Plan(seed=-1)
+
+
+@pytest.mark.parametrize(
+    "counts", [[12_000, 9_000, 8_000, 7_000, 6_500, 7_000, 9_000, 40_000, 99_999], [99_999] * 17, [0] * 8 + [3]]
+)
+def test_the_pictures_words_lie_beside_each_other(counts):
+    figure = histogram({"histogram": counts, "kept_of": counts})
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in (*axes.texts, *axes.get_legend().get_texts(), axes._left_title)]
+    assert len(boxes) == len(counts) + 3
+    for number, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:number])
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+    legend = axes.get_legend().get_window_extent()
+    assert not any(legend.overlaps(bar.get_window_extent()) for bar in axes.patches if bar.get_height())
