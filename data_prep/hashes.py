@@ -23,6 +23,8 @@ ALIKE = 0.9
 """Likeness from which two images are one. See there, too."""
 _CROPS = (0.0, 0.02)
 """Shares cut from each side before hashing: a copy that was cropped is near to one of them."""
+_SHADE = 2
+"""Grey levels within which an image is one shade."""
 _AROUND = 9
 """Pixels whose mean is taken from each of the 64: what is left is detail, where bodies have outlines in common."""
 _ZOOMS, _MOVES, _MOST = (0.0, 0.01, 0.02, 0.04), (-0.02, -0.01, -0.005, 0.005, 0.01, 0.02), 0.05
@@ -40,12 +42,13 @@ def exact_hash(data: bytes) -> str:
 
 
 def perceptual_hashes(data: bytes) -> np.ndarray | None:
-    """u64[2, 4]: 256 bits of the image as it is, and cropped by 2 % on each side; None where it cannot be decoded.
+    """u64[2, 4]: 256 bits of the image as it is, and cropped by 2 % on each side; None where it cannot be decoded,
+    or is of one shade, as a volume's outer slices are: all of those look alike.
 
     Signs of the cosine transform of the luminance: size, encoding, colour, brightness and contrast hardly change them.
     """
     grey = _grey(data)
-    if grey is None:
+    if grey is None or np.ptp(_small(grey, (0.0,) * 4)) < _SHADE:
         return None
     return np.stack([_hash(grey, crop) for crop in _CROPS])
 

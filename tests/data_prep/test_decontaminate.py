@@ -132,6 +132,20 @@ def test_a_wording_of_many_test_images_is_everybodys_but_with_its_image(tmp_path
     assert report["test_questions_of_many_images"] == 0
 
 
+def test_images_of_one_shade_are_compared_by_bytes(tmp_path, monkeypatch):
+    def black(side: int, kind: str = "PNG") -> bytes:
+        return encoded(Image.new("L", (side, side)), kind)
+
+    write_samples(tmp_path / "test", [asked("toy/test/0", black(64), "What is seen?")], name="toy")
+    rows = [asked(f"toy/train/{side}", black(side), "What is it?") for side in (64, 65, 66)]
+    rows.append(asked("toy/train/jpeg", black(64, "JPEG"), "What is it?"))
+    write_samples(tmp_path / "train", rows, name="toy")
+    monkeypatch.setattr("data_prep.decontaminate.likeness", lambda *_: pytest.fail("each pair of them was compared"))
+    report = decontaminate(tmp_path / "train", [tmp_path / "test"], tmp_path / "clean")
+    assert report["removed_ids"] == {"image": ["toy/train/64"]}
+    assert report["test_images_compared_by_bytes_only"] == 1
+
+
 def test_words():
     assert normalised("The pneumo\u00adthorax\u200b of the STRASSE") == normalised("the Pneumothorax of the Straße")
     assert normalised("Où est l'Épanchement?  (CT)") == ["ou", "est", "l", "epanchement", "ct"]
