@@ -274,6 +274,8 @@ def refuse_other_files(output: Path, inputs: Sequence[Path] = ()) -> None:
     if output.name in ("", ".."):
         raise UserError(f"the output {str(output)!r} has no name of its own: give a new folder")
     place = output.resolve()
+    if output.is_symlink():  # a folder cannot be renamed to its place, which would be found out last
+        raise UserError(f"the output {output} is a link: give the folder itself, such as {place}")
     for folder in inputs:
         read = folder.resolve()
         if place == read or place in read.parents or read in place.parents:

@@ -38,7 +38,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("place", ["in", "in/deeper", "in/../in", "link", "link/deeper"])
+@pytest.mark.parametrize("place", ["in", "in/deeper", "in/../in", "link/../in", "link/deeper"])
 def test_no_step_writes_over_what_it_reads(folders, tmp_path, step, place):
     (tmp_path / "link").symlink_to("in")
     (tmp_path / "in.json").write_text("the report of the step before")
@@ -80,6 +80,16 @@ def test_a_report_takes_no_other_files_place(folders, tmp_path):
     assert (
         filter_dataset(folders[0], tmp_path / "out", Rules(min_image_side=0)) == report
     )  # its own report is no other file
+
+
+def test_a_link_is_no_output(folders, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    for place in ("elsewhere", "in", "nowhere"):
+        link = tmp_path / f"to_{place}"
+        link.symlink_to(place)
+        with pytest.raises(UserError, match=f"is a link: give the folder itself, such as .*{place}"):
+            filter_dataset(folders[0], link, Rules(min_image_side=0))
+    assert not list((tmp_path / "elsewhere").iterdir()) and not (tmp_path / ".to_elsewhere.new").exists()
 
 
 @pytest.mark.parametrize("output", ["", ".", "/", "x/.."])
