@@ -36,6 +36,7 @@ from infimed_jax.sharding import micro_batches, run_mesh
 from infimed_jax.train.checkpoint import Checkpoints
 from infimed_jax.train.curve import CURVE, draw_curve
 from infimed_jax.train.history import history_of, stage_entry
+from infimed_jax.train.kept_tokenizer import keep_tokenizer
 from infimed_jax.train.line import progress_line
 from infimed_jax.train.loop import OnStep
 from infimed_jax.train.meter import memory_bytes
@@ -43,7 +44,7 @@ from infimed_jax.train.optimizer import make_optimizer
 from infimed_jax.train.state import Params, TrainState, abstract_like, init_state, split_params
 from infimed_jax.train.step import make_train_step
 from infimed_jax.train.stopping import stop_requests
-from infimed_jax.train.stored import CHECKPOINTS, Metadata, read_metadata
+from infimed_jax.train.stored import CHECKPOINTS, Metadata, leaves_fingerprint, read_metadata
 from infimed_jax.train.telemetry import MetricsLog, Row
 from infimed_jax.train.watchdog import Watchdog
 
@@ -52,7 +53,7 @@ RESULT = "result.json"
 
 _BOUND = {
     "data": ("context", "images_per_row"),
-    "train": ("train", "lora", "compute_dtype", "global_batch", "micro_batches", "seed", "init_from"),
+    "train": ("train", "lora", "compute_dtype", "global_batch", "micro_batches", "seed"),
 }
 """Settings that a resumed run must share, beside those of the model, the optimizer and GRPO itself."""
 
@@ -158,6 +159,7 @@ def _run(
         state = checkpoints.restore(abstract_like(state), start)
     elif main:
         (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(cfg), sort_keys=False), encoding="utf-8")
+        keep_tokenizer(plan.tokenizer, folder)
     _announce(plan, found, start)
     metrics_log = MetricsLog(folder, start, cfg, active=main)
     try:
@@ -240,7 +242,10 @@ def _metadata(cfg: config.Config, found: Questions, tokenizer: Tokenizer) -> Met
     bound = {f"{part}.{key}": value for part in ("model", "optimizer", "grpo") for key, value in values[part].items()}
     bound |= {f"{part}.{key}": values[part][key] for part, keys in _BOUND.items() for key in keys}
     bound |= {"the questions": found.fingerprint, "the tokenizer": tokenizer.fingerprint}
-    before = history_of(read_metadata(cfg.train.init_from)) if cfg.train.init_from else []
+    before: list[dict[str, Any]] = []
+    if cfg.train.init_from:  # which may have moved
+        before = history_of(read_metadata(cfg.train.init_from))
+        bound["the parameters of train.init_from"] = leaves_fingerprint(cfg.train.init_from)
     return {
         "config": values,
         "fingerprint": found.fingerprint,
@@ -251,7 +256,9 @@ def _metadata(cfg: config.Config, found: Questions, tokenizer: Tokenizer) -> Met
 
 
 def _check_same_run(folder: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
-    changed = [f"{key} was {saved.get(key)!r}, is {ours[key]!r}" for key in ours if saved.get(key) != ours[key]]
+    keys = [key for key in ours if saved.get(key) != ours[key]]
+    changed = [f"{key} was {saved[key]!r}, is {ours[key]!r}" for key in keys if key in saved]
+    changed += [f"an older version began it and did not keep {key}" for key in keys if key not in saved]
     if changed:
         raise UserError(f"cannot resume {folder}: {'; '.join(changed)}; restore that or name another train.output")
 

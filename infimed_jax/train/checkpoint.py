@@ -95,7 +95,8 @@ class Checkpoints:
 
     def metadata(self, step: int) -> Metadata:
         """The JSON given to `save`."""
-        return user_metadata(read_index(self.folder / str(step)))
+        path = self.folder / str(step)
+        return user_metadata(path, read_index(path))
 
     def restore(self, abstract: Any, step: int) -> Any:
         """The state of `step` in the shapes, dtypes and shardings of `abstract`; UserError where they differ."""

@@ -1,8 +1,8 @@
 """One stage's training run, read top to bottom: open, start or resume, step, save, report.
 
-A run's folder holds config.yaml, checkpoints/, metrics.jsonl, tensorboard/ and, once it is finished, result.json and
-curve.png. The same command continues a stopped run exactly: the next batches and losses are those of a run that was
-never stopped.
+A run's folder holds config.yaml, tokenizer/, checkpoints/, metrics.jsonl, tensorboard/ and, once it is finished,
+result.json and curve.png; it may be moved. The same command continues a stopped run exactly: the next batches and
+losses are those of a run that was never stopped.
 """
 
 from __future__ import annotations
@@ -36,14 +36,16 @@ from infimed_jax.train import telemetry
 from infimed_jax.train.checkpoint import Checkpoints
 from infimed_jax.train.curve import CURVE, draw_curve
 from infimed_jax.train.history import history_of, stage_entry
+from infimed_jax.train.kept_tokenizer import keep_tokenizer
 from infimed_jax.train.line import progress_line
 from infimed_jax.train.meter import Meter, averaged
 from infimed_jax.train.optimizer import learning_rate, make_optimizer
 from infimed_jax.train.parameters import load_params
+from infimed_jax.train.same_run import check_same_run
 from infimed_jax.train.state import Params, TrainState, abstract_state, init_state, on_mesh
 from infimed_jax.train.step import Metrics, TrainStep, make_train_step, next_token_loss
 from infimed_jax.train.stopping import stop_requests
-from infimed_jax.train.stored import CHECKPOINTS, Metadata
+from infimed_jax.train.stored import CHECKPOINTS, Metadata, leaves_fingerprint
 from infimed_jax.train.telemetry import MetricsLog, Row
 from infimed_jax.train.trace import Trace
 from infimed_jax.train.watchdog import Watchdog
@@ -52,17 +54,6 @@ RESULT = "result.json"
 
 OnStep = Callable[[int, int, Row], None]
 """`(step, total_steps, metrics)`; steps count from 1."""
-
-_FREE = {
-    *("mesh", "sampling", "grpo"),
-    *("data.dataset", "data.tokenizer", "data.prefetch", "data.threads", "data.max_bad_records"),
-    *("train.output", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints"),
-    *("train.max_skipped_updates", "train.remat", "train.attention", "train.logit_chunk", "train.micro_batches"),
-    *("train.rows_per_device", "train.wandb", "train.step_timeout"),
-}
-"""Settings that may change on resume: they alter how a step is computed, not what it computes. (Another mesh, kernel or
-number of micro-batches adds in another order, so its losses are equal to rounding; all else equal, they are the same
-bits.) Dataset and tokenizer may move: the fingerprint is of their content."""
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +131,7 @@ def _run(
         return _result(cfg, state, telemetry.read_metrics(folder), json.loads((folder / RESULT).read_text())["data"])
     if main:
         (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(cfg), sort_keys=False), encoding="utf-8")
+        keep_tokenizer(tokenizer, folder)
     _announce(cfg, mesh, state, loader)
     metrics_log = MetricsLog(folder, start, cfg, active=main)
     trace = Trace(folder, min(start + 3, loader.steps), profile_steps)
@@ -171,13 +163,13 @@ def _open_state(
     metadata["tokenizer"] = tokenizer.fingerprint
     if start:
         saved = checkpoints.metadata(start)
-        _check_same_run(checkpoints.folder, saved, metadata)
+        check_same_run(checkpoints.folder.parent, saved, metadata)
         return checkpoints.restore(abstract_state(cfg, optimizer), start), saved | {"config": metadata["config"]}
     abstract = abstract_params(cfg.model)
     if cfg.train.init_from:
         params, before = load_params(cfg.train.init_from, on_mesh(abstract))
         check_tokenizer(cfg, before, tokenizer)
-        metadata["history"] = history_of(before)
+        metadata |= {"history": history_of(before), "start": leaves_fingerprint(cfg.train.init_from)}
     elif params is None:
         params = init_params(jax.random.key(cfg.train.seed), cfg.model)
     else:
@@ -193,30 +185,6 @@ def check_tokenizer(cfg: Config, before: Metadata, tokenizer: Tokenizer) -> None
             f"train.init_from={cfg.train.init_from} was trained with another tokenizer than data.tokenizer="
             f"{cfg.data.tokenizer}: give the tokenizer of that run"
         )
-
-
-def _check_same_run(folder: Path, saved: Metadata, ours: Metadata) -> None:
-    before, now = (_flat(metadata["config"]) for metadata in (saved, ours))
-    changed = [
-        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and not {name, name.split(".")[0]} & _FREE
-    ]
-    if not changed and saved["tokenizer"] != ours["tokenizer"]:
-        changed = [f"data.tokenizer={now['data.tokenizer']} is another tokenizer"]
-    if not changed and saved["fingerprint"] != ours["fingerprint"]:
-        changed = [f"data.dataset={now['data.dataset']} holds other samples, or they are packed in another way"]
-    if changed:
-        raise UserError(
-            f"cannot resume {folder.parent}: {'; '.join(changed)}; restore that or name another train.output"
-        )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
 
 
 def _announce(cfg: Config, mesh: jax.sharding.Mesh, state: TrainState, loader: Loader) -> None:

@@ -94,7 +94,7 @@ def load_params(folder: str | Path, abstract: Mapping[str, Any] | None = None) -
     for group in groups(wanted):
         for name, leaf in read_leaves(path, stored, group).items():
             flat[_short(name)] = _settle(leaf, final[_short(name)])
-    metadata = user_metadata(stored)
+    metadata = user_metadata(path, stored)
     params = nest(flat)
     if adapters:
         params = lora.merge_lora(params, _lora_scale(metadata))
@@ -115,7 +115,7 @@ def open_stored(folder: str | Path) -> tuple[dict[str, Any], Metadata]:
         name: StoredLeaf(tuple(stored.metadata[name].shape), np.dtype(stored.metadata[name].dtype), path, name)
         for name in _parameter_names(stored)
     }
-    return nest({_short(name): leaf for name, leaf in leaves.items()}), user_metadata(stored)
+    return nest({_short(name): leaf for name, leaf in leaves.items()}), user_metadata(path, stored)
 
 
 def _merged_when_read(params: Mapping[str, Any], metadata: Metadata) -> dict[str, Any]:

@@ -8,6 +8,7 @@ It is a flat dictionary of arrays named by their path in the state (`trainable.t
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,10 +18,13 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from infimed_jax.errors import UserError, disk_refusal
+from infimed_jax.files import to_json
 from infimed_jax.train.checksum import checksums
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run that holds its checkpoints, one folder a step."""
+TOKENIZER = "tokenizer"
+"""Folder, in a run's or in a checkpoint that belongs to no run, with a copy of its tokenizer."""
 READ_BYTES = 1 << 30
 """Leaves are read, and cast, in groups of at most so much."""
 
@@ -36,9 +40,24 @@ def custom_metadata(metadata: Metadata, sums: Mapping[str, int]) -> dict[str, An
     return {_USER: metadata, _CHECKSUMS: dict(sums)}
 
 
-def user_metadata(stored: Any) -> Metadata:
-    """The caller's JSON, of what `read_index` gives."""
-    return stored.custom_metadata[_USER]
+def user_metadata(path: Path, stored: Any) -> Metadata:
+    """The caller's JSON, of what `read_index` gives for `path`.
+
+    Its `data.tokenizer` is the copy that lies with the checkpoint, if there is one: where the run found it may be gone.
+    """
+    metadata = stored.custom_metadata[_USER]
+    places = [path, path.parent.parent] if path.parent.name == CHECKPOINTS else [path]
+    kept = next((place / TOKENIZER for place in places if (place / TOKENIZER / "tokenizer.json").is_file()), None)
+    if kept is None or "config" not in metadata:
+        return metadata
+    config = metadata["config"]
+    return metadata | {"config": config | {"data": config["data"] | {"tokenizer": str(kept)}}}
+
+
+def leaves_fingerprint(folder: str | Path) -> str:
+    """SHA-256 of the names and checksums of a checkpoint's leaves: the same wherever it lies."""
+    sums = read_index(find_checkpoint(folder)).custom_metadata[_CHECKSUMS]
+    return hashlib.sha256(to_json(sums, sort_keys=True).encode()).hexdigest()
 
 
 def find_checkpoint(folder: str | Path) -> Path:
@@ -59,7 +78,8 @@ def find_checkpoint(folder: str | Path) -> Path:
 
 def read_metadata(folder: str | Path) -> Metadata:
     """The JSON given to `save`, of the checkpoint that `load_params` would read."""
-    return user_metadata(read_index(find_checkpoint(folder)))
+    path = find_checkpoint(folder)
+    return user_metadata(path, read_index(path))
 
 
 def complete_steps(folder: Path) -> list[int]:

@@ -52,10 +52,12 @@ def from_hf(args: argparse.Namespace) -> None:
     if args.output.exists():
         raise UserError(f"{args.output} exists already: remove it or choose another folder")
     from infimed_jax.config import Config, Data, Train, to_dict
+    from infimed_jax.data.chat import load_tokenizer
     from infimed_jax.files import write_json
     from infimed_jax.hf import provenance
     from infimed_jax.hf.import_ import open_llava, open_parts
     from infimed_jax.models.infimed import param_count
+    from infimed_jax.train.kept_tokenizer import keep_tokenizer
     from infimed_jax.train.parameters import save_params
     from launch.progress import ByteProgress
 
@@ -80,6 +82,7 @@ def from_hf(args: argparse.Namespace) -> None:
                 progress.update(done, opened.nbytes)
 
         save_params(args.output, leaves(), {"config": to_dict(config), "history": [entry]})
+    keep_tokenizer(load_tokenizer(tokenizer), args.output)
     counts = param_count(opened.model)
     report = args.output.with_name(f"{args.output.name}.json")
     write_json(report, {"dtype": args.dtype, "parameters": counts, "model": to_dict(opened.model), **entry})

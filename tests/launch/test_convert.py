@@ -88,6 +88,14 @@ def test_an_import_is_the_sources_in_bfloat16(sources, stages):
     assert sorted(p.name for p in stages.iterdir() if "import" in p.name) == ["import", "import.json"]
 
 
+def test_an_import_keeps_its_tokenizer(sources, stages, tmp_path):
+    moved = shutil.copytree(stages / "import", tmp_path / "import")
+    kept = Path(load_params(moved)[1]["config"]["data"]["tokenizer"])
+    assert kept == moved / "tokenizer"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (kept / name).read_bytes() == (sources[0] / name).read_bytes()
+
+
 def test_training_starts_from_it_in_float32(stages):
     """One step at a learning rate that moves every part: what did not learn is still the import's bits."""
     trained, before = load_params(stages / "pretrain")[0], load_params(stages / "import")[0]
@@ -159,7 +167,7 @@ def test_the_card_says_where_the_model_comes_from(export):
 
 
 def test_a_checkpoint_alone_tells_its_whole_chain(stages, export, tmp_path):
-    """Moved away from its run, with the runs before and all data gone."""
+    """Moved away from its run, with the runs before and all data gone; only its tokenizer is then asked for."""
     moved = shutil.copytree(find_checkpoint(stages / "grpo"), tmp_path / "checkpoint")
     os.rename(stages, stages.with_name("elsewhere"))
     try:

@@ -10,11 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from infimed_jax.config import ConfigError, Lora
+from infimed_jax.config import ConfigError, Lora, to_dict
 from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.rl.grpo import grpo
 from infimed_jax.rl.rewards import Reward
-from infimed_jax.train.parameters import load_params
+from infimed_jax.train.parameters import load_params, save_params
+from infimed_jax.trees import flatten
 
 
 def configure(tiny, folder, *, train=None, optimizer=None, **settings):
@@ -153,6 +154,29 @@ def test_a_stopped_run_goes_on_exactly(tiny, tmp_path):
         align(tiny, replace(cfg, grpo=replace(cfg.grpo, clip_high=0.4)), reward=says_bright)
     with pytest.raises(UserError, match="the questions was"):
         grpo(cfg, params=tiny.params, samples=tiny.samples[:-1], tokenizer=tiny.tokenizer)
+
+
+def test_a_run_goes_on_after_it_and_its_start_were_moved(tiny, tmp_path):
+    """What binds it is the parameters that it starts from, not their path."""
+    for number, name in enumerate(("start", "other")):
+        named = flatten(jax.tree.map(lambda leaf, n=number: np.asarray(leaf) + np.float32(n), tiny.params))
+        save_params(tmp_path / "scratch" / name, named.items(), {"config": to_dict(tiny.cfg)})
+
+    def run_in(folder, start="start"):
+        train = {"init_from": str(folder / start)}
+        return configure(tiny, folder / "run", steps=2, train=train, **ON_POLICY)
+
+    def stop(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="after step 1 of 2"):
+        align(tiny, run_in(tmp_path / "scratch"), reward=says_bright, on_step=stop)
+    os.rename(tmp_path / "scratch", tmp_path / "archive")
+    with pytest.raises(UserError, match=r"the parameters of train.init_from was '\w+', is '\w+'; restore that or name"):
+        align(tiny, run_in(tmp_path / "archive", "other"), reward=says_bright)
+    moved = run_in(tmp_path / "archive")
+    assert align(tiny, moved, reward=says_bright).steps == 2
+    assert load_params(tmp_path / "archive/run")[1]["config"]["data"]["tokenizer"] == moved.train.output + "/tokenizer"
 
 
 def timeless(history):

@@ -156,7 +156,9 @@ def test_parameters_are_never_written_over_something(tmp_path: Path):
 
 def test_parameters_for_a_place_that_takes_none_are_one_line(tmp_path: Path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match=f"{tmp_path}/file/p were not written: not a directory; name another folder"):
+    with pytest.raises(
+        UserError, match=f"cannot write to the folder {tmp_path}/file: file exists; name another folder"
+    ):
         save_params(tmp_path / "file/p", [("a.w", np.ones(3, np.float32))], {})
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +18,14 @@ from PIL import Image
 from data_prep.tokenizer import make_tokenizer
 from infimed_jax import config
 from infimed_jax.config import Config, ConfigError
+from infimed_jax.data.chat import load_tokenizer
 from infimed_jax.data.loader import make_loader
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.models.infimed import init_params
 from infimed_jax.sharding import make_mesh
 from infimed_jax.train import loop, stored
+from infimed_jax.train.kept_tokenizer import keep_tokenizer
 from infimed_jax.train.loop import train
 from infimed_jax.train.parameters import load_params, save_params
 from infimed_jax.train.telemetry import read_metrics
@@ -66,7 +69,8 @@ def test_a_run_leaves_its_configuration_metrics_result_and_parameters(stage):
     assert all("peak_share" not in row for row in rows)  # no peak is known for a CPU
     params, metadata = load_params(folder)
     _assert_same(params, result.params)
-    assert metadata["config"] == config.to_dict(cfg)
+    kept = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, tokenizer=str(folder / "tokenizer")))
+    assert metadata["config"] == config.to_dict(kept)
     assert [entry["stage"] for entry in metadata["history"]] == ["sft"]
 
 
@@ -187,6 +191,51 @@ def test_other_data_is_refused_and_moved_data_is_not(stage, dataset, tmp_path: P
     other = make_tokenizer(["what else is the heart? yes no"] * 3, tmp_path / "tokenizer", vocab_size=300)
     with pytest.raises(UserError, match=r"data\.tokenizer=.* is another tokenizer"):
         train(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, tokenizer=str(other))))
+
+
+def test_moved_runs_go_on_and_are_read_where_they_are(stage, tokenizer_folder, tmp_path: Path, monkeypatch):
+    """From disk to disk, with the run before and without the tokenizer's first folder; named by a relative path."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tokenizer_folder, "tokenizer")
+
+    def run_in(folder: str, tokenizer: str, **more) -> Config:
+        cfg = stage(output=f"{folder}/second", init_from=f"{folder}/first", checkpoint_every=2, **more)
+        return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, tokenizer=tokenizer))
+
+    here = run_in("scratch", "tokenizer")
+    train(dataclasses.replace(here, train=dataclasses.replace(here.train, output="scratch/first", init_from="")))
+    train(_with_train(here, output="scratch/whole"))
+    with pytest.raises(Interrupted):
+        train(here, on_step=lambda step, *_: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None)
+    os.rename("scratch", "archive")
+    os.rename("tokenizer", "gone")
+    os.mkdir("work")
+    os.chdir("work")
+    for name in ("first", "second", "second/checkpoints", "second/checkpoints/4"):
+        _, metadata = load_params(f"../archive/{name}")
+        kept = load_tokenizer(metadata["config"]["data"]["tokenizer"])
+        assert kept.fingerprint == load_tokenizer(tokenizer_folder).fingerprint, name
+    moved = run_in("../archive", str(kept.folder))
+    train(moved)
+    assert _losses("../archive/second") == _losses("../archive/whole")
+    with pytest.raises(UserError, match=r"train\.init_from was '\.\./archive/first', is '\.\./archive/whole'; restore"):
+        train(_with_train(moved, init_from="../archive/whole"))
+    with pytest.raises(UserError, match="no checkpoint at"):
+        train(_with_train(moved, init_from="nowhere"))
+
+
+def test_the_kept_tokenizer_is_the_runs(stage, tokenizer_folder, tmp_path: Path):
+    """Not that of a run which ended in the folder before its first checkpoint; what is the same stays."""
+    other = load_tokenizer(make_tokenizer(["what else"] * 3, tmp_path / "other", vocab_size=300))
+    ours = load_tokenizer(tokenizer_folder)
+    for tokenizer in (other, ours):
+        keep_tokenizer(tokenizer, tmp_path)
+        assert load_tokenizer(tmp_path / "tokenizer").fingerprint == tokenizer.fingerprint
+    names = {path.name for path in (tmp_path / "tokenizer").iterdir()}
+    assert names == {path.name for path in tokenizer_folder.iterdir()} and not (tmp_path / ".tokenizer.part").exists()
+    (tmp_path / "tokenizer/mine").touch()
+    keep_tokenizer(load_tokenizer(tmp_path / "tokenizer"), tmp_path)
+    assert (tmp_path / "tokenizer/mine").exists()
 
 
 def test_what_no_row_holds_is_counted_with_the_mend(stage, caplog):
