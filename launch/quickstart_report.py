@@ -135,7 +135,8 @@ def _version(package: str) -> str | None:
 
 
 def _comparison(c: Comparison) -> dict[str, float]:
-    return {"difference": c.difference, "low": c.low, "high": c.high, "p_value": c.p_value, "n": c.n}
+    values = {"difference": c.difference, "low": c.low, "high": c.high, "p_value": c.p_value, "n": c.n}
+    return values | {"differ": c.only_a + c.only_b}
 
 
 def _by(records: dict[str, list[Record]], key: str) -> dict[str, dict[str, Any]]:
@@ -229,7 +230,8 @@ def _report(chain: Chain, results: dict[str, Any], records: dict[str, list[Recor
 
 
 def _points(c: dict[str, float]) -> str:
-    return f"{100 * c['difference']:+.1f} points [{100 * c['low']:+.1f}, {100 * c['high']:+.1f}]"
+    alike = "" if c["differ"] else f", all {c['n']:,} graded alike"
+    return f"{100 * c['difference']:+.1f} points [{100 * c['low']:+.1f}, {100 * c['high']:+.1f}]{alike}"
 
 
 def _export_fact(export: dict[str, Any]) -> str:

@@ -203,9 +203,15 @@ def _share_interval(mean: float, error: float, images: int) -> tuple[float, floa
 
 
 def _difference_interval(mean: float, error: float, images: int) -> tuple[float, float]:
-    """95 % interval of a difference of shares; where all questions differ one way, from that of the share that does."""
+    """95 % interval of a difference of shares; where all questions differ one way, from that of the share that does.
+
+    Where none differs there is no spread to go by either: other images may, up to Clopper-Pearson's bound.
+    """
     if math.isnan(error):
         return -1.0, 1.0
+    if mean == error == 0:
+        _, bound = _share_interval(0.0, error, images)
+        return -bound, bound
     if abs(mean) == 1.0:
         low, high = _share_interval((1 + mean) / 2, error, images)
         return 2 * low - 1, 2 * high - 1

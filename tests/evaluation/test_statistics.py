@@ -163,6 +163,14 @@ def test_comparing_a_run_with_itself_or_backwards():
 
 
 @pytest.mark.parametrize("images", [2, 5, 40])
+def test_runs_that_are_graded_alike_are_not_taken_for_equal_for_certain(images):
+    index = np.repeat(np.arange(images), 3)
+    run = rows(np.arange(3 * images) % 2, index)
+    bound = scipy.stats.binomtest(0, images).proportion_ci(0.95, method="exact").high  # of images that differ
+    assert (compare(run, run).low, compare(run, run).high) == pytest.approx((-bound, bound))
+
+
+@pytest.mark.parametrize("images", [2, 5, 40])
 def test_questions_that_all_differ_one_way_are_not_taken_for_certain(images):
     index = np.repeat(np.arange(images), 3)
     ones, zeros = rows(np.ones(3 * images), index), rows(np.zeros(3 * images), index)

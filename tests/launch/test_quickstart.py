@@ -18,6 +18,7 @@ import yaml
 from infimed_jax.config import Mesh
 from infimed_jax.data.prompts import question_sample
 from infimed_jax.evaluation.run import Record
+from infimed_jax.evaluation.statistics import compare
 from launch import quickstart_report, quickstart_stages
 from launch.quickstart import CONFIGS, STAGES, Chain, Options, load_plan, planned_steps
 
@@ -90,7 +91,7 @@ def test_vqa_rad_ends_with_closed_and_open_beside_their_baselines_and_the_warnin
     chain = Chain(Options(Path(), source="vqa_rad"), load_plan(Options(Path(), "vqa_rad", Path())), None)
     right = [Record(s.id, s.id, "s", "open", "?", s.answer, s.answer in ("yes", "air"), "ok", None, "", "", "stop", 1,
                     s.meta) for s in samples]  # fmt: skip
-    same = {"difference": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0, "n": 9}
+    same = quickstart_report._comparison(compare(right, right))
     summary = dict.fromkeys(("grpo_gain", "control_gain", "grpo_gain_greedy", "image_gain"), same) | {
         "grpo": {"accuracy_before": 0.0, "accuracy_after": 0.0},
         "baseline_accuracy": 0.0,
@@ -98,7 +99,9 @@ def test_vqa_rad_ends_with_closed_and_open_beside_their_baselines_and_the_warnin
         "accuracy_by_answer_type": quickstart_report._by({"grpo": right}, "answer_type"),
     }
     results = {"evaluation": {"sft_cross_distribution": {"accuracy": 0.0}}}
-    *_, closed, opened, warning = quickstart_report._closing_lines(chain, results, summary)
+    _, gains, closed, opened, warning = quickstart_report._closing_lines(chain, results, summary)
+    # Nine images without a difference say that at most a share p of images has one, (1 - p)^9 = 2.5 %.
+    assert "control +0.0 points [-33.6, +33.6], all 9 graded alike; greedy" in gains
     assert closed == "CLOSED: 75.0% of 4 after GRPO; majority baseline 75.0%"
     assert opened == "OPEN: 20.0% of 5 after GRPO; majority baseline 40.0%"
     assert "all 203 test images also occur in train" in warning
