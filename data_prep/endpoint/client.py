@@ -168,8 +168,8 @@ class ChatClient:
             self.sight = verdict(*counted)
             if self.sight == NOT_COUNTED:
                 log.warning(
-                    "warning: endpoint %s counts as many prompt tokens without an image as with one: its model may"
-                    " never see the images, which servers of text models drop unsaid; serve a vision-language model",
+                    "warning: endpoint %s counts next to no prompt tokens for an image: its model may never see them, "
+                    "for servers of text models drop them unsaid; serve a vision-language model",
                     self.endpoint.name,
                 )
 

@@ -13,6 +13,8 @@ COUNTED, NOT_COUNTED, UNKNOWN = "counted", "not counted", "unknown"
 _QUESTION = "Which colour is this?"
 _SIDE = 224
 """Pixels: some models refuse images of few."""
+_LEAST = 8
+"""Tokens of an image: models spend dozens on one, a mark that is left in its place is a few."""
 
 
 def probes(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -28,4 +30,4 @@ def verdict(seen: tuple[int, int] | None, blind: tuple[int, int] | None) -> str:
     """Of the accounts of both: an image that a model sees is tokens of its prompt."""
     if seen is None or blind is None:
         return UNKNOWN
-    return COUNTED if seen[0] > blind[0] else NOT_COUNTED
+    return COUNTED if seen[0] >= blind[0] + _LEAST else NOT_COUNTED

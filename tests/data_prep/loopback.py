@@ -46,7 +46,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if body in (seen_and_blind := probes(body["model"])):  # no call of a test's own
             self.state.before_sight = len(self.state.requests)
-            tokens = 9 + (self.state.sees and body == seen_and_blind[0])
+            tokens = 9 + 36 * (self.state.sees and body == seen_and_blind[0])
             return self.reply(200, completion("", {"prompt_tokens": tokens, "completion_tokens": 1}))
         with self.state.lock:
             number = len(self.state.requests)

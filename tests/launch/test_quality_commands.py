@@ -57,7 +57,7 @@ def test_assess(tmp_path, questions):
         code, out, err = call(*arguments)
         assert (code, err) == (0, [])
         assert out[-3].startswith("vqa_rad: keep (mean Overall 4.00 is at least 3")
-        assert out[-2].endswith("sent: 5; in all runs with this cache 52 prompt and 23 reply tokens")
+        assert out[-2].endswith("sent: 5; in all runs with this cache 87 prompt and 23 reply tokens")
         assert out[-1].startswith(f"Outputs: {tmp_path / 'out'}")
         code, out, _ = call(*arguments, "--threshold", "4.5")
         assert code == 0 and "exclude" in out[-3] and len(server.requests) == 3

@@ -254,7 +254,7 @@ def spend(settings, folder, count):
 
 WORST = 16 + len(SECRET) + 50
 """Tokens of one such call at its worst."""
-SIGHT = 10 + 9
+SIGHT = 45 + 9
 """Prompt tokens of the two calls that ask whether images count, as the server counts them."""
 
 

@@ -40,7 +40,7 @@ def test_an_endpoint_that_counts_no_images_is_told_of_once(tmp_path, caplog, see
     with lo.serve([lo.say("grey")]) as server:
         account = run(server, tmp_path, sees=sees)
     assert account["images"] == images and account["counts"] == {"sent": 6 + 2} and server.before_sight == 0
-    told = [message for message in caplog.messages if "without an image as with one" in message]
+    told = [message for message in caplog.messages if "counts next to no prompt tokens for an image" in message]
     assert len(told) == (not sees) and "SECRET" not in caplog.text
 
 
@@ -76,4 +76,5 @@ def test_they_differ_by_the_image_alone():
     }
     assert json.dumps(probes("m")) == json.dumps((seen, blind))
     assert verdict(None, (1, 1)) == verdict((1, 1), None) == UNKNOWN
-    assert verdict((2, 1), (1, 9)) == COUNTED and verdict((1, 9), (1, 1)) == NOT_COUNTED
+    assert verdict((45, 1), (9, 9)) == COUNTED  # the demo's model: 36 tokens an image
+    assert verdict((9, 9), (9, 1)) == verdict((13, 1), (9, 1)) == NOT_COUNTED  # dropped; "<image>" in its place
