@@ -178,7 +178,7 @@ def decontaminate(
         output,
         name=samples.name,
         recipe=recipe,
-        info={"origin": samples.manifest["info"]},
+        info={"derived_from": samples.manifest["info"]},
         work=partial(_clean_slice, known),
         pieces=slices(samples),
         report=partial(_report, input, [str(folder) for folder in tests], fingerprints, known),

@@ -226,7 +226,7 @@ def filter_dataset(
         output,
         name=samples.name,
         recipe=recipe,
-        info={"origin": samples.manifest["info"]},
+        info={"derived_from": samples.manifest["info"]},
         work=partial(_filter_slice, rules),
         pieces=slices(samples),
         report=lambda _, facts: {"input": str(input), "rules": recipe["rules"]} | removed_report(facts),
