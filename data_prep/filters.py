@@ -120,20 +120,26 @@ class Rules:
     """Codes to keep; () keeps all. `meta["language"]` where there is one, else by script: Latin letters are `en`."""
     excluded: tuple[str, ...] = ()
     """Sources to leave out, as the assessment decides."""
+    kept: tuple[str, ...] = ()
+    """Sources that the assessment keeps."""
 
     def __post_init__(self) -> None:
         if self.min_image_side < 0 or self.max_compression <= 1:
             raise UserError("min_image_side must not be negative, and max_compression must be above 1")
 
 
-def excluded_sources(report: Path) -> tuple[str, ...]:
-    """The sources that an assessment does not keep, from `{"sources": {NAME: {"keep": bool, "reason": str}}}`."""
+def assessed_sources(report: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The sources that an assessment excludes, and those that it keeps.
+
+    From `{"sources": {NAME: {"keep": bool, "reason": str}}}`.
+    """
     sources = read_json(report, dict).get("sources")
     if not isinstance(sources, dict) or not all(
         isinstance(entry, dict) and isinstance(entry.get("keep"), bool) for entry in sources.values()
     ):
         raise UserError(f'{report} is no assessment: it needs "sources", and for each source "keep": true or false')
-    return tuple(sorted(name for name, entry in sources.items() if not entry["keep"]))
+    excluded, kept = (tuple(sorted(name for name in sources if sources[name]["keep"] is k)) for k in (False, True))
+    return excluded, kept
 
 
 def why_left_out(sample: Sample, rules: Rules) -> str:
@@ -218,8 +224,14 @@ def filter_dataset(
     max_bad_records: float = MAX_BAD_RECORDS,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write what stays of `input` to `output`, and `output.json`, which is returned. UserError: nothing stays."""
+    """Write what stays of `input` to `output`, and `output.json`, which is returned. UserError: nothing stays.
+
+    Sources on which an assessment decided nothing stay, and are named as `not_assessed`.
+    """
     samples = open_samples(input)
+    assessed = {*rules.excluded, *rules.kept}
+    sources = sorted({origin.partition("/")[0] for origin in samples.manifest["origins"]})
+    not_assessed = [source for source in sources if assessed and source not in assessed]
     recipe = {"version": VERSION, "input": samples.fingerprint, "rules": asdict(rules)}
     recipe["rules"] = {key: list(v) if isinstance(v, tuple) else v for key, v in recipe["rules"].items()}
     return make_dataset(
@@ -229,7 +241,9 @@ def filter_dataset(
         info={"derived_from": samples.manifest["info"]},
         work=partial(_filter_slice, rules),
         pieces=slices(samples),
-        report=lambda _, facts: {"input": str(input), "rules": recipe["rules"]} | removed_report(facts),
+        report=lambda _, facts: (
+            {"input": str(input), "rules": recipe["rules"], "not_assessed": not_assessed} | removed_report(facts)
+        ),
         engine=engine,
         records=len(samples),
         max_bad_records=max_bad_records,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.filters import Rules, excluded_sources, filter_dataset, is_refusal, is_repeating, language, why_left_out
+from data_prep.filters import Rules, assessed_sources, filter_dataset, is_refusal, is_repeating, language, why_left_out
 from data_prep.sources import slake, vqa_rad
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import open_samples, write_samples
@@ -165,11 +165,18 @@ def test_damaged_records_are_named_counted_and_left_out(tmp_path):
 def test_the_assessments_decision(tmp_path):
     file = tmp_path / "assessment.json"
     file.write_text(json.dumps({"sources": {"b": {"keep": False, "reason": "x"}, "a": {"keep": True, "reason": ""}}}))
-    assert excluded_sources(file) == ("b",)
+    assert assessed_sources(file) == (("b",), ("a",))
     for broken in ("[]", "{}", '{"sources": {"a": {"keep": 1}}}'):
         file.write_text(broken)
         with pytest.raises(UserError, match=r"assessment\.json"):
-            excluded_sources(file)
+            assessed_sources(file)
+
+
+def test_sources_without_a_decision_stay_and_are_named(tmp_path):
+    write_samples(tmp_path / "in", [chat("ok", i, source="abcb"[i]) for i in range(4)], name="toy")
+    report = filter_dataset(tmp_path / "in", tmp_path / "out", Rules(excluded=("b",), kept=("a",)))
+    assert report["not_assessed"] == ["c"] and [s.source for s in open_samples(tmp_path / "out")] == ["a", "c"]
+    assert filter_dataset(tmp_path / "in", tmp_path / "all", Rules())["not_assessed"] == []
 
 
 @pytest.mark.skipif(not (REAL / "vqa_rad").is_dir(), reason=f"VQA-RAD is not at {REAL}")

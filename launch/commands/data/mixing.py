@@ -38,13 +38,15 @@ def _add_folders(parser: argparse.ArgumentParser) -> None:
 
 
 def filter_(args: argparse.Namespace) -> None:
-    from data_prep.filters import Rules, excluded_sources, filter_dataset
+    from data_prep.filters import Rules, assessed_sources, filter_dataset
 
+    excluded, kept = assessed_sources(args.assessment) if args.assessment else ((), ())
     rules = Rules(
         refusals=not args.keep_refusals,
         min_image_side=args.min_image_side,
         languages=tuple(args.language),
-        excluded=excluded_sources(args.assessment) if args.assessment else (),
+        excluded=excluded,
+        kept=kept,
     )
     with bar("filter") as told:
         report = filter_dataset(
@@ -56,6 +58,9 @@ def filter_(args: argparse.Namespace) -> None:
             on_progress=told,
         )
     _print_removed(report)
+    if report["not_assessed"]:
+        print(f"warning: {args.assessment} decides nothing on {', '.join(report['not_assessed'])}, so it was kept: "
+              "`data assess` it too")  # fmt: skip
     print(f"Outputs: {args.output}, {args.output}.json")
 
 
