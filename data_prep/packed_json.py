@@ -17,7 +17,7 @@ from typing import Any, get_args
 from data_prep.engine import HERE, Engine, Progress
 from data_prep.faults import NOT_JSON, Unusable
 from data_prep.sources.rows import json_rows, read_json
-from data_prep.steps import make_dataset, readable, write_stream
+from data_prep.steps import MAX_BAD_RECORDS, make_dataset, readable, refuse_damage, write_stream
 from infimed_jax.data.packing import PackingIndex
 from infimed_jax.data.sample import Kind, Sample, Turn
 from infimed_jax.data.storage import Samples
@@ -29,10 +29,17 @@ _LONGEST = 2**30
 """Characters of a row; a longer one is no row of samples, and is not kept in memory."""
 
 
-def export_json(samples: Samples, index: PackingIndex, file: Path, on_progress: Progress | None = None) -> list[str]:
+def export_json(
+    samples: Samples,
+    index: PackingIndex,
+    file: Path,
+    on_progress: Progress | None = None,
+    max_bad_records: float = MAX_BAD_RECORDS,
+) -> list[str]:
     """Write a packed dataset's rows; the file appears whole or not at all.
 
-    Returns the names of records that were damaged after packing: their rows stand without them.
+    Returns the names of records that were damaged after packing: their rows stand without them. UserError: more than a
+    share of `max_bad_records` are.
     """
     unreadable: list[str] = []
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -44,6 +51,7 @@ def export_json(samples: Samples, index: PackingIndex, file: Path, on_progress: 
             out.write(to_json(value, ensure_ascii=False) + "\n")
             if on_progress is not None:
                 on_progress(row + 1, index.rows)
+        refuse_damage(unreadable, len(index.samples), max_bad_records, "data.max_bad_records=")
     return unreadable
 
 

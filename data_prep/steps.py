@@ -117,7 +117,9 @@ def readable(samples: Samples, numbers: Iterable[int], unreadable: list[str]) ->
         yield number, sample
 
 
-def refuse_damage(unreadable: Sequence[str], records: int, allowed: float = MAX_BAD_RECORDS) -> None:
+def refuse_damage(
+    unreadable: Sequence[str], records: int, allowed: float = MAX_BAD_RECORDS, option: str = "--max-bad-records "
+) -> None:
     """UserError where more than a share of `allowed` of the records is damaged: what is left is no longer the dataset
     that was asked for, and nobody reads that in a report."""
     if not 0 <= allowed <= 1:
@@ -125,7 +127,7 @@ def refuse_damage(unreadable: Sequence[str], records: int, allowed: float = MAX_
     if len(unreadable) > allowed * records:
         raise UserError(
             f"{len(unreadable):,} of {records:,} records cannot be read ({unreadable[0]} first), more than "
-            f"--max-bad-records {allowed} allows: copy or prepare the dataset again, or allow more"
+            f"{option}{allowed} allows: copy or prepare the dataset again, or allow more"
         )
 
 

@@ -66,7 +66,11 @@ def test_records_damaged_after_packing_are_named_and_leave_their_rows_with_their
     samples, index, folder = exported
     whole = list(read_rows(folder / "rows.jsonl"))
     damage(samples.folder)
-    assert export_json(open_samples(samples.folder), index, folder / "again.jsonl") == ["toy record 0"]
+    with pytest.raises(UserError, match=r"1 of \d+ records cannot be read .*data\.max_bad_records=0\.01 allows"):
+        export_json(open_samples(samples.folder), index, folder / "again.jsonl")
+    assert not [file for file in folder.iterdir() if "again" in file.name]
+    lost = export_json(open_samples(samples.folder), index, folder / "again.jsonl", max_bad_records=0.5)
+    assert lost == ["toy record 0"]
     assert list(read_rows(folder / "again.jsonl")) == [[s for s in row if s.id != "toy/train/0"] for row in whole]
     for row, line in enumerate((folder / "again.jsonl").read_text(encoding="utf-8").split("\n")[:-1]):
         assert json.loads(line)["lengths"] == [int(size) for n, size in zip(*index.row(row), strict=True) if n != 0]

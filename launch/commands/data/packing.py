@@ -57,9 +57,9 @@ def export_json(args: argparse.Namespace) -> None:
     from infimed_jax.data.storage import UNREADABLE
     from infimed_jax.files import write_json
 
-    _, samples, index = _packed(args, training=True)
+    config, samples, index = _packed(args, training=True)
     with bar("export", "rows") as told:
-        lost = write(samples, index, args.output, told)
+        lost = write(samples, index, args.output, told, config.data.max_bad_records)
     written = len(index.samples) - len(lost)
     unreadable = [name for name, reason in index.dropped if reason == UNREADABLE] + lost
     dropped = counted(index.dropped_by_reason(), unreadable)
