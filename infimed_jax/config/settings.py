@@ -22,6 +22,12 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _at_least(least: int, group: str, settings: object, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        require(value >= least, f"{group}.{name}={value} must be at least {least}")
+
+
 @dataclass(frozen=True)
 class Vision:
     """SigLIP's vision tower. The defaults are so400m-patch14-384."""
@@ -42,6 +48,8 @@ class Vision:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        sizes = ("image_size", "patch_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
+        _at_least(1, "model.vision", self, *sizes)
         require(self.hidden_size % self.num_heads == 0, "vision.hidden_size must be a multiple of vision.num_heads")
         require(self.image_size >= self.patch_size, "vision.image_size must hold at least one patch")
         require(
@@ -100,6 +108,8 @@ class Text:
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
+        _at_least(1, "model.text", self, "vocab_size", "hidden_size", "intermediate_size", "num_layers")
+        _at_least(1, "model.text", self, "num_heads", "num_kv_heads", "head_dim")
         require(self.num_heads % self.num_kv_heads == 0, "text.num_heads must be a multiple of text.num_kv_heads")
         require(self.head_dim % 2 == 0, "text.head_dim must be even (rotary embedding)")
 
@@ -146,9 +156,8 @@ class Data:
 
     def __post_init__(self) -> None:
         require(self.context >= 8, "data.context must be at least 8 tokens")
-        require(self.images_per_row >= 0, "data.images_per_row must not be negative")
+        _at_least(0, "data", self, "images_per_row", "prefetch", "threads")
         require(1 <= self.buckets <= 4, "data.buckets must be between 1 and 4")
-        require(min(self.prefetch, self.threads) >= 0, "data.prefetch and data.threads must not be negative")
         require(0 <= self.max_bad_records <= 1, "data.max_bad_records is a share between 0 and 1")
 
 
@@ -173,8 +182,11 @@ class Optimizer:
     """bfloat16 halves Adam's memory, 8 bytes a parameter to 4; both are then rounded stochastically."""
 
     def __post_init__(self) -> None:
-        require(self.learning_rate >= 0, "optimizer.learning_rate must not be negative")
-        require(0 <= self.warmup_fraction <= 1, "optimizer.warmup_fraction is a share between 0 and 1")
+        _at_least(0, "optimizer", self, "learning_rate", "eps", "weight_decay")
+        for name in ("warmup_fraction", "final_fraction"):
+            require(0 <= getattr(self, name) <= 1, f"optimizer.{name} is a share between 0 and 1")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name} must lie in [0, 1)")
         require(self.clip_norm > 0, "optimizer.clip_norm must be positive")
 
 
@@ -260,7 +272,7 @@ class Train:
     step_timeout: float = 600.0
     """Seconds after which a step that has not ended is called hung, with the host's name; 0: never."""
     max_skipped_updates: int = 5
-    """Consecutive non-finite updates that end the run."""
+    """Consecutive non-finite updates that end the run; 0: none do."""
     seed: int = 0
     output: str = ""
     """The run's folder."""
@@ -268,8 +280,10 @@ class Train:
     """A finished run (or checkpoint) whose parameters this stage starts from."""
 
     def __post_init__(self) -> None:
-        require(self.global_batch > 0, "train.global_batch must be positive")
-        require(self.micro_batches > 0, "train.micro_batches must be positive")
+        _at_least(1, "train", self, "global_batch", "micro_batches", "epochs", "logit_chunk", "log_every")
+        _at_least(1, "train", self, "checkpoint_every", "keep_checkpoints")
+        _at_least(0, "train", self, "steps", "rows_per_device", "step_timeout", "max_skipped_updates", "seed")
+        require(self.seed < 2**32, f"train.seed={self.seed} must be below 2**32")
         require(
             self.global_batch % self.micro_batches == 0,
             f"train.global_batch {self.global_batch} must be a multiple of train.micro_batches {self.micro_batches}",
@@ -279,13 +293,11 @@ class Train:
             not self.lora.rank or "text" in self.train,
             "train.lora.rank is set but train.train does not name text, whose linears the adapters are for",
         )
-        require(self.rows_per_device >= 0, "train.rows_per_device must not be negative")
         require(
             not self.rows_per_device or self.micro_batches == 1,
             f"train.micro_batches={self.micro_batches} and train.rows_per_device={self.rows_per_device} are both set: "
             "set one, and the other to its default (1 or 0)",
         )
-        require(self.step_timeout >= 0, "train.step_timeout must not be negative")
 
 
 @dataclass(frozen=True)
@@ -312,11 +324,9 @@ class Sampling:
             "sampling.temperature must be 0 (greedy) or lie in [1e-6, 1e6]",
         )
         require(0 < self.top_p <= 1, "sampling.top_p must lie in (0, 1]")
-        require(self.top_k >= 0, "sampling.top_k must not be negative")
+        _at_least(0, "sampling", self, "top_k")
+        _at_least(1, "sampling", self, "max_tokens", "slots", "burst")
         require(1e-6 <= self.repetition_penalty <= 1e6, "sampling.repetition_penalty must lie in [1e-6, 1e6]")
-        require(
-            min(self.max_tokens, self.slots, self.burst) > 0, "sampling.max_tokens, slots and burst must be positive"
-        )
 
 
 @dataclass(frozen=True)
@@ -354,6 +364,11 @@ class Grpo:
     """`constant` is the control: every completion earns 1, so nothing can be learnt."""
 
     def __post_init__(self) -> None:
+        _at_least(1, "grpo", self, "steps", "prompts", "update_prompts", "max_prompt", "max_response")
+        weights = ("kl_coefficient", "clip_low", "clip_high", "dual_clip", "accuracy_weight", "format_weight")
+        _at_least(0, "grpo", self, *weights)
+        require(1e-6 <= self.temperature <= 1e6, "grpo.temperature must lie in [1e-6, 1e6]: greedy replies are all one")
+        require(0 < self.top_p <= 1, "grpo.top_p must lie in (0, 1]")
         require(self.group_size > 1, "grpo.group_size must be at least 2: one completion has no group to compare with")
         require(
             self.prompts % self.update_prompts == 0,
