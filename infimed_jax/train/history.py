@@ -1,4 +1,4 @@
-"""What a checkpoint remembers: the stages behind it, each with its settings and its data's licences.
+"""What a checkpoint remembers: the stages behind it, each with its settings, its data's origins and their licences.
 
 All of it is in the checkpoint, so a model knows its history where the runs before are gone or elsewhere.
 """
@@ -6,7 +6,7 @@ All of it is in the checkpoint, so a model knows its history where the runs befo
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +31,33 @@ def history_of(metadata: Metadata) -> list[Entry]:
 
 def stage_entry(cfg: config.Config, fingerprint: str, *, grpo: bool = False) -> Entry:
     """What a run adds to the history of its `train.init_from`; the step is added by who goes on from it."""
-    licences = licences_of(cfg.data.dataset) if cfg.data.dataset else {}
-    values = config.to_dict(cfg)
-    return {"stage": cfg.train.stage, "fingerprint": fingerprint, "config": values, "grpo": grpo, "licences": licences}
+    manifest = _manifest(cfg.data.dataset)
+    return {
+        "stage": cfg.train.stage,
+        "fingerprint": fingerprint,
+        "config": config.to_dict(cfg),
+        "grpo": grpo,
+        "origins": sorted(manifest.get("origins", ())),
+        "licences": _licences(manifest),
+    }
+
+
+def learnt_from(history: Sequence[Entry], origins: Iterable[str]) -> list[str]:
+    """Those of a dataset's origins (`source/split`) that any stage learnt from, as far as the history says it."""
+    return sorted({origin for entry in history for origin in entry.get("origins", ())} & {*origins})
 
 
 def licences_of(dataset: str | Path) -> dict[str, str]:
     """Source -> licence of a prepared dataset; empty where there is none."""
+    return _licences(_manifest(dataset))
+
+
+def _manifest(dataset: str | Path) -> dict[str, Any]:
     file = Path(dataset) / MANIFEST
-    if not file.is_file():
-        return {}
-    manifest = json.loads(file.read_text(encoding="utf-8"))
+    return json.loads(file.read_text(encoding="utf-8")) if dataset and file.is_file() else {}
+
+
+def _licences(manifest: Mapping[str, Any]) -> dict[str, str]:
     names = {origin.partition("/")[0] for origin in manifest.get("origins", {})}
     given = _given(manifest.get("info", {}))
     return {name: str(given.get(name, UNKNOWN)) for name in sorted(names)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from infimed_jax.models.compute import Compute
     from infimed_jax.sampling.weights import sampler_weights
     from infimed_jax.sharding import make_mesh
+    from infimed_jax.train.history import history_of, learnt_from
     from infimed_jax.train.parameters import load_params
     from launch.progress import StepProgress
 
@@ -48,6 +50,9 @@ def evaluate(args: argparse.Namespace) -> None:
     samples = [dataset[i] for i in range(min(len(dataset), args.limit or len(dataset)))]
     if args.contamination:
         samples = mark(samples, dataset, args.contamination)
+    if learnt := learnt_from(history_of(metadata), dataset.manifest["origins"]):
+        told = f"{args.checkpoint} learnt from {', '.join(learnt)}, so it may answer by memory"
+        print(f"warning: {told}", file=sys.stderr)
     compute = Compute.of(config.train)
     with jax.set_mesh(make_mesh(config.mesh)), StepProgress("evaluate") as progress:
         result = evaluate(

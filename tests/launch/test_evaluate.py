@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from infimed_jax.config import Config, Data, Train
 from infimed_jax.data.prompts import question_sample
 from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.evaluation.contamination import WORDS, mark
 from infimed_jax.evaluation.run import GROUPS
+from infimed_jax.train.history import stage_entry
+from infimed_jax.train.parameters import load_params, save_params
+from infimed_jax.trees import flatten
 from tests.launch.hf_sources import PATCHES, command, picture, write_sources
 
 LONG = "does the enlarged left lobe press on any of the large vessels nearby"
@@ -52,8 +56,9 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def evaluate(folder: Path, *more) -> int:
-    return command("evaluate", "--checkpoint", folder / "checkpoint", "--dataset", folder / "test", "--output",
+def evaluate(folder: Path, *more, checkpoint: Path | None = None) -> int:
+    checkpoint = checkpoint or folder / "checkpoint"
+    return command("evaluate", "--checkpoint", checkpoint, "--dataset", folder / "test", "--output",
                    folder / "evaluation", *more, "sampling.max_tokens=2")  # fmt: skip
 
 
@@ -77,6 +82,19 @@ def test_each_part_has_its_accuracy(folder, capsys):
     assert "training data" not in capsys.readouterr().out
     groups = json.loads((folder / "evaluation" / "summary.json").read_text())["groups"]
     assert "contamination" not in groups and "contamination" in GROUPS
+
+
+def test_a_checkpoint_that_learnt_from_the_split_says_so(folder, tmp_path, capsys):
+    entries = [
+        stage_entry(Config(data=Data(dataset=str(folder / data)), train=Train(stage=stage)), "")
+        for stage, data in (("pretrain", "in/a"), ("sft", "test"))
+    ]
+    params, metadata = load_params(folder / "checkpoint")
+    save_params(tmp_path / "learnt", flatten(params).items(), metadata | {"history": entries})
+    assert evaluate(folder, checkpoint=tmp_path / "learnt") == 0
+    assert f"warning: {tmp_path / 'learnt'} learnt from toy/test, so it may answer by memory" in capsys.readouterr().err
+    assert evaluate(folder) == 0
+    assert "learnt from" not in capsys.readouterr().err
 
 
 def test_a_report_about_other_questions_is_refused(folder, tmp_path, capsys):
