@@ -57,7 +57,11 @@ def questions(samples: Iterable[Sample], tokenizer: Tokenizer, cfg: config.Confi
         graded = repr((sample.id, sample.kind, sample.options, sample.answer)).encode()
         content.update(b"".join([graded, prompt.tobytes(), *digests]))
     if not numbers:
-        raise UserError(f"no sample can be asked in GRPO: {dict(dropped) or 'the dataset is empty'}")
+        why = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "the dataset is empty"
+        raise UserError(
+            f"no sample can be asked in GRPO ({why}): raise the limit that is named, or give questions with a gold "
+            "answer and readable images"
+        )
     return Questions(np.array(numbers), longest, images, dict(dropped), content.hexdigest())
 
 

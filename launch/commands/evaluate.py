@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from infimed_jax.errors import UserError
 from launch.commands.arguments import add_command, add_settings
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    if args.limit < 0:
+        raise UserError(f"--limit {args.limit} counts questions: it must not be negative")
     import jax
 
     from infimed_jax.config import Config, from_dict, with_overrides
@@ -37,15 +40,19 @@ def evaluate(args: argparse.Namespace) -> None:
     from infimed_jax.evaluation.contamination import GROUPING, WORDS, mark
     from infimed_jax.evaluation.run import evaluate
     from infimed_jax.evaluation.statistics import majority_baseline
+    from infimed_jax.hf.names import check_leaves
     from infimed_jax.models.compute import Compute
     from infimed_jax.sampling.weights import sampler_weights
     from infimed_jax.sharding import make_mesh
     from infimed_jax.train.history import history_of, learnt_from
     from infimed_jax.train.parameters import load_params
+    from infimed_jax.trees import flatten
     from launch.progress import StepProgress
 
     params, metadata = load_params(args.checkpoint)
     config = from_dict(Config, with_overrides(metadata["config"], args.settings))
+    # A setting such as model.text.num_layers must fit the weights: a layer too many would be a copy of the last one.
+    check_leaves(flatten(dict(params), "/"), config.model)
     dataset = open_samples(args.dataset)
     samples = [dataset[i] for i in range(min(len(dataset), args.limit or len(dataset)))]
     if args.contamination:

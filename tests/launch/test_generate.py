@@ -129,6 +129,13 @@ def test_mistakes_are_one_line(models, tmp_path, capsys):
         assert words in line, line
 
 
+def test_an_evaluation_of_another_model_than_the_checkpoints_is_refused(models, tmp_path, capsys):
+    """A layer too many would be a copy of the last one, and the score that of no model."""
+    assert command("evaluate", "--checkpoint", models / "checkpoint", "--dataset", tmp_path, "--output", tmp_path,
+                   "model.text.num_layers=3") == 2  # fmt: skip
+    assert "of another shape: text/layers/input_layernorm/scale [2, 32]" in capsys.readouterr().err
+
+
 def test_the_reply_has_standard_output_for_itself(models, capsys):
     """Even where the command line logs there, as it does for every other command."""
     handler = logging.StreamHandler(sys.stdout)

@@ -99,6 +99,7 @@ def test_what_no_command_knows_is_refused(arguments, capsys):
         (("train", "--config", "/no/file.yaml"), ("/no/file.yaml",)),
         (("train", "train.stepz=3"), ("train.stepz", "train.steps")),
         (("train", "train.steps=many"), ("train.steps", "int")),
+        (("evaluate", "--checkpoint", "c", "--dataset", "d", "--output", "o", "--limit", "-1"), ("--limit -1",)),
         (("train",), ("data.dataset is empty", "data.dataset=DIR")),
         (("train", "data.dataset=d"), ("data.tokenizer is empty",)),
         (("grpo",), ("train.init_from",)),

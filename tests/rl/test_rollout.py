@@ -58,7 +58,7 @@ def test_questions_left_out_are_counted_by_reason(tiny):
     assert (found.longest, found.images) == (max(map(len, prompts)), 1)
     broken = replace(tiny.samples[0], images=(tiny.samples[0].images[0][:40],))
     assert questions([broken, *tiny.samples[:3]], tiny.tokenizer, tiny.cfg).dropped == {"unreadable image": 1}
-    with pytest.raises(UserError, match="no sample can be asked"):
+    with pytest.raises(UserError, match=r"asked in GRPO \(1 no gold answer\): raise the limit"):
         questions([chat], tiny.tokenizer, tiny.cfg)
 
 

@@ -113,15 +113,18 @@ def difficulty(args: argparse.Namespace) -> None:
     from data_prep.steps import open_for_training
     from infimed_jax.config import Config, from_dict, with_overrides
     from infimed_jax.data.chat import load_tokenizer
+    from infimed_jax.hf.names import check_leaves
     from infimed_jax.models.compute import Compute
     from infimed_jax.sampling.weights import sampler_weights
     from infimed_jax.sharding import make_mesh
     from infimed_jax.train.parameters import load_params
+    from infimed_jax.trees import flatten
 
     plan = Plan(args.draws, args.low, args.high, args.between, args.extreme, args.seed)
     open_for_training(args.input)  # before gigabytes of weights are read
     params, metadata = load_params(args.checkpoint)
     config = from_dict(Config, with_overrides(metadata["config"], args.settings))
+    check_leaves(flatten(dict(params), "/"), config.model)  # a layer too many would be a copy of the last one
     with jax.set_mesh(make_mesh(config.mesh)), bar("difficulty") as told:
         result = measure(
             args.input,
