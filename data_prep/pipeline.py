@@ -141,6 +141,7 @@ def _ingest_split(
             pieces=pieces,
             report=partial(_report, adapter, recorded, split, limit),
             engine=engine,
+            inputs=[input],
             on_progress=None if on_progress is None or len(pieces) == 1 else partial(on_progress, split),
         )
     except NoSamples as error:

@@ -65,14 +65,16 @@ def test_nor_around_it(folders, tmp_path):
 
 
 def test_a_report_takes_no_other_files_place(folders, tmp_path):
-    """A source's own `train.json` stood where `ingest --output` of the same folder puts the report of `train`."""
+    mine = '[{"id": "1", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}]'
     raw = tmp_path / "raw"
     raw.mkdir()
-    mine = '[{"id": "1", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}]'
     (raw / "train.json").write_text(mine)
     with pytest.raises(UserError, match=r"raw/train\.json.* is another file"):
-        ingest("llava_json", raw, raw, ["train"])
-    assert (raw / "train.json").read_text() == mine and not (raw / "train").exists()
+        filter_dataset(folders[0], raw / "train", Rules(min_image_side=0))
+    for inside in (raw, raw / "prepared"):  # it would be read as input by the next run
+        with pytest.raises(UserError, match="would be written over what is read"):
+            ingest("llava_json", raw, inside, ["train"])
+    assert (raw / "train.json").read_text() == mine and sorted(raw.iterdir()) == [raw / "train.json"]
     report = filter_dataset(folders[0], tmp_path / "out", Rules(min_image_side=0))
     for file in (tmp_path / "out").iterdir():
         file.unlink()
