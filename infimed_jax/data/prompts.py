@@ -69,11 +69,11 @@ def question_text(
             f"kinds are {', '.join(QUESTION_KINDS)}, languages en, zh"
         )
     if not question.strip():
-        raise UserError(f"a {kind} question has no text")
+        raise UserError(f"a question of kind {kind} has no text: give one, or leave it out")
     if kind == "choice" and not 2 <= len(options) <= len(LETTERS):
-        raise UserError(f"a choice needs 2 to {len(LETTERS)} options, not {len(options)}: {question!r}")
+        raise UserError(f"a choice needs 2 to {len(LETTERS)} options, not {len(options)}")
     if kind != "choice" and options:
-        raise UserError(f"a {kind} question takes no options: {question!r}")
+        raise UserError(f"a question of kind {kind} takes no options, but has {len(options)}")
     instruction = _INSTRUCTIONS[kind, language][reasoning]
     if kind != "choice":
         return f"{question}\n{instruction}"
@@ -108,7 +108,10 @@ def question_sample(
         raise UserError(f"sample {id}: a choice's answer must be the letter of one of its options, not {answer!r}")
     if not answer.strip():
         raise UserError(f"sample {id}: a {kind} question needs a gold answer")
-    text = question_text(kind, question, options, reasoning=with_reasoning, language=meta.get("language", "en"))
+    try:
+        text = question_text(kind, question, options, reasoning=with_reasoning, language=meta.get("language", "en"))
+    except UserError as error:
+        raise UserError(f"sample {id}: {error}") from error
     reply = Turn("assistant", (f"\\boxed{{{answer}}}",), reasoning) if with_reasoning else Turn("assistant", (answer,))
     return Sample(
         id=id,

@@ -104,8 +104,8 @@ def activation_estimate(cfg: config.Config, rows: int, mesh: dict[str, int]) -> 
     `rows` are those of one micro-batch. Compared with ahead-of-time compilations it was within 5 % for the published
     stages on their pods (tests/plan/test_cell.py), 10 % low for 1.7B pretraining on a quarter of its pod, and for 4B
     tuning with full rematerialisation 8 % high (14.5 GiB compiled), with LoRA 20 % (11.9; 11.6 with q_proj's alone).
-    Half of LoRA's is that of the plain stage; the other 1.2 GiB go where the tables get no gradient. The state's bytes
-    are right.
+    Half of LoRA's is that of the plain stage; where the other 1.2 GiB come from is not known. The state's bytes are
+    right.
     """
     local, tensor = rows // (mesh["data"] * mesh["fsdp"]), mesh["tensor"]
     text, length, width = cfg.model.text, cfg.data.context, _width(cfg)

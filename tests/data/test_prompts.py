@@ -82,6 +82,14 @@ def sample(**changes):
     return question_sample(**(fields | changes))
 
 
+def test_a_sample_that_cannot_be_asked_is_named_and_its_text_is_not_shown():
+    facts = {"source": "a", "split": "b", "images": (), "answer": "no"}
+    with pytest.raises(UserError, match=r"^sample a/b/7: a question of kind yes_no takes no options, but has 2$"):
+        question_sample(id="a/b/7", kind="yes_no", question="Smith?", options=("x", "y"), **facts)
+    with pytest.raises(UserError, match=r"^sample a/b/8: a question of kind yes_no has no text: give one, or leave"):
+        question_sample(id="a/b/8", kind="yes_no", question=" ", **facts)
+
+
 def test_direct_sample():
     built = sample()
     assert built.turns == (
