@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from data_prep.engine import HERE, Engine, Progress, Work, run_pieces
 from data_prep.sources import evaluation_only
+from infimed_jax.config import Data
 from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import (
     MANIFEST,
@@ -39,7 +40,7 @@ from infimed_jax.files import to_json, write_json
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-MAX_BAD_RECORDS = 0.01
+MAX_BAD_RECORDS = Data.max_bad_records
 """Share of the records that may be damaged, as in packing: with more the disk or the copy is at fault."""
 UNREADABLE_RECORDS = "unreadable_records"
 """Key of a report under which damaged records are named."""

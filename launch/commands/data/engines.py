@@ -7,6 +7,8 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
+from infimed_jax.config import Data
+
 _EVERY = 0.1
 """Seconds between two drawings: a stream tells of each record."""
 
@@ -19,7 +21,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 
 
 def add_max_bad_records(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-bad-records", type=float, default=0.01, metavar="SHARE",
+    parser.add_argument("--max-bad-records", type=float, default=Data.max_bad_records, metavar="SHARE",
                         help="of the records that may be damaged; they are left out by name [%(default)s]")  # fmt: skip
 
 
