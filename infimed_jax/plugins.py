@@ -1,0 +1,63 @@
+"""Things that users add in one file: a model family, an attention backend, a reward, a benchmark, a data source.
+
+Each kind has a room, a package whose modules are its members. A member is named by its module there (`splash`), by a
+module anywhere on the path (`my_package.my_kernel`), or by a file (`./my_kernel.py`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from infimed_jax.errors import UserError
+
+
+def names(room: str) -> list[str]:
+    """The members of the package `room` that this project ships, sorted; none of them is imported."""
+    package = importlib.util.find_spec(room)
+    found = pkgutil.iter_modules(package.submodule_search_locations) if package else ()
+    return sorted(module.name for module in found if not module.name.startswith("_"))
+
+
+def load(room: str, name: str, setting: str) -> ModuleType:
+    """The module that `name` names; `setting` is what the user wrote it under, for the message.
+
+    Raises UserError where there is no such module, with the nearest known name, or where importing it fails.
+    """
+    if name.endswith(".py"):
+        return _from_file(Path(name), setting)
+    if "." in name:
+        return _imported(name, name, setting)
+    known = names(room)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else "to add your own, name its module or its .py file"
+        raise UserError(f"{setting} must be one of {', '.join(known)}, not {name!r}; {hint}")
+    return importlib.import_module(f"{room}.{name}")
+
+
+def _imported(module: str, name: str, setting: str) -> ModuleType:
+    if str(Path.cwd()) not in sys.path:  # a script's path begins with the script's own folder
+        sys.path.append(str(Path.cwd()))
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # whatever a user's module does while it is imported
+        raise UserError(f"{setting}={name} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def _from_file(file: Path, setting: str) -> ModuleType:
+    """A file is imported once; its folder joins the path, so that worker processes find it by its name."""
+    if not file.is_file():
+        raise UserError(f"{setting}={file}: there is no such file")
+    loaded = sys.modules.get(file.stem)
+    if loaded is not None and Path(getattr(loaded, "__file__", None) or "").resolve() != file.resolve():
+        raise UserError(f"{setting}={file}: a module {file.stem!r} exists already: give the file another name")
+    folder = str(file.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return _imported(file.stem, str(file), setting)

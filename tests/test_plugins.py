@@ -1,0 +1,56 @@
+"""Members of a room by module name, by dotted name and by file."""
+
+from __future__ import annotations
+
+import pytest
+
+from infimed_jax import plugins
+from infimed_jax.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _own_path(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend("")  # restores sys.path afterwards
+    monkeypatch.chdir(tmp_path)
+
+
+def test_shipped_members_are_named_without_importing_them():
+    assert "attention" in plugins.names("infimed_jax.ops")
+    assert plugins.load("infimed_jax.ops", "rope", "x").__name__ == "infimed_jax.ops.rope"
+
+
+def test_unknown_member_is_refused_with_the_nearest_one():
+    with pytest.raises(UserError, match=r"grpo\.reward must be one of .*'ropes'; did you mean 'rope'"):
+        plugins.load("infimed_jax.ops", "ropes", "grpo.reward")
+
+
+def test_dotted_name_is_found_in_the_working_folder(tmp_path):
+    (tmp_path / "dotted_pkg").mkdir()
+    (tmp_path / "dotted_pkg" / "mine.py").write_text("ANSWER = 42")
+    assert plugins.load("infimed_jax.ops", "dotted_pkg.mine", "x").ANSWER == 42
+
+
+def test_file_is_imported_once_wherever_it_lies(tmp_path):
+    (tmp_path / "deep").mkdir()
+    file = tmp_path / "deep" / "filed_member.py"
+    file.write_text("ANSWER = 43")
+    first = plugins.load("infimed_jax.ops", str(file), "x")
+    assert first.ANSWER == 43
+    assert plugins.load("infimed_jax.ops", str(file), "x") is first
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("./absent.py", None, "there is no such file"),
+        ("./broken_member.py", "1/0", "ZeroDivisionError"),
+        ("./json.py", "", "a module 'json' exists already"),
+        ("no_such_package.mine", None, "No module named"),
+    ],
+)
+def test_what_cannot_be_imported_is_one_line(tmp_path, name, text, message):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        plugins.load("infimed_jax.ops", name, "grpo.reward")
+    assert "\n" not in str(caught.value)
