@@ -26,7 +26,7 @@ class Compute:
 
     @classmethod
     def of(cls, train: config.Train) -> Compute:
-        """`remat: auto` is `full` here; `plan.memory.choose_remat` finds out whether more fits."""
+        """`remat: auto` is `full` here; `cost.memory.choose_remat` finds out whether more fits."""
         remat = "full" if train.remat == "auto" else train.remat
         return cls(train.compute_dtype, remat, train.attention, train.logit_chunk, lora.scale_of(train.lora))
 

@@ -8,16 +8,16 @@ from typing import Any
 import jax
 
 from infimed_jax import config, sharding
+from infimed_jax.cost.chips import Topology
+from infimed_jax.cost.flops import by_part, device_flops, products
+from infimed_jax.cost.memory import activation_estimate, state_bytes
 from infimed_jax.errors import UserError
 from infimed_jax.models.infimed import param_count
 from infimed_jax.plan import collectives as network
 from infimed_jax.plan.compile import compile_step
-from infimed_jax.plan.flops import by_part, device_flops, products
-from infimed_jax.plan.memory import activation_estimate, state_bytes
 from infimed_jax.plan.program import for_tpu, is_grpo, rows_and_pieces, settled, train_program
 from infimed_jax.plan.rollout import rollout
 from infimed_jax.plan.roofline import roofline
-from infimed_jax.plan.topology import Topology
 
 GPU_SHARE = 0.9
 """Of the vendor's memory: what `launch/run.py` gives to JAX; the rest is the driver's, and libraries'."""

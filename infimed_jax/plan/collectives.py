@@ -17,9 +17,9 @@ from typing import Any
 import jax
 
 from infimed_jax import config, sharding
+from infimed_jax.cost.flops import text_learns
 from infimed_jax.models import lora
 from infimed_jax.models.infimed import abstract_params
-from infimed_jax.plan.flops import text_learns
 
 GATHER, REDUCE = "all-gather", "all-reduce"
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from infimed_jax import config
+from infimed_jax.cost.chips import Topology
+from infimed_jax.cost.flops import Product, device_flops
 from infimed_jax.plan.collectives import Collective, span
-from infimed_jax.plan.flops import Product, device_flops
-from infimed_jax.plan.topology import Topology
 
 ASSUMPTIONS = (
     "every unit at its peak; arithmetic, memory and network wholly overlapped",

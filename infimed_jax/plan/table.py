@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from infimed_jax.cost.chips import GIB
 from infimed_jax.plan.cell import Cell
 from infimed_jax.plan.roofline import ASSUMPTIONS
-from infimed_jax.plan.topology import GIB
 
 _COLUMNS = (
     "topology", "mesh d,f,t", "remat", "fits", "GiB", "param", "moment", "grad", "rest", "of", "step s >=", "bound by",

@@ -22,6 +22,7 @@ import yaml
 
 from infimed_jax import config, sharding
 from infimed_jax.config import Config, ConfigError
+from infimed_jax.cost.memory import choose_remat
 from infimed_jax.data.chat import Tokenizer, load_tokenizer
 from infimed_jax.data.loader import Loader, make_loader
 from infimed_jax.data.packing import TOO_LONG, TOO_MANY_IMAGES
@@ -30,7 +31,6 @@ from infimed_jax.files import make_folder, write_json
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.infimed import abstract_params, init_params
 from infimed_jax.models.lora import merge_lora, scale_of
-from infimed_jax.plan.memory import choose_remat
 from infimed_jax.processes import gathered, speaker
 from infimed_jax.train import telemetry
 from infimed_jax.train.checkpoint import Checkpoints

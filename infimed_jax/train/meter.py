@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from infimed_jax import config
-from infimed_jax.plan import flops, topology
+from infimed_jax.cost import chips, flops
 from infimed_jax.train import telemetry
 from infimed_jax.train.telemetry import Row
 
@@ -31,7 +31,7 @@ class Meter:
         self._total = total
         self._flops = flops.step_flops(cfg.model, cfg.train)
         device = mesh.devices.flat[0]
-        peak = topology.peak_flops(device.device_kind) if cfg.train.compute_dtype == "bfloat16" else None
+        peak = chips.peak_flops(device.device_kind) if cfg.train.compute_dtype == "bfloat16" else None
         self._peak = peak and peak * mesh.size
         self._devices = mesh.local_devices
         self._last = time.perf_counter(), telemetry.compile_seconds()

@@ -30,7 +30,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     from infimed_jax.config import load, to_dict
-    from infimed_jax.plan.topology import parse_topology
+    from infimed_jax.cost.chips import parse_topology
 
     config = load(args.config, args.settings)
     if not args.topology:

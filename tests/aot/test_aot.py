@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from infimed_jax import config
+from infimed_jax.cost.chips import GIB, parse_topology
 from infimed_jax.plan.cell import compiled, counted
 from infimed_jax.plan.collectives import collectives
 from infimed_jax.plan.compile import ENVIRONMENT, find_libtpu
 from infimed_jax.plan.program import for_tpu
-from infimed_jax.plan.topology import GIB, parse_topology
 from tests.plan import hlo
 from tests.plan.stages import distinct, load, pod
 

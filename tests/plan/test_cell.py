@@ -8,12 +8,12 @@ import pytest
 
 from infimed_jax import config, sharding
 from infimed_jax.config import Mesh
+from infimed_jax.cost.chips import parse_topology
+from infimed_jax.cost.memory import state_bytes
 from infimed_jax.errors import UserError
 from infimed_jax.plan import table
 from infimed_jax.plan.cell import best_first, counted
-from infimed_jax.plan.memory import state_bytes
 from infimed_jax.plan.program import train_program
-from infimed_jax.plan.topology import parse_topology
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 GIB = 2**30

@@ -5,9 +5,9 @@ import pytest
 
 from infimed_jax import sharding
 from infimed_jax.config import Mesh
+from infimed_jax.cost.chips import parse_topology
 from infimed_jax.errors import UserError
 from infimed_jax.plan.program import for_tpu, settled, train_program
-from infimed_jax.plan.topology import parse_topology
 from tests.plan.stages import MODELS, STAGES, distinct, load, pod
 
 

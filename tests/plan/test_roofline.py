@@ -3,10 +3,10 @@
 import pytest
 
 from infimed_jax import config
+from infimed_jax.cost.chips import parse_topology
+from infimed_jax.cost.flops import Product, causal_keys, products
 from infimed_jax.plan.collectives import GATHER, REDUCE, Collective
-from infimed_jax.plan.flops import Product, causal_keys, products
 from infimed_jax.plan.roofline import roofline
-from infimed_jax.plan.topology import parse_topology
 
 
 @pytest.mark.parametrize(

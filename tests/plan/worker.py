@@ -6,8 +6,8 @@ import sys
 import jax
 
 from infimed_jax import config, sharding
+from infimed_jax.cost.flops import device_flops, products
 from infimed_jax.plan.collectives import collectives
-from infimed_jax.plan.flops import device_flops, products
 from infimed_jax.plan.program import train_program
 from tests.plan import hlo
 

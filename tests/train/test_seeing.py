@@ -12,8 +12,8 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter
 
 from infimed_jax import config, sharding
+from infimed_jax.cost import chips, flops
 from infimed_jax.errors import UserError
-from infimed_jax.plan import flops, topology
 from infimed_jax.train import meter
 from infimed_jax.train.board import Board
 from infimed_jax.train.curve import draw_curve, smoothed
@@ -37,7 +37,7 @@ def test_a_row_is_the_counts_over_the_clock_and_the_peak(model, monkeypatch):
     now = iter([10.0, 14.0, 15.0])
     monkeypatch.setattr(meter.time, "perf_counter", lambda: next(now))
     monkeypatch.setattr(meter.telemetry, "compile_seconds", lambda: 0.0)
-    monkeypatch.setattr(topology, "peak_flops", lambda kind: 1e9)
+    monkeypatch.setattr(chips, "peak_flops", lambda kind: 1e9)
     cfg = config.Config(model=model, train=config.Train(compute_dtype="bfloat16"))
     mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
     rows = Meter(cfg, mesh, total=12)

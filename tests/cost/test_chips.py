@@ -2,8 +2,8 @@
 
 import pytest
 
+from infimed_jax.cost.chips import parse_topology
 from infimed_jax.errors import UserError
-from infimed_jax.plan.topology import parse_topology
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from infimed_jax import config, sharding
+from infimed_jax.cost import memory
 from infimed_jax.data.batch import Batch
 from infimed_jax.models.compute import Compute
-from infimed_jax.plan import memory
 from infimed_jax.train.optimizer import make_optimizer
 from infimed_jax.train.state import abstract_state, merge_params
 from infimed_jax.train.step import next_token_loss

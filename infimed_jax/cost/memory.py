@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from infimed_jax import config
+from infimed_jax.cost.flops import attention_kernel
 from infimed_jax.ops.attention import platform_choice
-from infimed_jax.plan.flops import attention_kernel
 from infimed_jax.train.state import TrainState
 
 F32 = 4

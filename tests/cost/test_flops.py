@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from infimed_jax import config, sharding
+from infimed_jax.cost.chips import peak_flops
+from infimed_jax.cost.flops import products as step_products
+from infimed_jax.cost.flops import step_flops
 from infimed_jax.data.batch import Batch
 from infimed_jax.models import infimed
 from infimed_jax.models.compute import Compute
 from infimed_jax.ops.attention import Mask, attention
-from infimed_jax.plan.flops import products as step_products
-from infimed_jax.plan.flops import step_flops
-from infimed_jax.plan.topology import peak_flops
 from infimed_jax.train.optimizer import make_optimizer
 from infimed_jax.train.state import abstract_state, merge_params
 
