@@ -1,5 +1,6 @@
 """Settings: composed, typed, and refused by name."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from infimed_jax import config
 from infimed_jax.config import Config, ConfigError, from_dict, load, to_dict
+from infimed_jax.config.fields import settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -152,3 +154,29 @@ def test_every_file_of_configs_is_valid():
 @pytest.mark.parametrize("feature_layer, blocks", [(-1, 27), (-2, 26), (-28, 0), (0, 0), (26, 26), (27, 27)])
 def test_the_tower_holds_the_blocks_that_the_feature_needs(feature_layer, blocks):
     assert config.Vision(feature_layer=feature_layer).num_blocks == blocks
+
+
+def leaves(values, path=""):
+    for key, value in values.items():
+        yield from leaves(value, f"{path}{key}.") if isinstance(value, dict) else [(path + key, value)]
+
+
+def test_help_states_every_setting_from_its_declaration():
+    """Against a configuration's own values: each leaf once and in order, with its default, and words for what it is."""
+    shown = {setting.name: setting for setting in settings_of(Config)}
+    plain = [(name, list(s.default) if isinstance(s.default, tuple) else s.default) for name, s in shown.items()]
+    assert plain == list(leaves(to_dict(Config())))
+    assert [name for name, setting in shown.items() if len(setting.text) < 8] == []
+    assert shown["train.steps"].limits == ("must be at least 0",)
+    assert shown["train.remat"].type_name == "auto | none | dots | full"
+    assert "SFT 0.1" in shown["optimizer.weight_decay"].text and "\n" not in shown["optimizer.weight_decay"].text
+
+
+def test_a_subclass_inherits_fields_with_their_docstrings_and_limits():
+    @dataclasses.dataclass(frozen=True)
+    class Wider(config.Lora, path="mine"):
+        pass
+
+    assert [s.text for s in settings_of(Wider)] == [s.text for s in settings_of(config.Lora)]
+    with pytest.raises(ConfigError, match=r"mine\.alpha must be positive"):
+        Wider(alpha=0.0)

@@ -1,9 +1,9 @@
 """Every setting of the package (`settings`), and how they are read, composed and checked (`reading`)."""
 
+from infimed_jax.config.fields import ConfigError
 from infimed_jax.config.reading import from_dict, load, merge, to_dict, with_overrides
 from infimed_jax.config.settings import (
     Config,
-    ConfigError,
     Data,
     Grpo,
     Lora,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import json
 import math
 import types
@@ -14,7 +13,8 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from infimed_jax.config.settings import Config, ConfigError, require
+from infimed_jax.config.fields import ConfigError, nearest, require, types_of
+from infimed_jax.config.settings import Config
 from infimed_jax.files import to_json
 
 T = TypeVar("T")
@@ -22,14 +22,12 @@ T = TypeVar("T")
 
 def from_dict(kind: type[T], values: dict[str, Any], path: str = "") -> T:
     """Build the dataclass `kind` from nested plain values; unknown keys and wrong types raise ConfigError."""
-    hints = typing.get_type_hints(kind)
-    known = {f.name for f in dataclasses.fields(kind)}
+    known = types_of(kind)
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {path}{near[0]}?" if near else f"; known here: {', '.join(sorted(known))}"
+            hint = nearest(key, known, lambda name: path + name) or f"; known here: {', '.join(sorted(known))}"
             raise ConfigError(f"unknown setting {path}{key}{hint}")
-    return kind(**{key: _typed(hints[key], value, f"{path}{key}") for key, value in values.items()})
+    return kind(**{key: _typed(known[key], value, f"{path}{key}") for key, value in values.items()})
 
 
 def _typed(hint: Any, value: Any, path: str) -> Any:
@@ -41,8 +39,7 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
     if origin is Literal:
         allowed = typing.get_args(hint)
         if value not in allowed:
-            near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
-            hint_text = f"; did you mean {near[0]!r}?" if near else ""
+            hint_text = nearest(value, map(str, allowed), repr)
             raise ConfigError(f"{path} must be one of {', '.join(map(str, allowed))}, not {value!r}{hint_text}")
         return value
     if origin is tuple:

@@ -1,55 +1,78 @@
-"""Every setting of the package, as frozen dataclasses that refuse what cannot be.
+"""Every setting of the package, as frozen dataclasses that refuse impossible values.
 
-A field's docstring says what it is, its unit, and the published value where one is known
-("recipe" is arXiv 2509.22261, "ancestor" is Open-Qwen2VL, arXiv 2504.00595).
+A field is declared once: its type, default and limits are the check, and they and its docstring are the help
+(`launch/run.py settings`). The docstring states what the setting is, its unit, and the published value where one is
+known ("recipe" is arXiv 2509.22261, "ancestor" is Open-Qwen2VL, arXiv 2504.00595).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from infimed_jax.errors import UserError
+from infimed_jax.config.fields import (
+    AtLeast,
+    Count,
+    CountOrZero,
+    Decay,
+    Group,
+    Limit,
+    NotNegative,
+    Positive,
+    Probability,
+    Share,
+    require,
+)
+
+Context = Annotated[int, Limit(lambda tokens: tokens >= 8, "must be at least 8 tokens")]
+Buckets = Annotated[int, Limit(lambda shapes: 1 <= shapes <= 4, "must be between 1 and 4")]
+Rank = Annotated[int, Limit(lambda rank: rank >= 0, "must not be negative")]
+Seed = Annotated[int, AtLeast(0), Limit(lambda seed: seed < 2**32, "must be below 2**32", show_value=True)]
+GroupSize = Annotated[int, Limit(lambda n: n > 1, "must be at least 2: one completion has no group to compare with")]
+
+_SIZES = "must count devices, or be -1 for what the others leave"
+Devices = Annotated[int, Limit(lambda size: size == -1 or size > 0, _SIZES, show_value=True)]
+DevicesOrChosen = Annotated[int, Limit(lambda n: n >= -1, f"{_SIZES}, or 0 to have it chosen", show_value=True)]
 
 
-class ConfigError(UserError):
-    """A setting that does not exist or cannot be; the message names it and the mend."""
+def _scales_logits(value: float) -> bool:
+    """Beyond these bounds float32 logits overflow, and a distribution of NaN would be read as token 0."""
+    return 1e-6 <= value <= 1e6
 
 
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _at_least(least: int, group: str, settings: object, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        require(value >= least, f"{group}.{name}={value} must be at least {least}")
+Scale = Annotated[float, Limit(_scales_logits, "must lie in [1e-6, 1e6]")]
+Temperature = Annotated[
+    float, Limit(lambda value: value == 0 or _scales_logits(value), "must be 0 (greedy) or lie in [1e-6, 1e6]")
+]
+Exploration = Annotated[float, Limit(_scales_logits, "must lie in [1e-6, 1e6]: greedy replies are all one")]
 
 
 @dataclass(frozen=True)
-class Vision:
+class Vision(Group, path="model.vision"):
     """SigLIP's vision tower. The defaults are so400m-patch14-384."""
 
-    image_size: int = 384
+    image_size: Count = 384
     """Side of the square input image, pixels."""
-    patch_size: int = 14
-    """Side of a patch, pixels; a remainder at the image's edge is not seen (384 = 27 * 14 + 6)."""
-    hidden_size: int = 1152
-    intermediate_size: int = 4304
-    num_layers: int = 27
+    patch_size: Count = 14
+    """Side of a patch, pixels; a remainder at the image's edge is cut off (384 = 27 * 14 + 6)."""
+    hidden_size: Count = 1152
+    """Width of the residual stream."""
+    intermediate_size: Count = 4304
+    """Width inside the feed-forward block."""
+    num_layers: Count = 27
     """Blocks of the source model; the tower holds only those that `feature_layer` needs."""
-    num_heads: int = 16
+    num_heads: Count = 16
+    """Attention heads; their width is hidden_size / num_heads."""
     feature_layer: int = -2
     """The feature is Hugging Face's `hidden_states[feature_layer]`: 0 is the embeddings, -1 the last block's output."""
     activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
     """Hugging Face's SigLIP has the tanh approximation; the ancestor's vision library has exact GELU."""
     norm_eps: float = 1e-6
+    """Added to the variance in layer normalisation."""
 
     def __post_init__(self) -> None:
-        sizes = ("image_size", "patch_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
-        _at_least(1, "model.vision", self, *sizes)
+        super().__post_init__()
         require(self.hidden_size % self.num_heads == 0, "vision.hidden_size must be a multiple of vision.num_heads")
         require(self.image_size >= self.patch_size, "vision.image_size must hold at least one patch")
         require(
@@ -73,13 +96,14 @@ class Vision:
 
 
 @dataclass(frozen=True)
-class Projector:
+class Projector(Group, path="model.projector"):
     """Adaptive average pooling and the two-layer MLP (Linear, exact GELU, Linear)."""
 
     visual_tokens: int = 729
     """Tokens of one image after pooling, a square number. Recipe: 144 in pretraining, 729 (no pooling) in SFT."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             self.visual_tokens > 0 and math.isqrt(self.visual_tokens) ** 2 == self.visual_tokens,
             f"projector.visual_tokens must be a square number, not {self.visual_tokens}",
@@ -91,31 +115,40 @@ class Projector:
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(Group, path="model.text"):
     """Qwen3, dense. The defaults are Qwen3-4B."""
 
-    vocab_size: int = 151_936
+    vocab_size: Count = 151_936
     """Rows of the embedding; at least the tokenizer's length (Qwen3 keeps 267 free rows)."""
-    hidden_size: int = 2560
-    intermediate_size: int = 9728
-    num_layers: int = 36
-    num_heads: int = 32
-    num_kv_heads: int = 8
-    head_dim: int = 128
+    hidden_size: Count = 2560
+    """Width of the residual stream."""
+    intermediate_size: Count = 9728
+    """Width inside the feed-forward block."""
+    num_layers: Count = 36
+    """Number of blocks."""
+    num_heads: Count = 32
+    """Query heads."""
+    num_kv_heads: Count = 8
+    """Key-value heads (grouped-query attention); divides num_heads."""
+    head_dim: Count = 128
+    """Width of a head; even, for the rotary embedding."""
     rope_theta: float = 1_000_000.0
-    """5e6 in Qwen3-4B-Instruct-2507."""
+    """Base of the rotary embedding; 5e6 in Qwen3-4B-Instruct-2507."""
     norm_eps: float = 1e-6
+    """Added to the mean square in RMS normalisation."""
     tie_embeddings: bool = True
+    """Whether the output layer is the transposed embedding."""
 
     def __post_init__(self) -> None:
-        _at_least(1, "model.text", self, "vocab_size", "hidden_size", "intermediate_size", "num_layers")
-        _at_least(1, "model.text", self, "num_heads", "num_kv_heads", "head_dim")
+        super().__post_init__()
         require(self.num_heads % self.num_kv_heads == 0, "text.num_heads must be a multiple of text.num_kv_heads")
         require(self.head_dim % 2 == 0, "text.head_dim must be even (rotary embedding)")
 
 
 @dataclass(frozen=True)
 class Model:
+    """The model's shape: vision tower, projector and language model."""
+
     vision: Vision = field(default_factory=Vision)
     projector: Projector = field(default_factory=Projector)
     text: Text = field(default_factory=Text)
@@ -129,93 +162,90 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Data:
+class Data(Group, path="data"):
     """From a prepared dataset to global batches."""
 
     dataset: str = ""
     """Folder of a prepared (ArrayRecord) dataset, as `data ingest` or `data mix` writes it."""
     tokenizer: str = ""
     """Folder of a Qwen3 tokenizer (tokenizer.json, tokenizer_config.json, chat template)."""
-    context: int = 4096
+    context: Context = 4096
     """Tokens of a row, visual tokens included."""
-    images_per_row: int = 24
-    """Images of a row at most; with `context`, the packer's second budget."""
+    images_per_row: CountOrZero = 24
+    """Maximum images of a row; beside `context` the packer's second budget."""
     packing: Literal["first_fit_decreasing", "minimum_bin_slack", "none"] = "first_fit_decreasing"
-    """The paper's First-Fit-Decreasing; `minimum_bin_slack`, which fills rows of similar samples better; `none`: one
-    sample a row, rows grouped into length buckets."""
-    buckets: int = 4
-    """Distinct row shapes (tokens, images) at most, so distinct compilations; packed data needs one."""
+    """`first_fit_decreasing` is the paper's; `minimum_bin_slack` fills rows of similar samples better; `none` puts one
+    sample in a row and groups rows into length buckets."""
+    buckets: Buckets = 4
+    """Maximum number of row shapes (tokens, images), each of which is compiled; packed data needs one."""
     mask_segments: bool = True
-    """False: the ancestor's unmasked packing, one causal sequence with running positions."""
-    prefetch: int = 4
+    """Whether a sample attends only to itself. False: the ancestor's packing, one causal sequence with running
+    positions."""
+    prefetch: CountOrZero = 4
     """Batches that reader threads keep ready."""
-    threads: int = 2
+    threads: CountOrZero = 2
     """Reader threads of this process."""
-    max_bad_records: float = 0.01
-    """Share of unreadable records, of all that were read on all hosts, above which the run ends."""
+    max_bad_records: Share = 0.01
+    """Share of the records read on all hosts that may be unreadable; above it the run ends."""
 
     def __post_init__(self) -> None:
-        require(self.context >= 8, "data.context must be at least 8 tokens")
-        _at_least(0, "data", self, "images_per_row", "prefetch", "threads")
-        require(1 <= self.buckets <= 4, "data.buckets must be between 1 and 4")
-        require(0 <= self.max_bad_records <= 1, "data.max_bad_records is a share between 0 and 1")
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class Optimizer(Group, path="optimizer"):
     """AdamW with linear warm-up and a cosine to `final_fraction` of the peak."""
 
-    learning_rate: float = 2e-5
-    """Peak. Recipe: 5e-5 in pretraining, 2e-5 in SFT."""
-    warmup_fraction: float = 0.03
-    """Share of all steps."""
+    learning_rate: NotNegative = 2e-5
+    """Peak value. Recipe: 5e-5 in pretraining, 2e-5 in SFT."""
+    warmup_fraction: Share = 0.03
+    """Share of all steps in which the learning rate rises linearly."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    final_fraction: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    """Learning rate after the warm-up."""
+    final_fraction: Share = 0.0
+    """Share of the peak learning rate that the cosine ends at."""
+    beta1: Decay = 0.9
+    """Decay of the first moment."""
+    beta2: Decay = 0.999
+    """Decay of the second moment."""
+    eps: NotNegative = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NotNegative = 0.1
     """Not applied to biases and 1-D parameters. Recipe: 0.01 in pretraining; SFT 0.1 (text) or 0.01 (table)."""
-    clip_norm: float = 1.0
-    """Global gradient norm; not stated in the recipe, 1.0 in the ancestor."""
+    clip_norm: Positive = 1.0
+    """Maximum norm of the whole gradient; not stated in the recipe, 1.0 in the ancestor."""
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 halves Adam's memory, 8 bytes a parameter to 4; both are then rounded stochastically."""
+    """bfloat16 halves the moments' memory from 8 bytes a parameter to 4; both are then rounded stochastically."""
 
     def __post_init__(self) -> None:
-        _at_least(0, "optimizer", self, "learning_rate", "eps", "weight_decay")
-        for name in ("warmup_fraction", "final_fraction"):
-            require(0 <= getattr(self, name) <= 1, f"optimizer.{name} is a share between 0 and 1")
-        for name in ("beta1", "beta2"):
-            require(0 <= getattr(self, name) < 1, f"optimizer.{name} must lie in [0, 1)")
-        require(self.clip_norm > 0, "optimizer.clip_norm must be positive")
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
-class Mesh:
+class Mesh(Group, path="mesh"):
     """Devices along each axis; -1 takes what the others leave. All three axes always exist."""
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 0
-    """0: 1, or where the global batch has too few rows for the devices, the least that lets it split over the rest."""
+    data: Devices = 1
+    """Groups of devices that hold a whole copy of the parameters."""
+    fsdp: Devices = -1
+    """Devices that share one copy of the parameters and optimizer state, and split the batch."""
+    tensor: DevicesOrChosen = 0
+    """Devices that split each matrix product. 0 means 1; if the global batch has too few rows for the devices, 0 means
+    the smallest number that lets the batch split over the rest."""
 
     def __post_init__(self) -> None:
-        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
-        for axis, size in sizes.items():
-            or_zero = ", or 0 to have it chosen" if axis == "tensor" else ""
-            right = size == -1 or size > 0 or (axis == "tensor" and size == 0)
-            require(right, f"mesh.{axis}={size} must count devices, or be -1 for what the others leave{or_zero}")
-        taking = [f"mesh.{axis}" for axis, size in sizes.items() if size == -1]
+        super().__post_init__()
+        taking = [f"mesh.{axis}" for axis, size in vars(self).items() if size == -1]
         require(len(taking) <= 1, f"{' and '.join(taking)} are -1, only one may be: give the others a number")
 
 
 @dataclass(frozen=True)
-class Lora:
-    """Low-rank adapters (arXiv 2106.09685) on the text model's linears, which then stay frozen in the compute dtype."""
+class Lora(Group, path="train.lora"):
+    """Low-rank adapters (arXiv 2106.09685) on the text model's linear layers, which are then frozen."""
 
-    rank: int = 0
-    """0 turns adapters off."""
-    alpha: float = 16.0
+    rank: Rank = 0
+    """Rank of an adapter; 0 turns adapters off."""
+    alpha: Positive = 16.0
     """The adapters' output is scaled by alpha / rank."""
     targets: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...] = (
         "q_proj",
@@ -226,64 +256,63 @@ class Lora:
         "up_proj",
         "down_proj",
     )
-    """The linears that get one, in every layer."""
+    """Linear layers that get an adapter, in every block."""
 
     def __post_init__(self) -> None:
-        require(self.rank >= 0, "train.lora.rank must not be negative")
-        require(self.alpha > 0, "train.lora.alpha must be positive")
+        super().__post_init__()
         require(bool(self.targets) or not self.rank, "train.lora.targets names no linear: nothing would learn")
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(Group, path="train"):
     """One stage's training run."""
 
     stage: str = "sft"
     """Name shown in logs and reports."""
-    global_batch: int = 128
-    """Rows a step over all devices. Recipe: 256 in pretraining, 128 in SFT."""
-    epochs: int = 1
-    """Passes over the data; ignored where `steps` is set."""
-    steps: int = 0
-    """Steps in all; 0 follows from `epochs`."""
-    micro_batches: int = 1
-    """Gradient accumulation: pieces of a global batch run one after the other."""
-    rows_per_device: int = 0
-    """Rows that a device computes at once, at most; `micro_batches` then follows from the mesh. 0: off."""
+    global_batch: Count = 128
+    """Rows of a step over all devices. Recipe: 256 in pretraining, 128 in SFT."""
+    epochs: Count = 1
+    """Passes over the data; ignored if `steps` is set."""
+    steps: CountOrZero = 0
+    """Total steps; 0 takes the number that `epochs` needs."""
+    micro_batches: Count = 1
+    """Gradient accumulation: number of pieces of a global batch that are computed one after the other."""
+    rows_per_device: CountOrZero = 0
+    """Maximum rows that a device computes at once, from which `micro_batches` then follows; 0: off."""
     train: tuple[Literal["vision", "projector", "text"], ...] = ("projector", "text")
     """Parts that learn; the rest is frozen (no gradient, no moments). Recipe: vision always frozen."""
     lora: Lora = field(default_factory=Lora)
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of activations and matmuls; master parameters are float32."""
+    """Type of activations and matrix products; master parameters are float32."""
     remat: Literal["auto", "none", "dots", "full"] = "auto"
-    """Activation checkpointing: `none` keeps all, `dots` the matmuls' outputs, `full` only the blocks' inputs. `auto`
-    is `dots` where an estimate of the memory allows it, else `full`; in GRPO `full`: the sampler needs the memory."""
-    logit_chunk: int = 512
-    """Positions of a row whose logits exist at once in the loss."""
+    """Activation checkpointing: `none` keeps all activations, `dots` the outputs of matrix products, `full` only the
+    inputs of blocks. `auto` is `dots` if an estimate says that they fit in memory, otherwise `full`; in GRPO it is
+    `full`, since the sampler needs the memory."""
+    logit_chunk: Count = 512
+    """Positions of a row whose logits are in memory at once in the loss."""
     attention: Literal["auto", "xla", "splash"] = "auto"
     """Attention kernel; `auto` chooses by platform and logs the choice."""
-    checkpoint_every: int = 500
-    """Steps."""
-    keep_checkpoints: int = 2
-    log_every: int = 10
-    """Steps."""
+    checkpoint_every: Count = 500
+    """Steps between two checkpoints."""
+    keep_checkpoints: Count = 2
+    """Checkpoints that are kept, the latest ones."""
+    log_every: Count = 10
+    """Steps between two lines of metrics."""
     wandb: str = ""
-    """Weights & Biases project that gets the metrics too; needs the `wandb` package."""
-    step_timeout: float = 600.0
-    """Seconds after which a step that has not ended is called hung, with the host's name; 0: never."""
-    max_skipped_updates: int = 5
-    """Consecutive non-finite updates that end the run; 0: none do."""
-    seed: int = 0
+    """Weights & Biases project that also receives the metrics; needs the `wandb` package."""
+    step_timeout: NotNegative = 600.0
+    """Seconds after which a step that has not ended is reported as hung, with the host's name; 0: never."""
+    max_skipped_updates: CountOrZero = 5
+    """Consecutive non-finite updates that end the run; 0: no number does."""
+    seed: Seed = 0
+    """Seed of initial values, data order and sampling."""
     output: str = ""
     """The run's folder."""
     init_from: str = ""
     """A finished run (or checkpoint) whose parameters this stage starts from."""
 
     def __post_init__(self) -> None:
-        _at_least(1, "train", self, "global_batch", "micro_batches", "epochs", "logit_chunk", "log_every")
-        _at_least(1, "train", self, "checkpoint_every", "keep_checkpoints")
-        _at_least(0, "train", self, "steps", "rows_per_device", "step_timeout", "max_skipped_updates", "seed")
-        require(self.seed < 2**32, f"train.seed={self.seed} must be below 2**32")
+        super().__post_init__()
         require(
             self.global_batch % self.micro_batches == 0,
             f"train.global_batch {self.global_batch} must be a multiple of train.micro_batches {self.micro_batches}",
@@ -301,75 +330,70 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Group, path="sampling"):
     """Decoding, for `generate`, evaluation and rollouts."""
 
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_p: float = 1.0
-    top_k: int = 0
-    """0 keeps all."""
-    repetition_penalty: float = 1.0
-    max_tokens: int = 512
-    """New tokens at most."""
-    slots: int = 64
+    temperature: Temperature = 0.0
+    """Divides the logits; 0 is greedy."""
+    top_p: Probability = 1.0
+    """Sample from the most likely tokens whose probabilities sum to this."""
+    top_k: CountOrZero = 0
+    """Sample from this many most likely tokens; 0: from all."""
+    repetition_penalty: Scale = 1.0
+    """Divides positive logits of tokens that occurred already and multiplies negative ones; 1: off."""
+    max_tokens: Count = 512
+    """Maximum number of new tokens."""
+    slots: Count = 64
     """Sequences decoded at once, a static shape."""
-    burst: int = 16
+    burst: Count = 16
     """Tokens decoded on the device before the host refills finished slots."""
 
     def __post_init__(self) -> None:
-        # Beyond these bounds float32 logits overflow, and a distribution of NaN would be read as token 0.
-        require(
-            self.temperature == 0 or 1e-6 <= self.temperature <= 1e6,
-            "sampling.temperature must be 0 (greedy) or lie in [1e-6, 1e6]",
-        )
-        require(0 < self.top_p <= 1, "sampling.top_p must lie in (0, 1]")
-        _at_least(0, "sampling", self, "top_k")
-        _at_least(1, "sampling", self, "max_tokens", "slots", "burst")
-        require(1e-6 <= self.repetition_penalty <= 1e6, "sampling.repetition_penalty must lie in [1e-6, 1e6]")
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
-class Grpo:
+class Grpo(Group, path="grpo"):
     """Group relative policy optimisation with verifiable rewards; the defaults are those of InfiMed-RL's framework."""
 
-    steps: int = 100
-    """Rollouts; each serves `prompts / update_prompts` updates."""
-    prompts: int = 512
-    """Prompts a rollout."""
-    group_size: int = 8
-    """Completions a prompt."""
-    update_prompts: int = 128
-    """Prompts an update."""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_prompt: int = 2048
-    """Tokens, visual ones included; longer prompts are dropped and counted."""
-    max_response: int = 2048
-    """Tokens."""
+    steps: Count = 100
+    """Rollouts; each is used for `prompts / update_prompts` updates."""
+    prompts: Count = 512
+    """Prompts of a rollout."""
+    group_size: GroupSize = 8
+    """Completions of a prompt."""
+    update_prompts: Count = 128
+    """Prompts of an update."""
+    temperature: Exploration = 1.0
+    """Temperature of the rollout's sampling."""
+    top_p: Probability = 1.0
+    """As sampling.top_p, in the rollout."""
+    max_prompt: Count = 2048
+    """Maximum tokens of a prompt, visual ones included; longer prompts are dropped and counted."""
+    max_response: Count = 2048
+    """Maximum tokens of a completion."""
     share_prompts: bool = True
-    """In updates, compute a prompt once for all its completions in a row. Splash attention cannot: there each
-    completion brings its own, which is logged."""
-    kl_coefficient: float = 0.01
-    """Of the k3 estimator against the frozen reference, inside the loss; 0 keeps no reference."""
-    clip_low: float = 0.2
-    clip_high: float = 0.3
-    dual_clip: float = 3.0
-    """Bound of the ratio where the advantage is negative; 0 turns it off."""
-    accuracy_weight: float = 0.9
-    format_weight: float = 0.1
+    """In updates, compute a prompt once for all its completions in a row. An attention kernel that cannot do so
+    repeats the prompt for each completion, which is logged."""
+    kl_coefficient: NotNegative = 0.01
+    """Weight of the KL divergence from the frozen reference (k3 estimator) in the loss; 0 keeps no reference."""
+    clip_low: NotNegative = 0.2
+    """The probability ratio is clipped below 1 - clip_low."""
+    clip_high: NotNegative = 0.3
+    """The probability ratio is clipped above 1 + clip_high."""
+    dual_clip: NotNegative = 3.0
+    """Upper bound of the ratio if the advantage is negative; 0 turns it off."""
+    accuracy_weight: NotNegative = 0.9
+    """Weight of a right answer in the reward."""
+    format_weight: NotNegative = 0.1
+    """Weight of the required format in the reward."""
     normalize_std: bool = True
     """Divide a group's advantages by its standard deviation."""
     reward: Literal["verifiable", "constant"] = "verifiable"
-    """`constant` is the control: every completion earns 1, so nothing can be learnt."""
+    """`constant` is the control: every completion earns 1, so nothing can be learned."""
 
     def __post_init__(self) -> None:
-        _at_least(1, "grpo", self, "steps", "prompts", "update_prompts", "max_prompt", "max_response")
-        weights = ("kl_coefficient", "clip_low", "clip_high", "dual_clip", "accuracy_weight", "format_weight")
-        _at_least(0, "grpo", self, *weights)
-        require(1e-6 <= self.temperature <= 1e6, "grpo.temperature must lie in [1e-6, 1e6]: greedy replies are all one")
-        require(0 < self.top_p <= 1, "grpo.top_p must lie in (0, 1]")
-        require(self.group_size > 1, "grpo.group_size must be at least 2: one completion has no group to compare with")
+        super().__post_init__()
         require(
             self.prompts % self.update_prompts == 0,
             f"grpo.prompts {self.prompts} must be a multiple of grpo.update_prompts {self.update_prompts}",
@@ -378,6 +402,8 @@ class Grpo:
 
 @dataclass(frozen=True)
 class Config:
+    """All settings of a run."""
+
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)

@@ -1,0 +1,164 @@
+"""One declaration a setting: a dataclass field's type, default, limits and docstring are its check and its help.
+
+    @dataclass(frozen=True)
+    class Train(Group, path="train"):
+        steps: Annotated[int, AtLeast(0)] = 0
+        \"\"\"Steps in all; 0 follows from `epochs`.\"\"\"
+
+Docstrings are read from the source text, so help needs no import but that of the dataclass.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import itertools
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+from infimed_jax.errors import UserError
+
+
+class ConfigError(UserError):
+    """A setting that does not exist or has an impossible value; the message names it and the fix."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+class Limit(NamedTuple):
+    """What a field's value must satisfy, in `Annotated[int, Limit(…)]`."""
+
+    allows: Callable[[Any], bool]
+    words: str
+    """The requirement, as the message and the help state it."""
+    show_value: bool = False
+    """Whether the message repeats the value."""
+
+
+def AtLeast(least: float) -> Limit:
+    return Limit(lambda value: value >= least, f"must be at least {least}", show_value=True)
+
+
+Count = Annotated[int, AtLeast(1)]
+CountOrZero = Annotated[int, AtLeast(0)]
+NotNegative = Annotated[float, AtLeast(0)]
+Positive = Annotated[float, Limit(lambda value: value > 0, "must be positive")]
+Share = Annotated[float, Limit(lambda share: 0 <= share <= 1, "is a share between 0 and 1")]
+Decay = Annotated[float, Limit(lambda beta: 0 <= beta < 1, "must lie in [0, 1)")]
+Probability = Annotated[float, Limit(lambda mass: 0 < mass <= 1, "must lie in (0, 1]")]
+
+
+class Group:
+    """A dataclass of settings whose limits are checked when it is made; `path` is its dotted name in messages."""
+
+    _path: ClassVar[str] = ""
+
+    def __init_subclass__(cls, path: str) -> None:
+        cls._path = path
+
+    def __post_init__(self) -> None:
+        for name, limits in _limits(type(self)).items():
+            value = getattr(self, name)
+            for limit in limits:
+                shown = f"={value}" if limit.show_value else ""
+                require(limit.allows(value), f"{self._path}.{name}{shown} {limit.words}")
+
+
+@functools.cache
+def _limits(group: type) -> dict[str, tuple[Limit, ...]]:
+    return {name: found for name, hint in types_of(group, limits=True).items() if (found := _limits_in(hint))}
+
+
+def _limits_in(hint: Any) -> tuple[Limit, ...]:
+    return tuple(note for note in getattr(hint, "__metadata__", ()) if isinstance(note, Limit))
+
+
+@functools.cache
+def types_of(group: type, *, limits: bool = False) -> dict[str, Any]:
+    """Name of each field -> its type, with its limits (`Annotated`) if asked for."""
+    hints = typing.get_type_hints(group, include_extras=limits)
+    return {field.name: hints[field.name] for field in dataclasses.fields(group)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the help shows of one field."""
+
+    name: str
+    """Dotted from the top: `train.lora.rank`."""
+    type: Any
+    default: Any
+    limits: tuple[str, ...]
+    text: str
+    """The field's docstring: meaning, unit, published value, source."""
+
+    @property
+    def type_name(self) -> str:
+        return _type_name(self.type)
+
+
+def settings_of(group: type, path: str = "", values: Any = None) -> Iterator[Setting]:
+    """Every setting below the dataclass `group`, in order of declaration; the defaults are those of `values`."""
+    texts = docstrings(group)
+    for field in dataclasses.fields(group):
+        hint = types_of(group, limits=True)[field.name]
+        kind = types_of(group)[field.name]
+        name = f"{path}.{field.name}" if path else field.name
+        default = _default(field) if values is None else getattr(values, field.name)
+        if dataclasses.is_dataclass(kind):
+            yield from settings_of(type(default), name, default)
+        else:
+            words = tuple(limit.words for limit in _limits_in(hint))
+            yield Setting(name, kind, default, words, texts.get(field.name, ""))
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def docstrings(kind: type) -> dict[str, str]:
+    """The string under each field of a dataclass, base classes included; empty where there is no source text."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        body = _classes(base.__module__).get(base.__qualname__, ())
+        for field, note in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(note, ast.Expr) and isinstance(note.value, ast.Constant):
+                found[ast.unparse(field.target)] = inspect.cleandoc(str(note.value.value)).replace("\n", " ")
+    return found
+
+
+@functools.cache
+def _classes(module: str) -> dict[str, list[ast.stmt]]:
+    """Body of each top-level class of a module; one parse serves all of them."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError):
+        return {}
+    return {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _type_name(kind: Any) -> str:
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return " | ".join(map(str, arguments))
+    if typing.get_origin(kind) is tuple:
+        return f"list of {_type_name(arguments[0])}"
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " | ".join(_type_name(argument) for argument in arguments if argument is not type(None))
+    return kind.__name__
+
+
+def nearest(name: object, known: Iterable[str], form: Callable[[str], str] = str) -> str:
+    """`; did you mean NAME?` for the nearest of `known`, which `form` writes; empty where none is near."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {form(near[0])}?" if near else ""
