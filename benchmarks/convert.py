@@ -24,10 +24,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from infimed_jax import config
+from infimed_jax.data.chat import TOKENIZER_FILES
 from infimed_jax.files import to_json, write_json
 from infimed_jax.hf import names
 from infimed_jax.hf.configuration import TEXT, llava_config
-from infimed_jax.hf.processor import TOKENIZER_FILES
 from infimed_jax.hf.weights import SHARD_BYTES, write_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,7 +112,7 @@ def write_sources(model: config.Model, tokenizer: Path, text: Path, vision: Path
         write_weights(folder, draw(spelled), spelled, dtype, SHARD_BYTES)
         written = values[f"{part}_config"] | {"architectures": [architecture], "dtype": dtype}
         (folder / "config.json").write_text(to_json(written))
-    for name in (*TOKENIZER_FILES, "tokenizer_config.json", "chat_template.jinja"):
+    for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file():
             shutil.copy(tokenizer / name, text / name)
 

@@ -39,8 +39,8 @@ from infimed_jax.models.compute import Compute
 from infimed_jax.rl.rewards import score
 from infimed_jax.rl.rollout import Questions, questions, render_prompts
 from infimed_jax.rl.step import rollout_sampling
+from infimed_jax.runs.checksum import numpy_checksum
 from infimed_jax.sampling.generate import generate
-from infimed_jax.train.checksum import numpy_checksum
 from infimed_jax.train.state import Params
 
 VERSION = 1

@@ -207,3 +207,15 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_process_local_data(sharding, x)
 
     return jax.tree.map(place, batch)
+
+
+def on_mesh(abstract: Any) -> Any:
+    """`abstract` with the current mesh's own shardings: `eval_shape` gives abstract ones, a restore wants devices."""
+    return jax.tree.map(_with_sharding, abstract)
+
+
+def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Under an explicit mesh `eval_shape` carries abstract shardings; scalars come back without one."""
+    mesh = jax.sharding.get_mesh()
+    spec = leaf.sharding.spec if leaf.sharding is not None else PartitionSpec()
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))

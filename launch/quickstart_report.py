@@ -20,10 +20,10 @@ from infimed_jax.files import write_json
 from infimed_jax.hf.export import to_hf
 from infimed_jax.hf.provenance import checkpoint_card
 from infimed_jax.hf.verify import verify
+from infimed_jax.runs.history import history_of
+from infimed_jax.runs.metrics import read_metrics
+from infimed_jax.runs.parameters import load_params
 from infimed_jax.sharding import make_mesh
-from infimed_jax.train.history import history_of
-from infimed_jax.train.parameters import load_params
-from infimed_jax.train.telemetry import read_metrics
 from launch.progress import clock
 from launch.quickstart import LAST_SUPERVISED, SAMPLED, STAGES, Chain
 from launch.quickstart_data import by_reason, test_samples

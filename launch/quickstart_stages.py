@@ -15,10 +15,10 @@ from infimed_jax.evaluation.statistics import majority_baseline
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.infimed import param_count
 from infimed_jax.rl.grpo import grpo
+from infimed_jax.runs.parameters import load_params
 from infimed_jax.sampling.weights import sampler_weights
 from infimed_jax.sharding import make_mesh
 from infimed_jax.train.loop import train
-from infimed_jax.train.parameters import load_params
 from launch.progress import step_note
 from launch.quickstart import LAST_SUPERVISED, REASONING, SAMPLED, STAGES, Chain
 from launch.quickstart_data import make_data, test_samples

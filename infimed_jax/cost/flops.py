@@ -203,7 +203,7 @@ def _head(cfg: config.Config, rows: int) -> Product:
 
 @dataclass(frozen=True)
 class StepFlops:
-    """FLOPs, a unit of each count of `train.telemetry.batch_counts`."""
+    """FLOPs, a unit of each count of `runs.meter.batch_counts`."""
 
     token: float
     loss_token: float

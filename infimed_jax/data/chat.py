@@ -21,6 +21,12 @@ from infimed_jax.errors import UserError
 RENDERING = 1
 """Version of the layout below; packing indices made with another one are rebuilt."""
 
+TOKENIZER_FILES = (
+    *("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer_config.json", "chat_template.jinja"),
+)
+"""Files of a Hugging Face tokenizer; only the first is read here."""
+
 _SPECIAL = {
     "endoftext": "<|endoftext|>",
     "im_start": "<|im_start|>",

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from infimed_jax.config import Model
+from infimed_jax.data.chat import TOKENIZER_FILES
 from infimed_jax.errors import UserError
 from infimed_jax.files import write_json
 from infimed_jax.hf.weights import read_json
 
 IMAGE_TOKEN = "<|image_pad|>"
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 TEMPLATE = "chat_template.jinja"
 
 LIST_CONTENT = """\

@@ -1,6 +1,6 @@
 """What a checkpoint says of itself: the stages it went through, their data with licences, and what was measured.
 
-`train.history` wrote it into the checkpoint; here it becomes the model card.
+`runs.history` wrote it into the checkpoint; here it becomes the model card.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from infimed_jax.hf.card import Card, DataSource
 from infimed_jax.hf.export import SUMMARY
 from infimed_jax.hf.import_ import Import
 from infimed_jax.hf.weights import read_json
-from infimed_jax.train.history import UNKNOWN, Entry
+from infimed_jax.runs.history import UNKNOWN, Entry
 
 IMPORT = "import"
 """Stage name of a checkpoint that `convert from-hf` wrote."""

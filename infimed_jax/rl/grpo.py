@@ -32,21 +32,25 @@ from infimed_jax.rl.loss import grpo_loss, make_scorer
 from infimed_jax.rl.rewards import score
 from infimed_jax.rl.rollout import Questions, plan_layout, prompt_order, questions
 from infimed_jax.rl.step import Plan, Reply, RewardFn, grpo_step
+from infimed_jax.runs.checkpoint import (
+    CHECKPOINTS,
+    Checkpoints,
+    Metadata,
+    abstract_like,
+    keep_tokenizer,
+    leaves_fingerprint,
+    read_metadata,
+)
+from infimed_jax.runs.curve import CURVE, draw_curve
+from infimed_jax.runs.guard import Watchdog, stop_requests
+from infimed_jax.runs.history import history_of, stage_entry
+from infimed_jax.runs.meter import memory_bytes
+from infimed_jax.runs.metrics import MetricsLog, Row, progress_line
 from infimed_jax.sharding import micro_batches, run_mesh
-from infimed_jax.train.checkpoint import Checkpoints
-from infimed_jax.train.curve import CURVE, draw_curve
-from infimed_jax.train.history import history_of, stage_entry
-from infimed_jax.train.kept_tokenizer import keep_tokenizer
-from infimed_jax.train.line import progress_line
 from infimed_jax.train.loop import OnStep
-from infimed_jax.train.meter import memory_bytes
 from infimed_jax.train.optimizer import make_optimizer
-from infimed_jax.train.state import Params, TrainState, abstract_like, init_state, split_params
+from infimed_jax.train.state import Params, TrainState, init_state, split_params
 from infimed_jax.train.step import make_train_step
-from infimed_jax.train.stopping import stop_requests
-from infimed_jax.train.stored import CHECKPOINTS, Metadata, leaves_fingerprint, read_metadata
-from infimed_jax.train.telemetry import MetricsLog, Row
-from infimed_jax.train.watchdog import Watchdog
 
 REPLIES = "replies.jsonl"
 RESULT = "result.json"

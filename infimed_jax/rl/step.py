@@ -20,13 +20,14 @@ from infimed_jax.rl.advantages import group_advantages, without_variance
 from infimed_jax.rl.loss import Scorer, on_policy
 from infimed_jax.rl.rewards import Reward
 from infimed_jax.rl.rollout import Layout, render_prompts, training_rows
+from infimed_jax.runs.meter import batch_counts
+from infimed_jax.runs.metrics import Row
 from infimed_jax.sampling.generate import Completion, generate
 from infimed_jax.sampling.weights import sampler_weights
 from infimed_jax.sharding import local_rows, place_batch
 from infimed_jax.train.optimizer import learning_rate
 from infimed_jax.train.state import Params, TrainState
 from infimed_jax.train.step import TrainStep
-from infimed_jax.train.telemetry import Row, batch_counts
 
 OF_COMPUTED = ("ratio", "clip_fraction", "kl", "logprob_gap")
 """Sums that `grpo_loss` takes over the tokens whose loss it computes."""

@@ -7,22 +7,25 @@ losses are those of a run that was never stopped.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import yaml
 
 from infimed_jax import config, sharding
 from infimed_jax.config import Config, ConfigError
 from infimed_jax.cost.memory import choose_remat
+from infimed_jax.data.batch import NO_IMAGE, Batch
 from infimed_jax.data.chat import Tokenizer, load_tokenizer
 from infimed_jax.data.loader import Loader, make_loader
 from infimed_jax.data.packing import TOO_LONG, TOO_MANY_IMAGES
@@ -32,23 +35,17 @@ from infimed_jax.models.compute import Compute
 from infimed_jax.models.infimed import abstract_params, init_params
 from infimed_jax.models.lora import merge_lora, scale_of
 from infimed_jax.processes import gathered, speaker
-from infimed_jax.train import telemetry
-from infimed_jax.train.checkpoint import Checkpoints
-from infimed_jax.train.curve import CURVE, draw_curve
-from infimed_jax.train.history import history_of, stage_entry
-from infimed_jax.train.kept_tokenizer import keep_tokenizer
-from infimed_jax.train.line import progress_line
-from infimed_jax.train.meter import Meter, averaged
+from infimed_jax.runs.checkpoint import CHECKPOINTS, Checkpoints, Metadata, keep_tokenizer, leaves_fingerprint
+from infimed_jax.runs.curve import CURVE, draw_curve
+from infimed_jax.runs.guard import Watchdog, stop_requests
+from infimed_jax.runs.history import history_of, stage_entry
+from infimed_jax.runs.identity import check_same_run
+from infimed_jax.runs.meter import Meter, Trace, averaged, batch_counts
+from infimed_jax.runs.metrics import MetricsLog, Row, progress_line, read_metrics
+from infimed_jax.runs.parameters import load_params
 from infimed_jax.train.optimizer import learning_rate, make_optimizer
-from infimed_jax.train.parameters import load_params
-from infimed_jax.train.same_run import check_same_run
-from infimed_jax.train.state import Params, TrainState, abstract_state, init_state, on_mesh
+from infimed_jax.train.state import Params, TrainState, abstract_state, init_state
 from infimed_jax.train.step import Metrics, TrainStep, make_train_step, next_token_loss
-from infimed_jax.train.stopping import stop_requests
-from infimed_jax.train.stored import CHECKPOINTS, Metadata, leaves_fingerprint
-from infimed_jax.train.telemetry import MetricsLog, Row
-from infimed_jax.train.trace import Trace
-from infimed_jax.train.watchdog import Watchdog
 
 RESULT = "result.json"
 
@@ -128,7 +125,7 @@ def _run(
     main = jax.process_index() == 0
     if start == loader.steps and (folder / RESULT).exists():
         log.info("%s is finished: %s", cfg.train.stage, folder)
-        return _result(cfg, state, telemetry.read_metrics(folder), json.loads((folder / RESULT).read_text())["data"])
+        return _result(cfg, state, read_metrics(folder), json.loads((folder / RESULT).read_text())["data"])
     if main:
         (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(cfg), sort_keys=False), encoding="utf-8")
         keep_tokenizer(tokenizer, folder)
@@ -167,13 +164,13 @@ def _open_state(
         return checkpoints.restore(abstract_state(cfg, optimizer), start), saved | {"config": metadata["config"]}
     abstract = abstract_params(cfg.model)
     if cfg.train.init_from:
-        params, before = load_params(cfg.train.init_from, on_mesh(abstract))
+        params, before = load_params(cfg.train.init_from, sharding.on_mesh(abstract))
         check_tokenizer(cfg, before, tokenizer)
         metadata |= {"history": history_of(before), "start": leaves_fingerprint(cfg.train.init_from)}
     elif params is None:
         params = init_params(jax.random.key(cfg.train.seed), cfg.model)
     else:
-        params = jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), params, on_mesh(abstract))
+        params = jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), params, sharding.on_mesh(abstract))
     metadata["history"] = [*metadata["history"], stage_entry(cfg, fingerprint)]
     return init_state(params, cfg, optimizer), metadata
 
@@ -189,7 +186,7 @@ def check_tokenizer(cfg: Config, before: Metadata, tokenizer: Tokenizer) -> None
 
 def _announce(cfg: Config, mesh: jax.sharding.Mesh, state: TrainState, loader: Loader) -> None:
     start, data = loader.start_step, loader.report()
-    trained, frozen = telemetry.parameter_counts(state.trainable, state.frozen)
+    trained, frozen = parameter_counts(state.trainable, state.frozen)
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     pieces = sharding.micro_batches(cfg.train, mesh)
     rows = cfg.train.global_batch // pieces // sharding.row_shards(mesh)
@@ -261,12 +258,12 @@ def _steps(
             batch, bad, ids = next(batches)
             waited = time.perf_counter() - since
             if step == loader.start_step + 1 and jax.process_index() == 0:
-                text = telemetry.describe_row(batch, load_tokenizer(cfg.data.tokenizer))
+                text = describe_row(batch, load_tokenizer(cfg.data.tokenizer))
                 log.info("first sample (%s), «learnt»:\n%s", ids[0] if ids else "padding", text)
             trace.before(step)
             watchdog.beat(f"step {step}: compiling or computing")
             state, metrics = step_fn(state, batch, learning_rate(cfg.optimizer, step - 1, total))
-            metrics |= telemetry.batch_counts(batch, cfg.model.projector.visual_tokens)
+            metrics |= batch_counts(batch, cfg.model.projector.visual_tokens)
             metrics["bad_records"] = jnp.sum(bad)
             trace.after(step, metrics)
             # The step before is read while this one runs, so that the devices never wait for the host.
@@ -351,11 +348,49 @@ def _result(cfg: Config, state: TrainState, rows: list[Row], data: dict[str, Any
         tokens=tokens,
         tokens_per_step=tokens / max(len(rows), 1),
         samples_per_step=sum(row["samples"] for row in rows) / max(len(rows), 1),
-        loss_first=telemetry.mean_loss(rows),
-        loss_last=telemetry.mean_loss(rows, last=True),
+        loss_first=mean_loss(rows),
+        loss_last=mean_loss(rows, last=True),
         seconds=seconds,
         compile_seconds=compiling,
         tokens_per_second=tokens / max(seconds - compiling, 1e-9),
         skipped_updates=sum(row["skipped"] for row in rows),
         data=data,
     )
+
+
+def describe_row(batch: Batch, tokenizer: Tokenizer) -> str:
+    """The first segment of this process's first row that holds one, as text: «what is learnt», [36 image places]."""
+    tokens, segments, weights, visual = (
+        np.asarray(x.addressable_shards[0].data) if isinstance(x, jax.Array) else x
+        for x in (batch.tokens, batch.segment_ids, batch.loss_weights, batch.visual_index)
+    )
+    filled = np.flatnonzero((segments == 1).any(axis=1))
+    if not len(filled):
+        return "(this process's first rows are padding)"
+    row = filled[0]
+    places = segments[row] == 1
+    learnt = np.concatenate([[False], weights[row, :-1] > 0])[places]  # the weight at t is of predicting t + 1
+    image = (visual[row] != NO_IMAGE)[places]
+    pieces = []
+    for (is_image, is_learnt), run in itertools.groupby(
+        zip(image, learnt, tokens[row][places], strict=True), key=lambda place: (place[0], place[1])
+    ):
+        ids = [token for _, _, token in run]
+        text = f"[{len(ids)} image places]" if is_image else tokenizer.decode(ids)
+        pieces.append(f"«{text}»" if is_learnt else text)
+    return "".join(pieces)
+
+
+def mean_loss(rows: Sequence[Row], share: float = 0.05, *, last: bool = False) -> float:
+    """Mean over the first (or last) `share` of the steps, one at least; skipped updates do not count."""
+    losses = [row["loss"] for row in rows if not row["skipped"]]
+    if not losses:
+        return float("nan")
+    count = max(1, round(share * len(losses)))
+    return float(np.mean(losses[-count:] if last else losses[:count]))
+
+
+def parameter_counts(trainable: Any, frozen: Any) -> tuple[int, int]:
+    """Elements that learn, and elements that do not."""
+    trained, fixed = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (trainable, frozen))
+    return trained, fixed

@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from infimed_jax import config
 from infimed_jax.errors import UserError
 from infimed_jax.models.infimed import init_params
 from infimed_jax.models.lora import init_lora
+from infimed_jax.sharding import on_mesh
 
 Params = Mapping[str, Any]
 
@@ -71,23 +72,6 @@ def abstract_state(cfg: config.Config, optimizer: optax.GradientTransformation) 
     # The key is made inside: under an abstract mesh nothing may create an array.
     state = jax.eval_shape(lambda: init_state(init_params(jax.random.key(0), cfg.model), cfg, optimizer))
     return on_mesh(state)
-
-
-def abstract_like(tree: Any) -> Any:
-    """Shapes, dtypes and shardings of existing arrays."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
-
-
-def on_mesh(abstract: Any) -> Any:
-    """`abstract` with the current mesh's own shardings: `eval_shape` gives abstract ones, a restore wants devices."""
-    return jax.tree.map(_with_sharding, abstract)
-
-
-def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Under an explicit mesh `eval_shape` carries abstract shardings; scalars come back without one."""
-    mesh = jax.sharding.get_mesh()
-    spec = leaf.sharding.spec if leaf.sharding is not None else PartitionSpec()
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
 
 def _replicate_scalars(tree: Any) -> Any:

@@ -57,8 +57,8 @@ def from_hf(args: argparse.Namespace) -> None:
     from infimed_jax.hf import provenance
     from infimed_jax.hf.import_ import open_llava, open_parts
     from infimed_jax.models.infimed import param_count
-    from infimed_jax.train.kept_tokenizer import keep_tokenizer
-    from infimed_jax.train.parameters import save_params
+    from infimed_jax.runs.checkpoint import keep_tokenizer
+    from infimed_jax.runs.parameters import save_params
     from launch.progress import ByteProgress
 
     if whole:
@@ -98,8 +98,8 @@ def to_hf(args: argparse.Namespace) -> None:
     from infimed_jax.config import Config, from_dict
     from infimed_jax.hf import provenance
     from infimed_jax.hf.export import to_hf as write_hf
-    from infimed_jax.train.history import history_of
-    from infimed_jax.train.parameters import open_params, open_stored
+    from infimed_jax.runs.history import history_of
+    from infimed_jax.runs.parameters import open_params, open_stored
     from launch.progress import ByteProgress
 
     apart = args.lora == "peft"
@@ -131,7 +131,7 @@ def verify(args: argparse.Namespace) -> None:
     from infimed_jax.hf.verify import verify
     from infimed_jax.hf.weights import ADAPTER
     from infimed_jax.models.lora import scale_of
-    from infimed_jax.train.parameters import open_params, open_stored
+    from infimed_jax.runs.parameters import open_params, open_stored
 
     apart = (args.hf / ADAPTER).is_dir()
     params, metadata = (open_stored if apart else open_params)(args.checkpoint)

@@ -42,10 +42,10 @@ def evaluate(args: argparse.Namespace) -> None:
     from infimed_jax.evaluation.statistics import majority_baseline
     from infimed_jax.hf.names import check_leaves
     from infimed_jax.models.compute import Compute
+    from infimed_jax.runs.history import history_of, learnt_from
+    from infimed_jax.runs.parameters import load_params
     from infimed_jax.sampling.weights import sampler_weights
     from infimed_jax.sharding import make_mesh
-    from infimed_jax.train.history import history_of, learnt_from
-    from infimed_jax.train.parameters import load_params
     from infimed_jax.trees import flatten
     from launch.progress import StepProgress
 

@@ -120,9 +120,9 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any, int]:
     from infimed_jax.hf.import_ import open_llava
     from infimed_jax.hf.provenance import max_positions
     from infimed_jax.hf.weights import read_json
+    from infimed_jax.runs.history import history_of
+    from infimed_jax.runs.parameters import open_params
     from infimed_jax.sharding import make_mesh
-    from infimed_jax.train.history import history_of
-    from infimed_jax.train.parameters import open_params
 
     if args.hf:
         written = read_json(args.hf / "config.json")

@@ -73,10 +73,9 @@ def grpo(args: argparse.Namespace) -> None:
     from infimed_jax.data.chat import load_tokenizer
     from infimed_jax.models.infimed import abstract_params
     from infimed_jax.rl.grpo import grpo
-    from infimed_jax.sharding import run_mesh
+    from infimed_jax.runs.parameters import load_params
+    from infimed_jax.sharding import on_mesh, run_mesh
     from infimed_jax.train.loop import check_tokenizer
-    from infimed_jax.train.parameters import load_params
-    from infimed_jax.train.state import on_mesh
     from launch.progress import StepProgress
 
     samples, tokenizer = open_for_training(config.data.dataset), load_tokenizer(config.data.tokenizer)

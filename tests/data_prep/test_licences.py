@@ -12,7 +12,7 @@ from data_prep.mixture import Part, mix
 from data_prep.privacy import scrub
 from data_prep.sources import SOURCES
 from infimed_jax.data.storage import write_samples
-from infimed_jax.train.history import licences_of
+from infimed_jax.runs.history import licences_of
 from tests.data_prep.samples import question
 
 LICENCE = {"vqa_rad": SOURCES["vqa_rad"].licence}

@@ -9,9 +9,9 @@ import pytest
 from infimed_jax.config import Config, Data, Train, to_dict
 from infimed_jax.errors import UserError
 from infimed_jax.hf.provenance import allows_commercial_use, checkpoint_card, max_positions
-from infimed_jax.train.history import history_of, licences_of, stage_entry
-from infimed_jax.train.parameters import save_params
-from infimed_jax.train.stored import read_metadata
+from infimed_jax.runs.checkpoint import read_metadata
+from infimed_jax.runs.history import history_of, licences_of, stage_entry
+from infimed_jax.runs.parameters import save_params
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from infimed_jax import config
 from infimed_jax.hf import names
-from infimed_jax.train import parameters
+from infimed_jax.runs import parameters
 from tests import two_processes
 
 MODEL = config.Model(
@@ -31,8 +31,8 @@ jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
 from infimed_jax import config
 from infimed_jax.models.infimed import abstract_params
 from infimed_jax.sharding import make_mesh
-from infimed_jax.train.parameters import load_params
-from infimed_jax.train.state import on_mesh
+from infimed_jax.runs.parameters import load_params
+from infimed_jax.sharding import on_mesh
 
 def bytes_read():
     lines = open("/proc/self/io").read().split()

@@ -19,8 +19,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipVisio
 
 from data_prep.tokenizer import make_tokenizer
 from infimed_jax.errors import UserError
-from infimed_jax.train.parameters import load_params
-from infimed_jax.train.stored import find_checkpoint, read_metadata
+from infimed_jax.runs.checkpoint import find_checkpoint, read_metadata
+from infimed_jax.runs.parameters import load_params
 from tests.hf.reading import from_hf
 from tests.launch.hf_sources import PATCHES, command, write_datasets, write_sources
 
@@ -343,7 +343,7 @@ def test_what_to_read_must_be_said(tmp_path, capsys, arguments, words):
 
 CHILD = """
 import os, resource, signal, sys
-from infimed_jax.train import parameters
+from infimed_jax.runs import parameters
 from launch import run
 
 mode, save, count = sys.argv[1], parameters.ocp.partial.save, 0

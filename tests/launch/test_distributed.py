@@ -17,7 +17,7 @@ import yaml
 
 from infimed_jax.config import to_dict
 from infimed_jax.errors import UserError
-from infimed_jax.train.telemetry import read_metrics
+from infimed_jax.runs.metrics import read_metrics
 from launch import distributed, run
 
 ROOT = Path(__file__).resolve().parents[2]

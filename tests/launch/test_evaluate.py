@@ -14,8 +14,8 @@ from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.evaluation.contamination import WORDS, mark
 from infimed_jax.evaluation.run import GROUPS
-from infimed_jax.train.history import stage_entry
-from infimed_jax.train.parameters import load_params, save_params
+from infimed_jax.runs.history import stage_entry
+from infimed_jax.runs.parameters import load_params, save_params
 from infimed_jax.trees import flatten
 from tests.launch.hf_sources import PATCHES, command, picture, write_sources
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from infimed_jax.train.parameters import load_params, save_params
+from infimed_jax.runs.parameters import load_params, save_params
 from infimed_jax.trees import flatten
 from tests.launch.hf_sources import PATCHES, QUESTION, command, picture, write_sources
 

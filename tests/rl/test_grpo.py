@@ -14,7 +14,7 @@ from infimed_jax.config import ConfigError, Lora, to_dict
 from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.rl.grpo import grpo
 from infimed_jax.rl.rewards import Reward
-from infimed_jax.train.parameters import load_params, save_params
+from infimed_jax.runs.parameters import load_params, save_params
 from infimed_jax.trees import flatten
 
 

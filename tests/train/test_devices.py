@@ -14,9 +14,9 @@ import pytest
 from infimed_jax import config
 from infimed_jax.config import Mesh
 from infimed_jax.errors import Interrupted
+from infimed_jax.runs.metrics import read_metrics
+from infimed_jax.runs.parameters import load_params
 from infimed_jax.train.loop import train
-from infimed_jax.train.parameters import load_params
-from infimed_jax.train.telemetry import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 

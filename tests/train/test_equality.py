@@ -21,9 +21,9 @@ from infimed_jax.models.compute import Compute
 from infimed_jax.models.infimed import init_params
 from infimed_jax.ops import attention
 from infimed_jax.ops.attention_splash import splash_attention
+from infimed_jax.runs.metrics import METRICS, read_metrics
 from infimed_jax.train.loop import train
 from infimed_jax.train.step import next_token_loss
-from infimed_jax.train.telemetry import METRICS, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -23,12 +23,13 @@ from infimed_jax.data.loader import make_loader
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.models.infimed import init_params
+from infimed_jax.runs import checkpoint
+from infimed_jax.runs.checkpoint import keep_tokenizer
+from infimed_jax.runs.metrics import read_metrics
+from infimed_jax.runs.parameters import load_params, save_params
 from infimed_jax.sharding import make_mesh
-from infimed_jax.train import loop, stored
-from infimed_jax.train.kept_tokenizer import keep_tokenizer
+from infimed_jax.train import loop
 from infimed_jax.train.loop import train
-from infimed_jax.train.parameters import load_params, save_params
-from infimed_jax.train.telemetry import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -368,13 +369,13 @@ def test_a_checkpoint_that_a_skipped_update_put_off_comes_after_it(stage, monkey
 
 
 def test_the_last_checkpoint_is_read_back_and_compared(stage, monkeypatch):
-    load, name = stored.ocp.load, "trainable.text.norm.scale"
+    load, name = checkpoint.ocp.load, "trainable.text.norm.scale"
 
     def change(path, abstract):
         loaded = load(path, abstract)
         return loaded | {name: loaded[name] * 2}
 
-    monkeypatch.setattr(stored.ocp, "load", change)
+    monkeypatch.setattr(checkpoint.ocp, "load", change)
     with pytest.raises(UserError, match=rf"checkpoints/2 is damaged at {name}"):
         train(stage(steps=2))
 

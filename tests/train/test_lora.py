@@ -12,11 +12,10 @@ import pytest
 from infimed_jax.config import Lora
 from infimed_jax.errors import Interrupted
 from infimed_jax.models.infimed import abstract_params
-from infimed_jax.sharding import make_mesh
+from infimed_jax.runs.checkpoint import find_checkpoint, read_index
+from infimed_jax.runs.parameters import load_params
+from infimed_jax.sharding import make_mesh, on_mesh
 from infimed_jax.train.loop import train
-from infimed_jax.train.parameters import load_params
-from infimed_jax.train.state import on_mesh
-from infimed_jax.train.stored import find_checkpoint, read_index
 
 ADAPTERS = Lora(rank=2, alpha=4.0, targets=("q_proj", "down_proj"))
 

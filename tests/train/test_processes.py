@@ -13,10 +13,10 @@ from infimed_jax import config
 from infimed_jax.config import Config
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
+from infimed_jax.runs.checkpoint import read_metadata
+from infimed_jax.runs.metrics import read_metrics
+from infimed_jax.runs.parameters import load_params
 from infimed_jax.train.loop import train
-from infimed_jax.train.parameters import load_params
-from infimed_jax.train.stored import read_metadata
-from infimed_jax.train.telemetry import read_metrics
 from tests import two_processes
 
 _CHILD = """

@@ -115,9 +115,9 @@ def difficulty(args: argparse.Namespace) -> None:
     from infimed_jax.data.chat import load_tokenizer
     from infimed_jax.hf.names import check_leaves
     from infimed_jax.models.compute import Compute
+    from infimed_jax.runs.parameters import load_params
     from infimed_jax.sampling.weights import sampler_weights
     from infimed_jax.sharding import make_mesh
-    from infimed_jax.train.parameters import load_params
     from infimed_jax.trees import flatten
 
     plan = Plan(args.draws, args.low, args.high, args.between, args.extreme, args.seed)

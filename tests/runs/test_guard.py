@@ -1,10 +1,42 @@
-"""A step that hangs is named, once, with the host; one that goes on is not."""
+"""Stop requests are noted at once, answered at a step, never lost; a step that hangs is named, once, with the host."""
 
 import logging
+import signal
 import socket
 import threading
 
-from infimed_jax.train.watchdog import Watchdog
+import pytest
+
+from infimed_jax.errors import Interrupted
+from infimed_jax.runs.guard import Watchdog, stop_requests
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_that_no_step_answers_is_not_lost(number):
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="after the last step"), stop_requests() as asked:
+        assert not asked(1)
+        signal.raise_signal(number)
+        assert asked(2)
+    assert signal.getsignal(number) is before
+
+
+def test_a_step_that_answers_says_it_in_its_own_words():
+    with pytest.raises(Interrupted, match="mine"), stop_requests() as asked:
+        signal.raise_signal(signal.SIGTERM)
+        if asked(1):
+            raise Interrupted("mine")
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    with pytest.raises(KeyboardInterrupt), stop_requests():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_without_a_request_nothing_happens():
+    with stop_requests() as asked:
+        assert not asked(1)
 
 
 class _Heard(logging.Handler):
@@ -20,7 +52,7 @@ class _Heard(logging.Handler):
 
 def _heard(watchdog_does) -> list[str]:
     handler = _Heard()
-    logger = logging.getLogger("infimed_jax.train.watchdog")
+    logger = logging.getLogger("infimed_jax.runs.guard")
     logger.addHandler(handler)
     try:
         watchdog_does(handler)

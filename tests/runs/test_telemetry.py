@@ -10,7 +10,9 @@ from infimed_jax import config
 from infimed_jax.data.batch import Segment, build_row, stack_rows
 from infimed_jax.data.chat import load_tokenizer, render
 from infimed_jax.data.sample import Sample, Turn
-from infimed_jax.train.telemetry import MetricsLog, batch_counts, describe_row, mean_loss, read_metrics
+from infimed_jax.runs.meter import batch_counts
+from infimed_jax.runs.metrics import MetricsLog, read_metrics
+from infimed_jax.train.loop import describe_row, mean_loss
 
 PLACES = 4
 """Visual tokens of an image."""

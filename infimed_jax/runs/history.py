@@ -12,7 +12,7 @@ from typing import Any
 
 from infimed_jax import config
 from infimed_jax.data.storage import MANIFEST
-from infimed_jax.train.stored import Metadata
+from infimed_jax.runs.checkpoint import Metadata
 
 Entry = dict[str, Any]
 UNKNOWN = "not stated"

@@ -1,16 +1,22 @@
-"""Names a step that hangs: a lost host or a stuck reader would else keep a pod waiting without a word."""
+"""What guards a run: stop requests are answered with a save, a step that hangs is named."""
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
+import signal
 import socket
 import sys
 import threading
 import time
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from types import FrameType, TracebackType
 
 import jax
+from jax.experimental import multihost_utils
+
+from infimed_jax.errors import Interrupted
 
 log = logging.getLogger(__name__)
 
@@ -55,3 +61,34 @@ class Watchdog:
                     jax.process_count(),
                 )
                 faulthandler.dump_traceback(sys.__stderr__)
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[int], bool]]:
+    """Yields `asked(step) -> bool`, the same answer on every process.
+
+    In one process the first Ctrl-C or SIGTERM asks, a second Ctrl-C stops at once. In several, JAX's preemption
+    service carries one process's SIGTERM to all and chooses the step; its own handler must stay in place.
+    A request that came too late for any step raises Interrupted at the end of the block, so that none is lost.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread alone
+        yield lambda step: False
+        return
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda step: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if received:
+        raise Interrupted("stopped after the last step, which is saved: the same command ends the run")

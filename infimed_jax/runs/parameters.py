@@ -18,8 +18,7 @@ from orbax.checkpoint import v1 as ocp
 from infimed_jax.errors import UserError
 from infimed_jax.files import make_folder
 from infimed_jax.models import lora
-from infimed_jax.train.checksum import numpy_checksum
-from infimed_jax.train.stored import (
+from infimed_jax.runs.checkpoint import (
     Metadata,
     compare,
     custom_metadata,
@@ -30,6 +29,7 @@ from infimed_jax.train.stored import (
     read_leaves,
     user_metadata,
 )
+from infimed_jax.runs.checksum import numpy_checksum
 from infimed_jax.trees import flatten, nest
 
 _PARAMETERS = ("trainable", "frozen", "params")

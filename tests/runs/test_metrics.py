@@ -1,5 +1,6 @@
 """What a run shows: rows from a known clock, the progress line, the curve, the trace, Weights & Biases."""
 
+import contextlib
 import sys
 import types
 from pathlib import Path
@@ -14,13 +15,10 @@ from tensorboardX.record_writer import RecordWriter
 from infimed_jax import config, sharding
 from infimed_jax.cost import chips, flops
 from infimed_jax.errors import UserError
-from infimed_jax.train import meter
-from infimed_jax.train.board import Board
-from infimed_jax.train.curve import draw_curve, smoothed
-from infimed_jax.train.line import clock, progress_line
-from infimed_jax.train.meter import Meter, averaged
-from infimed_jax.train.telemetry import MetricsLog, read_metrics
-from infimed_jax.train.trace import Trace
+from infimed_jax.runs import meter
+from infimed_jax.runs.curve import draw_curve, smoothed
+from infimed_jax.runs.meter import Meter, Trace, averaged
+from infimed_jax.runs.metrics import Board, MetricsLog, clock, progress_line, read_metrics
 
 METRICS = {
     "loss": 2.5,
@@ -36,7 +34,7 @@ METRICS = {
 def test_a_row_is_the_counts_over_the_clock_and_the_peak(model, monkeypatch):
     now = iter([10.0, 14.0, 15.0])
     monkeypatch.setattr(meter.time, "perf_counter", lambda: next(now))
-    monkeypatch.setattr(meter.telemetry, "compile_seconds", lambda: 0.0)
+    monkeypatch.setattr(meter, "compile_seconds", lambda: 0.0)
     monkeypatch.setattr(chips, "peak_flops", lambda kind: 1e9)
     cfg = config.Config(model=model, train=config.Train(compute_dtype="bfloat16"))
     mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
@@ -151,16 +149,35 @@ def test_the_board_holds_the_numbers_not_finite_ones_too_before_it_is_closed(tmp
     board.close()
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+FULL = Path("/dev/full")
+needs_full_disk = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full, a disk that is always full")
+
+
+@needs_full_disk
 def test_a_full_disk_ends_the_log_at_once(tmp_path):
     log = MetricsLog(tmp_path, 0, _logging(""))
     log.write({"step": 1, "loss": 1.0})
-    with Path("/dev/full").open("wb", buffering=0) as log._board._file:
-        with pytest.raises(OSError, match="No space left"):
-            log.write({"step": 2, "loss": 1.0})
+    log._file.close()
+    log._file = FULL.open("a", buffering=1)
+    with pytest.raises(OSError, match="No space left"):
+        log.write({"step": 2, "loss": 1.0})
+    with contextlib.suppress(OSError):
         log.close()
-    assert log._file.closed
-    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+
+
+@needs_full_disk
+def test_a_disk_that_is_full_for_tensorboard_alone_is_reported_once_and_the_log_goes_on(tmp_path, caplog):
+    log = MetricsLog(tmp_path, 0, _logging(""))
+    log.write({"step": 1, "loss": 1.0})
+    log._board._writer._py_recordio_writer._writer = FULL.open("wb")
+    for step in (2, 3, 4, 5, 6):
+        log.write({"step": step, "loss": 1.0})
+    log.close()
+    assert [record.message for record in caplog.records] == [
+        "TensorBoard gets no more numbers ([Errno 28] No space left on device); metrics.jsonl goes on"
+    ]
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_weights_and_biases_gets_the_numbers_and_a_resumed_run_its_page(tmp_path, monkeypatch):

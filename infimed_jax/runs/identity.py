@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from infimed_jax.errors import UserError
-from infimed_jax.train.stored import Metadata, leaves_fingerprint
+from infimed_jax.runs.checkpoint import Metadata, leaves_fingerprint
 
 _FREE = {
     *("mesh", "sampling", "grpo"),

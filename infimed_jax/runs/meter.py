@@ -1,27 +1,65 @@
-"""From a step's sums to its line of metrics.jsonl: speed, share of peak, waiting, memory, time left."""
+"""What a step costs: counts of its batch, time, share of peak, memory, and a profiler's trace.
+
+Throughput counts non-padding tokens, visual places included; `loss_tokens` are those with a weight; an image counts
+once per row slot, which is how often it is encoded; `samples` are those of the batch's plan, bad records included.
+"""
 
 from __future__ import annotations
 
+import functools
 import logging
 import resource
 import statistics
 import time
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from infimed_jax import config
 from infimed_jax.cost import chips, flops
-from infimed_jax.train import telemetry
-from infimed_jax.train.telemetry import Row
+from infimed_jax.data.batch import Batch
+from infimed_jax.runs.metrics import Row
 
 COUNTS = ("tokens", "loss_tokens", "images", "bad_records")
+PROFILE = "profile"
+"""Folder of a run that holds a trace."""
 _GIB = 2**30
 _RECENT = 50
 """Steps whose median tells the time left."""
+_COMPILE_EVENTS = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
+_compiled = [0.0]
 
 log = logging.getLogger(__name__)
+
+
+def _count_compilation(event: str, seconds: float, **_: Any) -> None:
+    if event in _COMPILE_EVENTS:
+        _compiled[0] += seconds
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_compilation)
+
+
+def compile_seconds() -> float:
+    """Seconds that this process has spent lowering and compiling (or reading compiled programs from the cache)."""
+    return _compiled[0]
+
+
+@functools.partial(jax.jit, static_argnames="visual_tokens")
+def batch_counts(batch: Batch, visual_tokens: int) -> dict[str, jax.Array]:
+    """Of the global batch: `tokens`, `loss_tokens`, `images` (i32), and `pairs` (f32), the query-key pairs attended."""
+    used = batch.segment_ids != 0
+    return {
+        "tokens": jnp.sum(used),
+        # Positions restart in each segment, and a token at position p attends to p + 1 keys.
+        "pairs": jnp.sum(jnp.where(used, batch.positions + 1, 0).astype(jnp.float32)),
+        "loss_tokens": jnp.sum(batch.loss_weights > 0),
+        # build_row fills a row's image slots in order, so the highest index tells how many are used.
+        "images": jnp.sum(jnp.max(batch.visual_index, axis=1) + 1) // visual_tokens,
+    }
 
 
 class Meter:
@@ -34,7 +72,7 @@ class Meter:
         peak = chips.peak_flops(device.device_kind) if cfg.train.compute_dtype == "bfloat16" else None
         self._peak = peak and peak * mesh.size
         self._devices = mesh.local_devices
-        self._last = time.perf_counter(), telemetry.compile_seconds()
+        self._last = time.perf_counter(), compile_seconds()
         self._recent: deque[float] = deque(maxlen=_RECENT)
         if self._peak:
             log.info("share of peak: %s; %d x %.0f TFLOP/s bfloat16", flops.CONVENTION, mesh.size, peak / 1e12)
@@ -45,7 +83,7 @@ class Meter:
 
     def row(self, step: int, metrics: dict[str, Any], rate: float, samples: int, waited: float) -> Row:
         """`metrics` are the step's, on the host; `waited` the seconds that the step waited for its batch."""
-        now = time.perf_counter(), telemetry.compile_seconds()
+        now = time.perf_counter(), compile_seconds()
         (seconds, compiling), self._last = (now[0] - self._last[0], now[1] - self._last[1]), now
         self._recent.append(max(seconds - compiling, 0.0))
         counts = {name: int(metrics[name]) for name in COUNTS}
@@ -88,3 +126,32 @@ def memory_bytes(devices: list[jax.Device]) -> float:
     """Peak so far of this process's fullest device; where devices keep no count (CPUs), of the process itself."""
     peaks = [stats["peak_bytes_in_use"] for device in devices if (stats := device.memory_stats())]
     return max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Trace:
+    """Traces `steps` steps from step `first` on into the run's `profile/`; 0 steps trace nothing."""
+
+    def __init__(self, folder: Path, first: int, steps: int) -> None:
+        self._folder = folder / PROFILE
+        self._first, self._last = first, first + steps - 1
+        self._running = False
+
+    def before(self, step: int) -> None:
+        if step == self._first <= self._last:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def after(self, step: int, outputs: Any) -> None:
+        """Ends the trace once the last step's `outputs` are there."""
+        if self._running and step >= self._last:
+            jax.block_until_ready(outputs)
+            self.close()
+
+    def close(self) -> None:
+        """Also where a run ends sooner: what was traced is written."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+            log.info(
+                "profile: %s (open it with TensorBoard's profile plugin, or the .json.gz with Perfetto)", self._folder
+            )

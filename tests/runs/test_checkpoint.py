@@ -24,13 +24,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from infimed_jax import config, sharding
 from infimed_jax.errors import UserError
-from infimed_jax.train import stored
-from infimed_jax.train.checkpoint import Checkpoints
-from infimed_jax.train.checksum import checksums, numpy_checksum
+from infimed_jax.runs import checkpoint
+from infimed_jax.runs.checkpoint import Checkpoints, abstract_like, find_checkpoint
+from infimed_jax.runs.checksum import checksums, numpy_checksum
+from infimed_jax.runs.parameters import load_params, open_params, save_params
 from infimed_jax.train.optimizer import make_optimizer
-from infimed_jax.train.parameters import load_params, open_params, save_params
-from infimed_jax.train.state import TrainState, abstract_like, init_state
-from infimed_jax.train.stored import find_checkpoint
+from infimed_jax.train.state import TrainState, init_state
 
 CONFIG = config.Config(train=config.Train(train=("head",)))
 OPTIMIZER = make_optimizer(CONFIG.optimizer)
@@ -238,13 +237,15 @@ def test_a_flipped_bit_raises_or_lies_where_nothing_is_read(tmp_path: Path):
 def test_a_checkpoint_is_read_back_and_compared(tmp_path: Path, monkeypatch):
     state = _saved(tmp_path)
     read = []
-    load = stored.ocp.load
-    monkeypatch.setattr(stored.ocp, "load", lambda *arguments: read.append(load(*arguments)) or read[-1])
-    monkeypatch.setattr(stored, "READ_BYTES", 48)
+    load = checkpoint.ocp.load
+    monkeypatch.setattr(checkpoint.ocp, "load", lambda *arguments: read.append(load(*arguments)) or read[-1])
+    monkeypatch.setattr(checkpoint, "READ_BYTES", 48)
     with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
         checkpoints.verify(1, state)
         assert len(read) > 2, "in groups"
-        monkeypatch.setattr(stored, "checksums", lambda leaves: checksums(leaves) | dict.fromkeys(list(leaves)[:1], 7))
+        monkeypatch.setattr(
+            checkpoint, "checksums", lambda leaves: checksums(leaves) | dict.fromkeys(list(leaves)[:1], 7)
+        )
         with pytest.raises(UserError, match=r"is damaged at .* remove it, and the one before it is used"):
             checkpoints.verify(1, state)
 
@@ -252,7 +253,7 @@ def test_a_checkpoint_is_read_back_and_compared(tmp_path: Path, monkeypatch):
 def test_the_checksum_is_what_catches_a_changed_value(tmp_path: Path, monkeypatch):
     """The reading library verifies some files itself; here it reads well, but something else than was saved."""
     state = _saved(tmp_path)
-    load = stored.ocp.load
+    load = checkpoint.ocp.load
 
     def flip(path, abstract):
         loaded = load(path, abstract)
@@ -260,7 +261,7 @@ def test_the_checksum_is_what_catches_a_changed_value(tmp_path: Path, monkeypatc
         bits[1] ^= 1
         return loaded | {"trainable.head.bias": jnp.asarray(bits.view(np.float32))}
 
-    monkeypatch.setattr(stored.ocp, "load", flip)
+    monkeypatch.setattr(checkpoint.ocp, "load", flip)
     with (
         contextlib.closing(Checkpoints(tmp_path)) as checkpoints,
         pytest.raises(UserError, match=r"damaged at trainable\.head\.bias"),
@@ -300,7 +301,7 @@ _WRITER = """
 import sys, time, resource, signal
 from pathlib import Path
 import jax, jax.numpy as jnp
-from infimed_jax.train.checkpoint import Checkpoints
+from infimed_jax.runs.checkpoint import Checkpoints
 from infimed_jax.errors import UserError
 
 folder, mode = Path(sys.argv[1]), sys.argv[2]
@@ -401,7 +402,10 @@ def test_a_folder_that_may_not_be_written_is_no_want_of_space(tmp_path: Path):
     ],
 )
 def test_what_a_disk_refuses_is_named_with_its_own_mend(error: Exception, mend: str):
-    with pytest.raises(UserError, match=f"^saving: {mend}.*, and run the same command$"), stored.disk_errors("saving"):
+    with (
+        pytest.raises(UserError, match=f"^saving: {mend}.*, and run the same command$"),
+        checkpoint.disk_errors("saving"),
+    ):
         raise error
 
 
@@ -409,7 +413,7 @@ def test_what_a_disk_refuses_is_named_with_its_own_mend(error: Exception, mend: 
     "error", [RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"), OSError(errno.ENOENT, "full")]
 )
 def test_what_no_disk_refused_passes(error: Exception):
-    with pytest.raises(type(error)) as raised, stored.disk_errors("saving"):
+    with pytest.raises(type(error)) as raised, checkpoint.disk_errors("saving"):
         raise error
     assert raised.value is error
 

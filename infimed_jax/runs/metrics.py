@@ -1,0 +1,178 @@
+"""A run's metrics: one line a step in metrics.jsonl, TensorBoard, Weights & Biases, and a line for people."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from infimed_jax import config
+from infimed_jax.errors import UserError
+from infimed_jax.files import to_json, write_text
+
+Row = dict[str, Any]
+"""One step's line of metrics.jsonl."""
+
+METRICS = "metrics.jsonl"
+
+log = logging.getLogger(__name__)
+
+
+class MetricsLog:
+    """metrics.jsonl (every step), TensorBoard and Weights & Biases (every `train.log_every` steps) of one run.
+
+    Silent if not `active`. On resume, lines past `start_step` are dropped: those steps run again. UserError, on every
+    process, where `train.wandb` is set and its package is not installed.
+    """
+
+    def __init__(self, folder: Path, start_step: int, cfg: config.Config, *, active: bool = True) -> None:
+        self.rows = [row for row in read_metrics(folder) if row["step"] <= start_step]
+        self._every = cfg.train.log_every
+        self._active = active
+        wandb = _wandb_package(cfg) if cfg.train.wandb else None
+        if not active:
+            return
+        self._wandb = _wandb_run(wandb, folder, cfg) if wandb else None
+        write_text(folder / METRICS, "".join(map(_line, self.rows)))
+        self._file = (folder / METRICS).open("a", encoding="utf-8", buffering=1)
+        self._board = Board(folder / "tensorboard", start_step + 1)
+
+    def write(self, row: Row) -> None:
+        self.rows.append(row)
+        if not self._active:
+            return
+        self._file.write(_line(row))
+        if row["step"] % self._every == 0:
+            numbers = {name: value for name, value in row.items() if name != "step" and not isinstance(value, list)}
+            self._board.write(numbers, row["step"])
+            if self._wandb:
+                self._wandb.log(numbers, step=row["step"])
+
+    def close(self) -> None:
+        """Closes each, also where another's last bytes find no place on the disk."""
+        if not self._active:
+            return
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._file.close)
+            stack.callback(self._board.close)
+            if self._wandb:
+                stack.callback(self._wandb.finish)
+
+
+class Board:
+    """TensorBoard's event file of one run; on resume TensorBoard forgets what it read of steps from `first_step` on.
+
+    Where the disk refuses a write, a warning says so and the board ends: metrics.jsonl is the record. (tensorboardX's
+    SummaryWriter writes in a thread: on a full disk that thread dies, its queue fills, and the next number waits for
+    ever. Its synchronous writer is used here.)
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        # Imports torch where it is installed: seconds.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer: Any = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        self._append(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, numbers: Mapping[str, float], step: int) -> None:
+        """In the file when this returns."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=number) for name, number in numbers.items()]
+        self._append(Event(step=step, summary=Summary(value=values)))
+
+    def _append(self, event: Any) -> None:
+        if self._writer is None:
+            return
+        event.wall_time = time.time()
+        try:
+            self._writer.write_event(event)
+            self._writer.flush()
+        except OSError as error:
+            log.warning("TensorBoard gets no more numbers (%s); metrics.jsonl goes on", error)
+            self.close()
+
+    def close(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with contextlib.suppress(OSError):  # of bytes that found no place
+                writer.close()
+
+
+def _wandb_package(cfg: config.Config) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(f"train.wandb={cfg.train.wandb} needs the wandb package: pip install wandb") from error
+    return wandb
+
+
+def _wandb_run(wandb: Any, folder: Path, cfg: config.Config) -> Any:
+    """The run's page; its id is kept in the folder, so that a resumed run goes on there."""
+    file = folder / "wandb_id.txt"
+    if not file.exists():
+        file.write_text(secrets.token_hex(8), encoding="utf-8")
+    return wandb.init(
+        project=cfg.train.wandb,
+        name=f"{cfg.train.stage} {folder.name}",
+        id=file.read_text(encoding="utf-8"),
+        resume="allow",
+        dir=str(folder),
+        config=config.to_dict(cfg),
+    )
+
+
+def read_metrics(folder: str | Path) -> list[Row]:
+    """Lines of a run's metrics.jsonl, null read as the NaN it was; none where there is no file.
+
+    A line cut by a kill is left out.
+    """
+    file = Path(folder) / METRICS
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8").split("\n")
+    rows = map(json.loads, lines[:-1])  # what stands after the last newline was never finished
+    return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
+
+
+def _line(row: Row) -> str:
+    return to_json(row) + "\n"
+
+
+def progress_line(step: int, total: int, row: Mapping[str, Any]) -> str:
+    """`step 40/120  loss 1.2345  …`: what the row of metrics.jsonl holds of loss, reward, speed, memory, time left."""
+    parts = [f"step {step}/{total}"]
+    for name, form in _FORMS.items():
+        if name in row:
+            parts.append(form(row[name]))
+    return "  ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """3:07, or 2:03:07 from an hour on."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+_FORMS = {
+    "loss": lambda x: f"loss {x:.4f}",
+    "reward": lambda x: f"reward {x:.4f}",
+    "accuracy": lambda x: f"accuracy {x:.4f}",
+    "tokens_per_second": lambda x: f"{x:,.0f} tokens/s",
+    "images_per_second": lambda x: f"{x:,.1f} images/s",
+    "peak_share": lambda x: f"{x:.1%} of peak",
+    "data_wait_share": lambda x: f"{x:.0%} waiting for data",
+    "memory_gib": lambda x: f"{x:.1f} GiB",
+    "seconds_left": lambda x: f"{clock(x)} left",
+}
