@@ -162,15 +162,15 @@ def _open_state(
         saved = checkpoints.metadata(start)
         check_same_run(checkpoints.folder.parent, saved, metadata)
         return checkpoints.restore(abstract_state(cfg, optimizer), start), saved | {"config": metadata["config"]}
-    abstract = abstract_params(cfg.model)
+    abstract = sharding.on_mesh(abstract_params(cfg.model))
     if cfg.train.init_from:
-        params, before = load_params(cfg.train.init_from, sharding.on_mesh(abstract))
+        params, before = load_params(cfg.train.init_from, abstract)
         check_tokenizer(cfg, before, tokenizer)
         metadata |= {"history": history_of(before), "start": leaves_fingerprint(cfg.train.init_from)}
     elif params is None:
         params = init_params(jax.random.key(cfg.train.seed), cfg.model)
     else:
-        params = jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), params, sharding.on_mesh(abstract))
+        params = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), params, abstract)
     metadata["history"] = [*metadata["history"], stage_entry(cfg, fingerprint)]
     return init_state(params, cfg, optimizer), metadata
 
