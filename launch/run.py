@@ -1,8 +1,8 @@
-"""The one entry: `python launch/run.py COMMAND --help`.
+"""The one entry: `python launch/run.py COMMAND --help`, or `infimed COMMAND --help` once installed by pip.
 
 A user's mistake ends with one line and exit code 2 (`--debug` shows the traceback); a run that was interrupted, or lost
-one of its processes, and can be resumed ends with exit code 75. Of several processes, one that fails leaves at once, so
-that the others do not wait for it. Heavy imports happen inside the commands, so `--help` answers at once.
+one of its processes, and can be resumed ends with exit code 75. If one of several processes fails, it leaves at once:
+the others must not wait for it. Heavy imports happen inside the commands, so `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(len(sys.path) if __package__ else 0, str(Path(__file__).resolve().parents[1]))  # first for a script
 
 from infimed_jax.errors import Interrupted, UserError, describe
 from launch import accelerator, commands, distributed
@@ -27,13 +28,13 @@ EXIT_RESUME_ME = 75  # EX_TEMPFAIL: schedulers take it for "run the same command
 
 
 def configure_jax() -> None:
-    """Environment that must stand before JAX is imported; what the user has set stays."""
+    """Environment that must be set before JAX is imported; what the user has set stays."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "infimed_jax" / "compiled"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     virtual = os.environ.get("JAX_NUM_CPU_DEVICES", "")
     if virtual.isdigit() and int(virtual) > 1:
-        # A waiting collective holds a thread: with one thread a device, two of them could hold all for ever.
+        # A waiting collective blocks a thread: with one thread a device, two of them could block all for ever.
         os.environ.setdefault("NPROC", str(8 * int(virtual)))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every folder is given by path: nothing is looked up
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -45,7 +46,8 @@ def configure_jax() -> None:
 def main(arguments: list[str] | None = None) -> int:
     if sys.stdout is None:  # closed by the caller, as `>&-` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    parser = argparse.ArgumentParser(prog="launch/run.py", description=__doc__.splitlines()[0])
+    prog = "infimed" if Path(sys.argv[0]).stem == "infimed" else "launch/run.py"
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
     distributed.add_options(parser)
     commands.add_commands(parser.add_subparsers(dest="command", required=True, metavar="COMMAND"))
     args = parse(parser, arguments)
@@ -62,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\n{stop}", file=sys.stderr)
         return EXIT_RESUME_ME
     except (Exception, KeyboardInterrupt) as error:
-        code = say(error, args)
+        code = report_error(error, args)
         if not distributed.joined():
             if code is None:
                 raise
@@ -72,8 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
         distributed.leave(EXIT_FAULT if code is None else code)
 
 
-def say(error: BaseException, args: argparse.Namespace) -> int | None:
-    """Print the one line for what ended a command, and return the exit code; None for what only a traceback tells."""
+def report_error(error: BaseException, args: argparse.Namespace) -> int | None:
+    """Print one line for the error that ended a command and return the exit code; None if it needs a traceback."""
     if isinstance(error, KeyboardInterrupt):
         # Wherever it was: a run may have saved nothing yet, and an answer keeps nothing.
         print("\nInterrupted: the same command goes on from what is saved, or else from the start.", file=sys.stderr)
@@ -113,9 +115,13 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argpa
     return args
 
 
+def start() -> NoReturn:
+    """The console command: as Ctrl-C, SIGTERM means "resume me" too, also while a run starts and no step runs yet."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())
+
+
 if __name__ == "__main__":
     # A script's own folder is in the path: there our distributed.py would hide dask's package of that name.
     sys.path = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
-    # As Ctrl-C, also where no step runs yet: a scheduler's notice while a run starts means "resume me" too.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    start()

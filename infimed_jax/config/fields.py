@@ -101,6 +101,8 @@ class Setting:
     limits: tuple[str, ...]
     text: str
     """The field's docstring: meaning, unit, published value, source."""
+    group: str
+    """The docstring of its dataclass."""
 
     @property
     def type_name(self) -> str:
@@ -119,7 +121,7 @@ def settings_of(group: type, path: str = "", values: Any = None) -> Iterator[Set
             yield from settings_of(type(default), name, default)
         else:
             words = tuple(limit.words for limit in _limits_in(hint))
-            yield Setting(name, kind, default, words, texts.get(field.name, ""))
+            yield Setting(name, kind, default, words, texts.get(field.name, ""), inspect.getdoc(group) or "")
 
 
 def _default(field: dataclasses.Field) -> Any:

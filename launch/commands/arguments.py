@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from infimed_jax.errors import UserError
@@ -12,9 +12,22 @@ from launch import accelerator, distributed
 Run = Callable[[argparse.Namespace], None]
 
 
+class Help(argparse.Action):
+    """Prints the help, and below it the groups of settings that the command reads (`add_settings`)."""
+
+    def __call__(self, parser, namespace, values, option=None) -> None:
+        parser.print_help()
+        if groups := getattr(namespace, "setting_groups", ()):
+            from launch.commands.settings import render
+
+            print(f"\nsettings:\n\n{render(groups)}")
+        parser.exit()
+
+
 def add_command(commands: argparse._SubParsersAction, name: str, run: Run, text: str) -> argparse.ArgumentParser:
     """A command that calls `run(args)`; `text` is its help, one line."""
-    parser = commands.add_parser(name, help=text, description=text)
+    parser = commands.add_parser(name, help=text, description=text, add_help=False)
+    parser.add_argument("-h", "--help", action=Help, nargs=0, help="show this help message and exit")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=run)
     return parser
@@ -43,8 +56,11 @@ def check_file(option: str, file: Path | None) -> None:
         raise UserError(f"{option} {file}: there is no folder {file.parent}: make it, or name another")
 
 
-def add_settings(parser: argparse.ArgumentParser, *, files: bool = True) -> None:
+def add_settings(parser: argparse.ArgumentParser, *, files: bool = True, shown: Sequence[str] = ()) -> None:
+    """Settings on the command line, and in YAML files if `files`; `--help` prints the groups `shown`."""
     if files:
         parser.add_argument("--config", action="append", default=[], type=Path, metavar="FILE",
                             help="YAML settings, repeatable; later files lie over earlier ones")  # fmt: skip
-    parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="such as train.steps=20")
+    where = "listed below" if shown else "`settings` lists them"
+    parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help=f"such as train.steps=20; {where}")
+    parser.set_defaults(setting_groups=shown)

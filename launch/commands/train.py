@@ -10,6 +10,9 @@ from infimed_jax.errors import UserError
 from launch import accelerator
 from launch.commands.arguments import add_command, add_devices, add_settings
 
+TRAIN_GROUPS = ("model", "data", "optimizer", "mesh", "train")
+"""Groups of settings that a training stage reads."""
+
 
 def add(commands: argparse._SubParsersAction) -> None:
     text = "One training stage: pretraining or any supervised stage; the same command continues a stopped run."
@@ -17,11 +20,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     _add_start(p)
     add_devices(p, hosts="many")
     p.add_argument("--profile", type=int, default=0, metavar="STEPS", help="trace this many steps into RUN/profile")
-    add_settings(p)
+    add_settings(p, shown=TRAIN_GROUPS)
     p = add_command(commands, "grpo", grpo, "GRPO with verifiable rewards, from a finished run.")
     _add_start(p)
     add_devices(p, hosts="one")
-    add_settings(p)
+    add_settings(p, shown=(*TRAIN_GROUPS, "sampling", "grpo"))
 
 
 def _add_start(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
 import types
 import warnings
 from functools import partial
@@ -28,7 +29,7 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 
 
 COMMANDS = [
-    *((), ("quickstart",), ("train",), ("grpo",), ("evaluate",), ("generate",), ("plan",), ("doctor",)),
+    *((), ("quickstart",), ("train",), ("grpo",), ("evaluate",), ("generate",), ("plan",), ("doctor",), ("settings",)),
     *(("data", "ingest"), ("convert", "from-hf"), ("convert", "to-hf"), ("convert", "verify")),
 ]
 
@@ -46,6 +47,26 @@ def test_help_needs_no_heavy_import(command):
     )
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_help_of_a_stage_and_the_command_settings_state_the_same_of_a_group():
+    groups = run("settings", "optimizer", "train.lora").stdout.split("\n\n")
+    assert [group.split(":")[0] for group in groups] == ["optimizer", "train.lora"]
+    assert "  optimizer.beta1=0.9  (float, must lie in [0, 1))\n      Decay of the first moment.\n" in groups[0]
+    shown = run("train", "--help").stdout
+    assert all(group.strip() in shown for group in groups)
+    assert "grpo.steps" not in shown and "grpo.steps" in run("grpo", "--help").stdout
+    one = run("settings", "train.steps").stdout.splitlines()
+    assert [line.strip().split("=")[0] for line in one[1:2]] == ["train.steps"] and len(one) == 3
+
+
+def test_the_console_command_is_this_entry():
+    """As pip's script runs it: from another folder, and with the entry's exit codes."""
+    entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["infimed"]
+    module, function = entry.split(":")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from {module} import {function}; {function}()"
+    done = subprocess.run([sys.executable, "-c", code, "settings", "trian"], capture_output=True, text=True, cwd="/")
+    assert (done.returncode, done.stderr) == (2, "error: no setting or group 'trian'; did you mean train?\n")
 
 
 def test_no_module_beside_the_script_hides_an_installed_package():
