@@ -50,17 +50,20 @@ CHUNK = 256
 
 @dataclass(frozen=True)
 class Plan:
+    """Which questions are kept, by how many of their sampled answers are right."""
+
     draws: int = 8
-    """Answers a question."""
+    """Answers sampled for a question."""
     low: int = 3
-    """Fewest right answers of a question that is kept whatever."""
+    """Fewest right answers of a question that is always kept."""
     high: int = 5
-    """Most right answers of a question that is kept whatever."""
+    """Most right answers of a question that is always kept."""
     between: float = 0.5
-    """Share kept of those beyond the range with some right and some wrong: ours."""
+    """Share kept of questions outside that range with some right and some wrong answers; our choice."""
     extreme: float = 0.1
-    """Share kept of those with none or all right: ours."""
+    """Share kept of questions with no or only right answers; our choice."""
     seed: int = 0
+    """Seed of sampling and selection."""
 
     def __post_init__(self) -> None:
         if self.draws < 2 or not 0 < self.low <= self.high < self.draws:

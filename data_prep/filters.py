@@ -113,7 +113,7 @@ class Rules:
     refusals: bool = True
     """Leave out samples with a refusing reply."""
     min_image_side: int = 28
-    """Pixels of the shorter side: two patches of the encoder."""
+    """Smallest allowed shorter side of an image, pixels; the default is two patches of the encoder."""
     max_compression: float = 12.0
     """Long text that zlib shrinks more than this says the same over and over; English prose gives 2 to 3."""
     languages: tuple[str, ...] = ()

@@ -27,15 +27,15 @@ class Budget:
     """
 
     tokens: int = 0
-    """Prompt and reply together."""
+    """Maximum prompt and reply tokens, over all runs with this cache; 0: no bound."""
     cost: float = 0.0
-    """In the currency of the prices."""
+    """Maximum money, over all runs with this cache, in the currency of the prices; needs both; 0: no bound."""
     prompt_price: float = 0.0
-    """Per million tokens."""
+    """Price of a million prompt tokens."""
     reply_price: float = 0.0
-    """Per million tokens."""
+    """Price of a million reply tokens."""
     image_tokens: int = 4096
-    """Most that the endpoint counts for one image."""
+    """Most tokens that the endpoint counts for one image."""
 
     def __post_init__(self) -> None:
         if min(self.tokens, self.cost, self.prompt_price, self.reply_price, self.image_tokens) < 0:
@@ -59,11 +59,11 @@ class Endpoint:
     key_variable: str = ""
     """Name of the environment variable with the API key; empty sends none."""
     concurrency: int = 8
-    """Calls in flight."""
+    """Calls in flight at once."""
     timeout: float = 180.0
-    """Seconds of one call, from connecting to the last byte: an endpoint that trickles cannot hold it open."""
+    """Seconds that a call may take, from connecting to the last byte: a slow stream cannot hold it open."""
     attempts: int = 5
-    """Of one call, the first included."""
+    """Attempts of one call, the first included."""
     pause: float = 1.0
     """Seconds before the second attempt; doubles, with jitter, up to `longest_pause`."""
     longest_pause: float = 60.0
@@ -71,7 +71,7 @@ class Endpoint:
     failures_in_a_row: int = 20
     """Failed calls, with no success between, after which the run ends: the endpoint is down."""
     image_side: int = 1024
-    """Pixels of an image's longer side, as sent at most."""
+    """Maximum longer side of an image that is sent, pixels."""
     budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:

@@ -33,14 +33,15 @@ class Plan:
     """How sources are rated and decided on."""
 
     samples: int = 500
-    """A source, at random, as published."""
+    """Samples drawn at random from each source; the published number."""
     threshold: float = 3.0
-    """Least mean Overall of a source that is kept: ours, the paper gives none."""
+    """Smallest mean Overall of a source that is kept; our choice, the paper gives none."""
     least_rated: float = 0.8
-    """Share of the drawn samples that must have a rating for a decision: ours. The others are no zeros."""
+    """Share of the drawn samples that must have a rating for a decision; our choice. The others do not count as 0."""
     max_tokens: int = 2048
-    """Of a reply, thoughts included."""
+    """Maximum tokens of a reply, thoughts included."""
     seed: int = 0
+    """Seed of the draw."""
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.max_tokens < 1:

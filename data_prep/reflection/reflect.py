@@ -70,16 +70,20 @@ LOOK_AGAIN = {
 
 @dataclass(frozen=True)
 class Plan:
+    """How chains of thought are sampled and which are kept."""
+
     draws: int = 4
-    """Replies sampled a question."""
+    """Replies sampled for a question."""
     keep: int = 1
-    """Samples made of a question at most."""
+    """Maximum samples made from a question."""
     temperature: float = 1.0
+    """Sampling temperature at the endpoint."""
     max_tokens: int = 2048
-    """Of a reply, thoughts included."""
+    """Maximum tokens of a reply, thoughts included."""
     sparse_words: int = 5
-    """A source whose median gold answer has at most so many words gets reflective patterns: ours. 0 turns them off."""
+    """Sources whose median gold answer has at most this many words get reflective patterns; our choice, 0: none do."""
     seed: int = 0
+    """Seed of draws and patterns."""
 
     def __post_init__(self) -> None:
         if min(self.draws, self.keep, self.max_tokens) < 1:

@@ -14,13 +14,14 @@ import ast
 import dataclasses
 import difflib
 import functools
+import importlib.util
 import inspect
 import itertools
-import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from infimed_jax.errors import UserError
@@ -132,21 +133,29 @@ def docstrings(kind: type) -> dict[str, str]:
     """The string under each field of a dataclass, base classes included; empty where there is no source text."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
-        body = _classes(base.__module__).get(base.__qualname__, ())
-        for field, note in itertools.pairwise(body):
-            if isinstance(field, ast.AnnAssign) and isinstance(note, ast.Expr) and isinstance(note.value, ast.Constant):
-                found[ast.unparse(field.target)] = inspect.cleandoc(str(note.value.value)).replace("\n", " ")
+        found |= docstrings_in(classes_of(base.__module__).get(base.__qualname__, ()))
     return found
 
 
+def docstrings_in(body: Sequence[ast.stmt]) -> dict[str, str]:
+    """The same of a class's statements."""
+    return {
+        ast.unparse(field.target): inspect.cleandoc(str(note.value.value)).replace("\n", " ")
+        for field, note in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(note, ast.Expr) and isinstance(note.value, ast.Constant)
+    }
+
+
 @functools.cache
-def _classes(module: str) -> dict[str, list[ast.stmt]]:
-    """Body of each top-level class of a module; one parse serves all of them."""
-    try:
-        tree = ast.parse(inspect.getsource(sys.modules[module]))
-    except (OSError, TypeError):
-        return {}
-    return {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
+def classes_of(module: str) -> dict[str, list[ast.stmt]]:
+    """Statements of each top-level class of a module, from its source text: the module is not imported."""
+    top, *inner = module.split(".")
+    spec = importlib.util.find_spec(top) if top != "__main__" else None
+    folders = spec.submodule_search_locations if spec else None  # of a nested module find_spec would import the parents
+    place = Path(folders[0], *inner) if folders else None
+    files = [place.with_suffix(".py"), place / "__init__.py"] if place else []
+    source = next((file.read_text(encoding="utf-8") for file in files if file.is_file()), "")
+    return {node.name: node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
 
 
 def _type_name(kind: Any) -> str:

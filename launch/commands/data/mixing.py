@@ -8,13 +8,14 @@ from typing import Any
 
 from launch.commands.arguments import add_command
 from launch.commands.data.engines import add_engine, add_max_bad_records, bar, engine_of
+from launch.commands.declare import add_fields, build
 
 
 def add(steps: argparse._SubParsersAction) -> None:
     p = add_command(steps, "filter", filter_, "Leave out poor sources, refusals, degenerate text, small images.")
     _add_folders(p)
     p.add_argument("--assessment", type=Path, help="the JSON decision of `data assess` [no source is left out]")
-    p.add_argument("--min-image-side", type=int, default=28, metavar="PIXELS", help="[%(default)s]")
+    add_fields(p, "data_prep.filters:Rules", ("min_image_side",))
     p.add_argument("--language", action="append", default=[], help="to keep, such as en or zh; repeatable [all]")
     p.add_argument("--keep-refusals", action="store_true")
     p = add_command(steps, "decontaminate", decontaminate_, "Leave out images and questions of test sets.")
@@ -41,21 +42,16 @@ def filter_(args: argparse.Namespace) -> None:
     from data_prep.filters import Rules, assessed_sources, filter_dataset
 
     excluded, kept = assessed_sources(args.assessment) if args.assessment else ((), ())
-    rules = Rules(
-        refusals=not args.keep_refusals,
-        min_image_side=args.min_image_side,
-        languages=tuple(args.language),
-        excluded=excluded,
-        kept=kept,
-    )
-    with bar("filter") as told:
+    given = {"refusals": not args.keep_refusals, "languages": tuple(args.language), "excluded": excluded, "kept": kept}
+    rules = build(Rules, args, given=given)
+    with bar("filter") as report_progress:
         report = filter_dataset(
             args.input,
             args.output,
             rules,
             engine=engine_of(args),
             max_bad_records=args.max_bad_records,
-            on_progress=told,
+            on_progress=report_progress,
         )
     _print_removed(report)
     if report["not_assessed"]:
@@ -67,14 +63,14 @@ def filter_(args: argparse.Namespace) -> None:
 def decontaminate_(args: argparse.Namespace) -> None:
     from data_prep.decontaminate import decontaminate
 
-    with bar("decontaminate") as told:
+    with bar("decontaminate") as report_progress:
         report = decontaminate(
             args.input,
             args.test,
             args.output,
             engine=engine_of(args),
             max_bad_records=args.max_bad_records,
-            on_progress=told,
+            on_progress=report_progress,
         )
     _print_removed(report)
     affected = report["affected_counts"]
@@ -88,7 +84,7 @@ def mix_(args: argparse.Namespace) -> None:
     from data_prep.steps import UNREADABLE_RECORDS
 
     mixture, missing = load_mixture(args.mixture, args.data, args.skip_missing)
-    with bar("mix") as told:
+    with bar("mix") as report_progress:
         report = mix(
             mixture.parts,
             args.output,
@@ -96,7 +92,7 @@ def mix_(args: argparse.Namespace) -> None:
             balance=mixture.balance,
             engine=engine_of(args),
             max_bad_records=args.max_bad_records,
-            on_progress=told,
+            on_progress=report_progress,
         )
     _print_parts(report)
     if lost := report[UNREADABLE_RECORDS]:

@@ -1,4 +1,4 @@
-"""`data assess`, `reflect`, `difficulty`, `scrub`: what is in the samples, judged and bettered."""
+"""`data assess`, `reflect`, `difficulty`, `scrub`: judge samples, and improve or select them."""
 
 from __future__ import annotations
 
@@ -8,34 +8,25 @@ from typing import Any
 
 from launch.commands.arguments import add_command, add_settings
 from launch.commands.data.engines import add_engine, add_max_bad_records, bar, engine_of
+from launch.commands.declare import add_fields, build
 from launch.commands.endpoint import add_endpoint, endpoint_of
+
+ASSESS, REFLECT = "data_prep.quality.assess:Plan", "data_prep.reflection.reflect:Plan"
+DIFFICULTY = "data_prep.difficulty:Plan"
 
 
 def add(steps: argparse._SubParsersAction) -> None:
     p = add_command(steps, "assess", assess, "Have a model rate random samples of each source, and decide on each.")
     p.add_argument("--input", type=Path, action="append", required=True, help="a prepared dataset, repeatable")
     p.add_argument("--output", type=Path, required=True, help="folder for report.html, ratings and decision.json")
-    p.add_argument("--samples", type=int, default=500, help="a source, at random [%(default)s]")
-    p.add_argument("--threshold", type=float, default=3.0, help="least mean Overall of a kept source [%(default)s]")
-    p.add_argument("--max-tokens", type=int, default=2048, help="of a reply [%(default)s]")
-    p.add_argument("--seed", type=int, default=0)
+    add_fields(p, ASSESS, ("samples", "threshold", "max_tokens", "seed"))
     p.add_argument("--cache", type=Path, help="folder of replies and account [OUTPUT/cache]")
     add_endpoint(p)
 
     p = add_command(steps, "reflect", reflect, "Chains of thought by rejection sampling, with reflective patterns.")
     p.add_argument("--input", type=Path, required=True, help="a prepared dataset of questions")
     p.add_argument("--output", type=Path, required=True, help="the dataset to be written")
-    p.add_argument("--draws", type=int, default=4, help="replies sampled a question [%(default)s]")
-    p.add_argument("--keep", type=int, default=1, help="samples made of a question, at most [%(default)s]")
-    p.add_argument("--temperature", type=float, default=1.0, help="[%(default)s]")
-    p.add_argument("--max-tokens", type=int, default=2048, help="of a reply [%(default)s]")
-    p.add_argument(
-        "--sparse-words",
-        type=int,
-        default=5,
-        help="sources whose median answer has at most so many words get patterns; 0: none do [%(default)s]",
-    )
-    p.add_argument("--seed", type=int, default=0)
+    add_fields(p, REFLECT, ("draws", "keep", "temperature", "max_tokens", "sparse_words", "seed"))
     p.add_argument("--cache", type=Path, help="folder of replies and account [OUTPUT.cache]")
     add_max_bad_records(p)
     add_endpoint(p)
@@ -44,12 +35,7 @@ def add(steps: argparse._SubParsersAction) -> None:
     p.add_argument("--checkpoint", type=Path, required=True, help="a run's folder, or one checkpoint")
     p.add_argument("--input", type=Path, required=True, help="a prepared dataset of questions")
     p.add_argument("--output", type=Path, required=True, help="the dataset to be written")
-    p.add_argument("--draws", type=int, default=8, help="answers a question [%(default)s]")
-    p.add_argument("--low", type=int, default=3, help="fewest right of those that are kept [%(default)s]")
-    p.add_argument("--high", type=int, default=5, help="most right of those that are kept [%(default)s]")
-    p.add_argument("--between", type=float, default=0.5, help="share kept of the other mixed ones [%(default)s]")
-    p.add_argument("--extreme", type=float, default=0.1, help="share kept of none or all right [%(default)s]")
-    p.add_argument("--seed", type=int, default=0)
+    add_fields(p, DIFFICULTY, ("draws", "low", "high", "between", "extreme", "seed"))
     add_max_bad_records(p)
     add_settings(p, files=False)
 
@@ -66,12 +52,13 @@ def assess(args: argparse.Namespace) -> None:
     endpoint = endpoint_of(args)
     from data_prep.quality.assess import Plan, assess
 
-    plan = Plan(samples=args.samples, threshold=args.threshold, max_tokens=args.max_tokens, seed=args.seed)
-    with bar("assess") as told:
-        result = assess(args.input, args.output, endpoint, plan, cache=args.cache, on_progress=told)
+    with bar("assess") as report_progress:
+        result = assess(
+            args.input, args.output, endpoint, build(Plan, args), cache=args.cache, on_progress=report_progress
+        )
     for name, row in result["sources"].items():
         print(f"{name}: {'keep' if row['keep'] else 'exclude'} ({row['reason']}; {row['n']} of {row['drawn']} rated)")
-    _tell_account(result["account"])
+    _print_account(result["account"])
     print(f"Outputs: {args.output} (report.html, decision.json, assessment.json, ratings.jsonl)")
 
 
@@ -79,30 +66,22 @@ def reflect(args: argparse.Namespace) -> None:
     endpoint = endpoint_of(args)
     from data_prep.reflection.reflect import Plan, reflect, unsampled
 
-    plan = Plan(
-        draws=args.draws,
-        keep=args.keep,
-        temperature=args.temperature,
-        max_tokens=args.max_tokens,
-        sparse_words=args.sparse_words,
-        seed=args.seed,
-    )
-    with bar("reflect") as told:
+    with bar("reflect") as report_progress:
         result = reflect(
             args.input,
             args.output,
             endpoint,
-            plan,
+            build(Plan, args),
             cache=args.cache,
             max_bad_records=args.max_bad_records,
-            on_progress=told,
+            on_progress=report_progress,
         )
     print(f"{result['reached']:,} of {result['questions']:,} questions reached their answer; "
           f"patterns: {_counts(result['patterns'])}; draws rejected: {_counts(result['rejected'])}; "
           f"left out: {_counts(result['left_out'] | result['failed'])}")  # fmt: skip
-    if told := unsampled(result):
-        print(f"warning: {told}")
-    _tell_account(result["account"])
+    if warning := unsampled(result):
+        print(f"warning: {warning}")
+    _print_account(result["account"])
     print(f"Outputs: {args.output}, {args.output}.json")
 
 
@@ -120,12 +99,12 @@ def difficulty(args: argparse.Namespace) -> None:
     from infimed_jax.sharding import make_mesh
     from infimed_jax.trees import flatten
 
-    plan = Plan(args.draws, args.low, args.high, args.between, args.extreme, args.seed)
+    plan = build(Plan, args)
     open_for_training(args.input)  # before gigabytes of weights are read
     params, metadata = load_params(args.checkpoint)
     config = from_dict(Config, with_overrides(metadata["config"], args.settings))
     check_leaves(flatten(dict(params), "/"), config.model)  # a layer too many would be a copy of the last one
-    with jax.set_mesh(make_mesh(config.mesh)), bar("difficulty") as told:
+    with jax.set_mesh(make_mesh(config.mesh)), bar("difficulty") as report_progress:
         result = measure(
             args.input,
             args.output,
@@ -135,7 +114,7 @@ def difficulty(args: argparse.Namespace) -> None:
             checkpoint=fingerprint(params),
             tokenizer=load_tokenizer(config.data.tokenizer),
             max_bad_records=args.max_bad_records,
-            on_progress=told,
+            on_progress=report_progress,
         )
     print(f"{result['questions']:,} questions, {result['mean_right']:.1%} of the answers right; "
           f"questions with 0, 1, 2, … right: {' '.join(map(str, result['histogram']))}; "
@@ -146,14 +125,14 @@ def difficulty(args: argparse.Namespace) -> None:
 def scrub(args: argparse.Namespace) -> None:
     from data_prep.privacy import scrub
 
-    with bar("scrub") as told:
+    with bar("scrub") as report_progress:
         result = scrub(
             args.input,
             args.output,
             args.mode,
             engine=engine_of(args),
             max_bad_records=args.max_bad_records,
-            on_progress=told,
+            on_progress=report_progress,
         )
     print(f"{args.mode}: {_counts(result['found'])} in {result['samples_with_findings']:,} samples")
     print(f"left out: {_counts(result['left_out'])}; in metadata, left alone: {_counts(result['metadata'])}")
@@ -165,7 +144,7 @@ def _counts(values: dict[str, int]) -> str:
     return ", ".join(f"{name}: {n:,}" for name, n in values.items() if n) or "none"
 
 
-def _tell_account(account: dict[str, Any]) -> None:
+def _print_account(account: dict[str, Any]) -> None:
     spent = account["spent"]
     cost = f", {spent['cost']:.4f} in money" if spent["cost"] else ""
     print(f"{account['endpoint']} ({account['reach']}): {_counts(account['counts'])}; in all runs with this cache "
