@@ -27,7 +27,9 @@ class Help(argparse.Action):
 def add_command(commands: argparse._SubParsersAction, name: str, run: Run, text: str) -> argparse.ArgumentParser:
     """A command that calls `run(args)`; `text` is its help, one line."""
     parser = commands.add_parser(name, help=text, description=text, add_help=False)
-    parser.add_argument("-h", "--help", action=Help, nargs=0, help="show this help message and exit")
+    parser.add_argument(
+        "-h", "--help", action=Help, nargs=0, default=argparse.SUPPRESS, help="show this help message and exit"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=run)
     return parser
