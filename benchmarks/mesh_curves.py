@@ -60,7 +60,7 @@ def losses(shape: tuple[int, int, int], steps: int) -> list[float]:
 
     from infimed_jax import config, sharding
     from infimed_jax.models.compute import Compute
-    from infimed_jax.models.infimed import init_params
+    from infimed_jax.models.params import init_params
     from infimed_jax.train.optimizer import learning_rate, make_optimizer
     from infimed_jax.train.state import init_state
     from infimed_jax.train.step import make_train_step, next_token_loss

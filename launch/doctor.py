@@ -161,7 +161,7 @@ def tiny_step() -> Check:
     from infimed_jax import config, sharding
     from infimed_jax.data.batch import Segment, build_row, stack_rows
     from infimed_jax.models.compute import Compute
-    from infimed_jax.models.infimed import init_params
+    from infimed_jax.models.params import init_params
     from infimed_jax.train.optimizer import make_optimizer
     from infimed_jax.train.state import init_state
     from infimed_jax.train.step import make_train_step, next_token_loss

@@ -13,7 +13,7 @@ from infimed_jax.data.storage import open_samples
 from infimed_jax.evaluation.run import Evaluation, evaluate
 from infimed_jax.evaluation.statistics import majority_baseline
 from infimed_jax.models.compute import Compute
-from infimed_jax.models.infimed import param_count
+from infimed_jax.models.params import param_count
 from infimed_jax.rl.grpo import grpo
 from infimed_jax.runs.parameters import load_params
 from infimed_jax.sampling.weights import sampler_weights

@@ -32,8 +32,9 @@ from infimed_jax.files import write_json
 from infimed_jax.hf import reference
 from infimed_jax.hf.configuration import LLAVA, llava_from_hf, read_architecture
 from infimed_jax.hf.weights import ADAPTER, DTYPES
-from infimed_jax.models import infimed, lora
+from infimed_jax.models import forward, lora
 from infimed_jax.models.compute import Compute
+from infimed_jax.models.params import Params
 from infimed_jax.ops.attention import Mask, attention
 
 log = logging.getLogger(__name__)
@@ -236,15 +237,15 @@ def _run(
         {"vision": np.asarray(vision), "projector": np.asarray(visual)} if len(vision) else {}
         for vision, visual in encoded
     ]
-    return [_Outputs(f, infimed.final_norm(norm, x[0], model)) for f, x in zip(features, states, strict=True)]
+    return [_Outputs(f, forward.final_norm(norm, x[0], model)) for f, x in zip(features, states, strict=True)]
 
 
-def _head(params: Mapping[str, Any], dtype: str) -> infimed.Params:
+def _head(params: Mapping[str, Any], dtype: str) -> Params:
     name = "lm_head" if "lm_head" in params["text"] else "embed_tokens"
     return jax.device_put(_wide(_rounded({"text": {name: params["text"][name]}}, dtype)))
 
 
-def _logits(head: infimed.Params, hidden: jax.Array, model: config.Model) -> Iterator[np.ndarray]:
+def _logits(head: Params, hidden: jax.Array, model: config.Model) -> Iterator[np.ndarray]:
     """f32[at most POSITIONS, V], in order."""
     for start in range(0, len(hidden), reference.POSITIONS):
         yield np.asarray(_unembed(head, hidden[start : start + reference.POSITIONS], model))
@@ -268,34 +269,32 @@ _jit = functools.partial(jax.jit, static_argnames=("model", "compute"))
 
 
 @_jit
-def _encode(
-    params: infimed.Params, pixels: jax.Array, model: config.Model, compute: Compute
-) -> tuple[jax.Array, jax.Array]:
+def _encode(params: Params, pixels: jax.Array, model: config.Model, compute: Compute) -> tuple[jax.Array, jax.Array]:
     if pixels.shape[1] == 0:
         return jnp.zeros((0, 0, 0)), jnp.zeros((0, 0, model.text.hidden_size))
-    features = infimed.vision_features(params, pixels, model, compute)
-    return features, infimed.project(params, features, model, compute)
+    features = forward.vision_features(params, pixels, model, compute)
+    return features, forward.project(params, features, model, compute)
 
 
 @_jit
-def _embed(params: infimed.Params, batch: Batch, visual: jax.Array, model: config.Model, compute: Compute) -> jax.Array:
+def _embed(params: Params, batch: Batch, visual: jax.Array, model: config.Model, compute: Compute) -> jax.Array:
     flat = sharding.reshape_rows(visual, 1, visual.shape[0] * visual.shape[1], visual.shape[2])
-    return infimed.embed(params, batch.tokens, batch.visual_index, flat, model, compute)
+    return forward.embed(params, batch.tokens, batch.visual_index, flat, model, compute)
 
 
 @_jit
-def _block(layer: infimed.Params, x: jax.Array, batch: Batch, model: config.Model, compute: Compute) -> jax.Array:
+def _block(layer: Params, x: jax.Array, batch: Batch, model: config.Model, compute: Compute) -> jax.Array:
     mask = Mask(causal=True, query_segments=batch.segment_ids, key_segments=batch.segment_ids)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
         return attention(q, k, v, mask, implementation=compute.implementation), None
 
-    return infimed.text_block(layer, x, batch.positions, attend, model, compute)[0]
+    return forward.text_block(layer, x, batch.positions, attend, model, compute)[0]
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _unembed(head: infimed.Params, hidden: jax.Array, model: config.Model) -> jax.Array:
-    return infimed.logits(head, hidden, model, Compute("float32"))
+def _unembed(head: Params, hidden: jax.Array, model: config.Model) -> jax.Array:
+    return forward.logits(head, hidden, model, Compute("float32"))
 
 
 def _first_uses(pixels: Sequence[np.ndarray]) -> list[int]:

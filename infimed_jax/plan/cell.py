@@ -12,7 +12,7 @@ from infimed_jax.cost.chips import Topology
 from infimed_jax.cost.flops import by_part, device_flops, products
 from infimed_jax.cost.memory import activation_estimate, state_bytes
 from infimed_jax.errors import UserError
-from infimed_jax.models.infimed import param_count
+from infimed_jax.models.params import param_count
 from infimed_jax.plan import collectives as network
 from infimed_jax.plan.compile import compile_step
 from infimed_jax.plan.program import for_tpu, is_grpo, rows_and_pieces, settled, train_program

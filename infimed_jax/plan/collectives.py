@@ -19,7 +19,7 @@ import jax
 from infimed_jax import config, sharding
 from infimed_jax.cost.flops import text_learns
 from infimed_jax.models import lora
-from infimed_jax.models.infimed import abstract_params
+from infimed_jax.models.params import abstract_params
 
 GATHER, REDUCE = "all-gather", "all-reduce"
 

@@ -15,7 +15,7 @@ from infimed_jax import config, sharding
 from infimed_jax.cost.memory import choose_remat
 from infimed_jax.data.batch import Batch
 from infimed_jax.models.compute import Compute
-from infimed_jax.models.infimed import init_params
+from infimed_jax.models.params import init_params
 from infimed_jax.rl.loss import GrpoBatch, grpo_loss
 from infimed_jax.train.optimizer import make_optimizer
 from infimed_jax.train.state import TrainState, init_state

@@ -10,7 +10,7 @@ import jax
 from infimed_jax import config, sharding
 from infimed_jax.cost.chips import Topology
 from infimed_jax.cost.flops import forward_flops
-from infimed_jax.models.infimed import abstract_params
+from infimed_jax.models.params import abstract_params
 
 
 def rollout(cfg: config.Config, topology: Topology, mesh: dict[str, int], state: int, available: int) -> dict[str, Any]:

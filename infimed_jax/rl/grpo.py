@@ -26,8 +26,8 @@ from infimed_jax.data.sample import Sample
 from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.files import make_folder, to_json, write_json, write_text
 from infimed_jax.models.compute import Compute
-from infimed_jax.models.infimed import abstract_params
 from infimed_jax.models.lora import merge_lora, scale_of
+from infimed_jax.models.params import abstract_params
 from infimed_jax.rl.loss import grpo_loss, make_scorer
 from infimed_jax.rl.rewards import score
 from infimed_jax.rl.rollout import Questions, plan_layout, prompt_order, questions

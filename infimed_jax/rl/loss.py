@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from infimed_jax import config
 from infimed_jax.data.batch import Batch
-from infimed_jax.models import infimed
+from infimed_jax.models import forward
 from infimed_jax.models.compute import Compute
 from infimed_jax.sharding import reshape_rows
 from infimed_jax.train.step import LossFn
@@ -83,11 +83,11 @@ def completion_logprobs(
     The one function for old, new and reference log-probabilities. `temperature` is the sampler's: logits are linear
     in the hidden state, so dividing that is the same.
     """
-    hidden = infimed.hidden_states(params, batch, model, compute)
+    hidden = forward.hidden_states(params, batch, model, compute)
     if temperature != 1.0:
         hidden = hidden / temperature
-    targets = infimed.next_tokens(batch.tokens)
-    return infimed.token_logprobs(params, hidden, targets, batch.loss_weights, model, compute)
+    targets = forward.next_tokens(batch.tokens)
+    return forward.token_logprobs(params, hidden, targets, batch.loss_weights, model, compute)
 
 
 @functools.lru_cache(maxsize=4)

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec, reshard
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from infimed_jax import config
-from infimed_jax.models import infimed
+from infimed_jax.models import forward
 from infimed_jax.models.compute import Compute
 from infimed_jax.ops.attention import Mask, attention
 from infimed_jax.sampling.cache import ROWS, Cache, append_and_attend, empty_cache, insert
@@ -99,7 +99,7 @@ def encode(
     compute: Compute,
 ) -> Float[Array, "images P D"]:
     """The table with the visual tokens of `pixels` at places first, first + 1, …"""
-    visual = infimed.encode_images(weights, reshard(pixels, ROWS)[:, None], model, compute)
+    visual = forward.encode_images(weights, reshard(pixels, ROWS)[:, None], model, compute)
     return jax.lax.dynamic_update_slice_in_dim(table, reshard(visual, WHOLE).astype(table.dtype), first, axis=0)
 
 
@@ -128,10 +128,10 @@ def prefill(
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
         return attention(q, k, v, mask, implementation=compute.implementation), (k, v)
 
-    x = infimed.embed(weights, tokens, visual_index, visual, model, compute)
+    x = forward.embed(weights, tokens, visual_index, visual, model, compute)
     cache = []
     for layer, old in zip(weights["text"]["layers"], slots.cache, strict=True):
-        x, new = infimed.text_block(layer, x, positions, attend, model, compute)
+        x, new = forward.text_block(layer, x, positions, attend, model, compute)
         cache.append(insert(old, new, admission.source))
     admitted = admission.source >= 0
     return Slots(
@@ -240,10 +240,10 @@ def decode_logits(
     """Raw float32 logits after `slots.token`, and the cache that holds its keys and values."""
     no_image = jnp.full_like(slots.token, -1)[:, None]
     nothing = jnp.zeros((len(slots.token), 0, model.text.hidden_size), compute.dtype, out_sharding=ROWS)
-    x = infimed.embed(weights, slots.token[:, None], no_image, nothing, model, compute)
+    x = forward.embed(weights, slots.token[:, None], no_image, nothing, model, compute)
     cache = []
     for layer, old in zip(weights["text"]["layers"], slots.cache, strict=True):
         attend = functools.partial(append_and_attend, old, slots.length)
-        x, new = infimed.text_block(layer, x, slots.length[:, None], attend, model, compute)
+        x, new = forward.text_block(layer, x, slots.length[:, None], attend, model, compute)
         cache.append(new)
-    return infimed.logits(weights, infimed.final_norm(weights, x[:, 0], model), model, compute), tuple(cache)
+    return forward.logits(weights, forward.final_norm(weights, x[:, 0], model), model, compute), tuple(cache)

@@ -32,8 +32,8 @@ from infimed_jax.data.packing import TOO_LONG, TOO_MANY_IMAGES
 from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.files import make_folder, write_json
 from infimed_jax.models.compute import Compute
-from infimed_jax.models.infimed import abstract_params, init_params
 from infimed_jax.models.lora import merge_lora, scale_of
+from infimed_jax.models.params import abstract_params, init_params
 from infimed_jax.processes import gathered, speaker
 from infimed_jax.runs.checkpoint import CHECKPOINTS, Checkpoints, Metadata, keep_tokenizer, leaves_fingerprint
 from infimed_jax.runs.curve import CURVE, draw_curve

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec
 
 from infimed_jax import config
 from infimed_jax.errors import UserError
-from infimed_jax.models.infimed import init_params
 from infimed_jax.models.lora import init_lora
+from infimed_jax.models.params import init_params
 from infimed_jax.sharding import on_mesh
 
 Params = Mapping[str, Any]

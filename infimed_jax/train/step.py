@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from infimed_jax import config
 from infimed_jax.data.batch import Batch
-from infimed_jax.models import infimed
+from infimed_jax.models import forward
 from infimed_jax.models.compute import Compute
 from infimed_jax.train.state import Params, TrainState, merge_params
 
@@ -30,9 +30,9 @@ def next_token_loss(model: config.Model, compute: Compute) -> LossFn:
     """Cross-entropy of the next token, weighted by `Batch.loss_weights`. Equal arguments give the same function."""
 
     def loss_fn(params: Params, batch: Batch) -> tuple[Array, dict[str, Array]]:
-        hidden = infimed.hidden_states(params, batch, model, compute)
-        targets = infimed.next_tokens(batch.tokens)
-        logprobs, entropy = infimed.token_logprobs(params, hidden, targets, batch.loss_weights, model, compute)
+        hidden = forward.hidden_states(params, batch, model, compute)
+        targets = forward.next_tokens(batch.tokens)
+        logprobs, entropy = forward.token_logprobs(params, hidden, targets, batch.loss_weights, model, compute)
         weights = batch.loss_weights
         return -jnp.sum(weights * logprobs), {"weight": jnp.sum(weights), "entropy": jnp.sum(weights * entropy)}
 

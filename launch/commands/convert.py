@@ -56,7 +56,7 @@ def from_hf(args: argparse.Namespace) -> None:
     from infimed_jax.files import write_json
     from infimed_jax.hf import provenance
     from infimed_jax.hf.import_ import open_llava, open_parts
-    from infimed_jax.models.infimed import param_count
+    from infimed_jax.models.params import param_count
     from infimed_jax.runs.checkpoint import keep_tokenizer
     from infimed_jax.runs.parameters import save_params
     from launch.progress import ByteProgress

@@ -156,7 +156,7 @@ def _place(params: Any, model: Any) -> Any:
     import jax
     import numpy as np
 
-    from infimed_jax.models.infimed import abstract_params
+    from infimed_jax.models.params import abstract_params
 
     mesh = jax.sharding.get_mesh()
     return jax.tree.map(

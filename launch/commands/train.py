@@ -74,7 +74,7 @@ def grpo(args: argparse.Namespace) -> None:
 
     from data_prep.steps import open_for_training
     from infimed_jax.data.chat import load_tokenizer
-    from infimed_jax.models.infimed import abstract_params
+    from infimed_jax.models.params import abstract_params
     from infimed_jax.rl.grpo import grpo
     from infimed_jax.runs.parameters import load_params
     from infimed_jax.sharding import on_mesh, run_mesh

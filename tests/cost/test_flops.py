@@ -12,7 +12,7 @@ from infimed_jax.cost.chips import peak_flops
 from infimed_jax.cost.flops import products as step_products
 from infimed_jax.cost.flops import step_flops
 from infimed_jax.data.batch import Batch
-from infimed_jax.models import infimed
+from infimed_jax.models import forward
 from infimed_jax.models.compute import Compute
 from infimed_jax.ops.attention import Mask, attention
 from infimed_jax.train.optimizer import make_optimizer
@@ -71,7 +71,7 @@ def test_the_formula_counts_the_products_of_forward_and_backward_pass(model, par
         batch = sharding.place_batch(_batch(model.vision.image_size), jax.sharding.get_mesh())
 
         def objective(trainable, frozen):
-            return infimed.hidden_states(merge_params(trainable, frozen), batch, model, Compute.of(train)).sum()
+            return forward.hidden_states(merge_params(trainable, frozen), batch, model, Compute.of(train)).sum()
 
         traced = jax.make_jaxpr(jax.value_and_grad(objective))(state.trainable, state.frozen)
     # The XLA backend computes every pair of a row. The loss's head is apart: it recomputes its logits.

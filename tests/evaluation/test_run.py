@@ -16,8 +16,8 @@ from infimed_jax.data.prompts import question_sample
 from infimed_jax.errors import UserError
 from infimed_jax.evaluation import run
 from infimed_jax.evaluation.run import compare_runs, evaluate, fingerprint, image_gain, image_id
-from infimed_jax.models import infimed
 from infimed_jax.models.compute import Compute
+from infimed_jax.models.params import init_params
 from infimed_jax.sampling.generate import Completion
 from infimed_jax.sampling.weights import sampler_weights
 from infimed_jax.sharding import make_mesh
@@ -71,7 +71,7 @@ def tokenizer(tmp_path_factory):
 def ask(tokenizer):
     """`evaluate` with everything but what a test is about."""
     with jax.set_mesh(make_mesh(Mesh(), jax.devices()[:1])):
-        params = infimed.init_params(jax.random.key(0), MODEL)
+        params = init_params(jax.random.key(0), MODEL)
         # Larger weights than at initialisation: else the reply does not depend on the image.
         params = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
         weights = sampler_weights(params, MODEL, "float32")

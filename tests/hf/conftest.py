@@ -6,7 +6,7 @@ import pytest
 
 from data_prep.tokenizer import make_tokenizer
 from infimed_jax import config, sharding
-from infimed_jax.models import infimed
+from infimed_jax.models.params import abstract_params
 
 MODEL = config.Model(
     vision=config.Vision(
@@ -59,6 +59,6 @@ def make_params():
             noise = rng.standard_normal(leaf.shape, np.float32)
             return 1 + 0.2 * noise if path[-1].key == "scale" else 0.15 * noise
 
-        return jax.tree_util.tree_map_with_path(draw, infimed.abstract_params(model))
+        return jax.tree_util.tree_map_with_path(draw, abstract_params(model))
 
     return make

@@ -12,7 +12,7 @@ from infimed_jax import config, sharding
 from infimed_jax.errors import UserError
 from infimed_jax.hf import names
 from infimed_jax.hf.configuration import LLAVA, llava_config, text_from_hf, vision_from_hf
-from infimed_jax.models import infimed
+from infimed_jax.models.params import abstract_params
 
 HF_CONFIGS = Path(__file__).resolve().parents[3] / "shared/data/hf_configs"
 PARTS = ("vision", "projector", "text")
@@ -84,7 +84,7 @@ def test_both_directions_are_inverse_and_keep_every_number(model, random):
 @settings(max_examples=6, deadline=None)
 @given(models())
 def test_leaves_are_those_of_the_model(model):
-    tree = infimed.abstract_params(model)
+    tree = abstract_params(model)
     found = {"/".join(k.key for k in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     assert names.leaf_shapes(model) == found
 
@@ -121,7 +121,7 @@ def test_published_shapes_match_completely(text):
         "text.lm_head.weight"
     }
     with jax.sharding.use_abstract_mesh(sharding.abstract_mesh()):
-        tree = infimed.abstract_params(model)
+        tree = abstract_params(model)
     found = {"/".join(k.key for k in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     assert names.leaf_shapes(model) == found
     vision = sum(np.prod(s) for path, s in found.items() if path.startswith("vision/"))

@@ -29,7 +29,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.config.update("jax_num_cpu_devices", 1)
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
 from infimed_jax import config
-from infimed_jax.models.infimed import abstract_params
+from infimed_jax.models.params import abstract_params
 from infimed_jax.sharding import make_mesh
 from infimed_jax.runs.parameters import load_params
 from infimed_jax.sharding import on_mesh

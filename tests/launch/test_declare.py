@@ -38,7 +38,18 @@ def test_the_endpoints_options_make_its_own_defaults_and_its_budget():
     parser = argparse.ArgumentParser()
     add_endpoint(parser)
     assert endpoint_of(parser.parse_args(["--model", "m"])) == Endpoint("m")
-    money = "--budget-cost 2 --prompt-price 3 --reply-price 4 --budget-tokens 5 --image-tokens 6".split()
+    money = [
+        "--budget-cost",
+        "2",
+        "--prompt-price",
+        "3",
+        "--reply-price",
+        "4",
+        "--budget-tokens",
+        "5",
+        "--image-tokens",
+        "6",
+    ]
     args = parser.parse_args(["--model", "m", "--attempts", "1", *money])
     budget = Budget(tokens=5, cost=2, prompt_price=3, reply_price=4, image_tokens=6)
     assert endpoint_of(args) == dataclasses.replace(Endpoint("m"), attempts=1, budget=budget)

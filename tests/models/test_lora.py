@@ -11,7 +11,8 @@ import pytest
 from infimed_jax import config, sharding
 from infimed_jax.models import lora
 from infimed_jax.models.compute import Compute
-from infimed_jax.models.infimed import init_params, text_block
+from infimed_jax.models.forward import text_block
+from infimed_jax.models.params import init_params
 from infimed_jax.train.state import merge_params
 
 MODEL = config.Model(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from infimed_jax.data.batch import Batch
-from infimed_jax.models import infimed
+from infimed_jax.models import forward
 from infimed_jax.models.compute import Compute
 from infimed_jax.ops.attention import Mask, attention
 from tests.models.reference import MODEL, TEXT, qwen3_params, torch_qwen3
@@ -47,7 +47,7 @@ def test_each_layer_matches(tokens):
     for i in range(TEXT.num_layers - 1):  # Hugging Face's last hidden state has the final norm applied
         own = jax.tree.map(lambda x, i=i: x[i], layers)
         x = jnp.asarray(expected.hidden_states[i].numpy())
-        out, keys = infimed.text_block(own, x, positions, causal, MODEL, FLOAT32)
+        out, keys = forward.text_block(own, x, positions, causal, MODEL, FLOAT32)
         np.testing.assert_allclose(out, expected.hidden_states[i + 1].numpy(), atol=1e-4, rtol=0)
         np.testing.assert_allclose(
             jnp.swapaxes(keys, 1, 2), expected.past_key_values.layers[i].keys.numpy(), atol=1e-4, rtol=0
@@ -62,11 +62,11 @@ def test_logits_match(tokens, tied):
         expected = reference(torch.from_numpy(tokens).long(), output_hidden_states=True)
     params = {"text": qwen3_params(reference, model.text)}
 
-    def forward(params, batch):
-        hidden = infimed.hidden_states(params, batch, model, FLOAT32)
-        return hidden, infimed.logits(params, hidden, model, FLOAT32)
+    def outputs(params, batch):
+        hidden = forward.hidden_states(params, batch, model, FLOAT32)
+        return hidden, forward.logits(params, hidden, model, FLOAT32)
 
-    hidden, logits = jax.jit(forward)(params, text_batch(tokens))
+    hidden, logits = jax.jit(outputs)(params, text_batch(tokens))
     np.testing.assert_allclose(hidden, expected.hidden_states[-1].numpy(), atol=1e-4, rtol=0)
     np.testing.assert_allclose(logits, expected.logits.numpy(), atol=1e-4, rtol=0)
 
@@ -78,9 +78,9 @@ def test_gradients_match_torch(tokens):
 
     def loss(text, batch):
         params = {"text": text}
-        hidden = infimed.hidden_states(params, batch, MODEL, FLOAT32)
+        hidden = forward.hidden_states(params, batch, MODEL, FLOAT32)
         weights = jnp.ones_like(batch.loss_weights).at[:, -1].set(0.0)
-        logprobs, _ = infimed.token_logprobs(params, hidden, jnp.roll(batch.tokens, -1, 1), weights, MODEL, FLOAT32)
+        logprobs, _ = forward.token_logprobs(params, hidden, jnp.roll(batch.tokens, -1, 1), weights, MODEL, FLOAT32)
         return -logprobs.sum() / weights.sum()
 
     grads = jax.jit(jax.grad(loss))(qwen3_params(reference, TEXT), jax.tree.map(jnp.asarray, text_batch(tokens)))
@@ -94,9 +94,9 @@ def test_gradients_match_torch(tokens):
 def test_unrolled_blocks_equal_the_scan(tokens):
     params = {"text": qwen3_params(torch_qwen3(TEXT), TEXT)}
     batch = text_batch(tokens)
-    x = infimed.embed(params, batch.tokens, batch.visual_index, jnp.zeros((2, 0, 32)), MODEL, FLOAT32)
+    x = forward.embed(params, batch.tokens, batch.visual_index, jnp.zeros((2, 0, 32)), MODEL, FLOAT32)
     for i in range(TEXT.num_layers):
         own = jax.tree.map(lambda leaf, i=i: leaf[i], params["text"]["layers"])
-        x, _ = infimed.text_block(own, x, batch.positions, causal, MODEL, FLOAT32)
-    scanned = infimed.hidden_states(params, batch, MODEL, FLOAT32)
-    np.testing.assert_allclose(infimed.final_norm(params, x, MODEL), scanned, atol=1e-5, rtol=0)
+        x, _ = forward.text_block(own, x, batch.positions, causal, MODEL, FLOAT32)
+    scanned = forward.hidden_states(params, batch, MODEL, FLOAT32)
+    np.testing.assert_allclose(forward.final_norm(params, x, MODEL), scanned, atol=1e-5, rtol=0)

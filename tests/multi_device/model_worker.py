@@ -11,7 +11,8 @@ import numpy as np
 
 from infimed_jax import config, sharding
 from infimed_jax.data.batch import Segment, build_row, stack_rows
-from infimed_jax.models import infimed
+from infimed_jax.models import forward
+from infimed_jax.models.params import abstract_params, init_params
 
 MODEL = config.Model(
     vision=config.Vision(
@@ -22,7 +23,7 @@ MODEL = config.Model(
         vocab_size=96, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=16, num_kv_heads=8, head_dim=4
     ),
 )
-COMPUTE = infimed.Compute("float32", "full", "xla", 8)
+COMPUTE = forward.Compute("float32", "full", "xla", 8)
 COLLECTIVE = re.compile(r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 
 
@@ -45,17 +46,17 @@ def random_batch():
 
 
 def loss(params, batch, model, compute):
-    hidden = infimed.hidden_states(params, batch, model, compute)
+    hidden = forward.hidden_states(params, batch, model, compute)
     targets = jnp.roll(batch.tokens, -1, axis=1)
-    logprobs, entropy = infimed.token_logprobs(params, hidden, targets, batch.loss_weights, model, compute)
+    logprobs, entropy = forward.token_logprobs(params, hidden, targets, batch.loss_weights, model, compute)
     return -(logprobs * batch.loss_weights).sum() / batch.loss_weights.sum(), entropy.sum()
 
 
-def on_mesh(shape: tuple[int, int, int], devices: list, model: config.Model, compute: infimed.Compute):
+def on_mesh(shape: tuple[int, int, int], devices: list, model: config.Model, compute: forward.Compute):
     """(parameters, loss and entropy, gradients), placed as the mesh says."""
     mesh = sharding.make_mesh(config.Mesh(*shape), devices)
     with jax.set_mesh(mesh):
-        params = infimed.init_params(jax.random.key(0), model)
+        params = init_params(jax.random.key(0), model)
         batch = sharding.place_batch(random_batch(), mesh)
         step = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=(2, 3))
         (value, entropy), grads = step(params, batch, model, compute)
@@ -76,7 +77,7 @@ def report(shape: tuple[int, int, int], attention: str, tied: bool) -> dict:
     expected_params, expected, expected_grads = on_one_device(model)
     params, actual, grads = on_mesh(shape, jax.devices(), model, replace(COMPUTE, attention=attention))
     with jax.set_mesh(sharding.make_mesh(config.Mesh(*shape))):
-        abstract = infimed.abstract_params(model)
+        abstract = abstract_params(model)
     specs = lambda tree: [tuple(x.sharding.spec) for x in jax.tree.leaves(tree)]  # noqa: E731
     stored = {
         "q_proj": params["text"]["layers"]["self_attn"]["q_proj"]["kernel"],
@@ -103,7 +104,7 @@ def merge_collectives(shape: tuple[int, int, int]) -> dict[str, list[str]]:
 
         def ours(visual, batch):
             params = {"text": {"embed_tokens": table}}
-            return infimed.embed(params, batch.tokens, batch.visual_index, visual, MODEL, COMPUTE)
+            return forward.embed(params, batch.tokens, batch.visual_index, visual, MODEL, COMPUTE)
 
         def across_rows(visual, batch):
             """The control: the same values, gathered over all rows at once."""

@@ -168,7 +168,7 @@ def test_gpus_have_no_splash_attention():
 
 def test_state_bytes_are_those_of_real_arrays():
     """One device: what the abstract state says is what `init_state` makes."""
-    from infimed_jax.models.infimed import init_params
+    from infimed_jax.models.params import init_params
     from infimed_jax.train.optimizer import make_optimizer
     from infimed_jax.train.state import init_state
 

@@ -8,7 +8,7 @@ import pytest
 
 from infimed_jax import config, sharding
 from infimed_jax.cost.chips import parse_topology
-from infimed_jax.models.infimed import abstract_params, param_count
+from infimed_jax.models.params import abstract_params, param_count
 from infimed_jax.plan.rollout import rollout
 from infimed_jax.sampling.cache import empty_cache
 from infimed_jax.sampling.weights import sampler_weights

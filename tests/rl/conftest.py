@@ -13,7 +13,7 @@ from infimed_jax import config
 from infimed_jax.data.chat import Tokenizer, load_tokenizer
 from infimed_jax.data.prompts import question_sample, question_text
 from infimed_jax.data.sample import Sample
-from infimed_jax.models import infimed
+from infimed_jax.models.params import init_params
 from infimed_jax.sharding import make_mesh
 
 SIDE = 12
@@ -64,7 +64,7 @@ def make_tiny(folder) -> Tiny:
         sampling=config.Sampling(slots=16, burst=6),
         grpo=config.Grpo(steps=3, prompts=4, group_size=8, update_prompts=4, max_prompt=120, max_response=6),
     )
-    params = infimed.init_params(jax.random.key(0), cfg.model)
+    params = init_params(jax.random.key(0), cfg.model)
     # Larger weights than at initialisation: else the tied embedding repeats the last token for ever.
     params = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, params)
     return Tiny(cfg, params, tokenizer, [Tiny.question(i) for i in range(10)])

@@ -13,7 +13,7 @@ from infimed_jax.data.batch import Segment
 from infimed_jax.data.chat import render_prompt
 from infimed_jax.data.prompts import prompt_for
 from infimed_jax.errors import UserError
-from infimed_jax.models import infimed
+from infimed_jax.models import forward
 from infimed_jax.models.compute import Compute
 from infimed_jax.rl.loss import GrpoBatch, completion_logprobs, grpo_loss, make_scorer
 from infimed_jax.rl.rollout import (
@@ -326,8 +326,8 @@ def test_logprobs_at_another_temperature_are_of_the_scaled_logits(rollout, tiny)
 
     @jax.jit
     def both(params, batch):
-        hidden = infimed.hidden_states(params, batch, model, COMPUTE)
-        scaled = infimed.logits(params, hidden, model, COMPUTE) / 2.0
+        hidden = forward.hidden_states(params, batch, model, COMPUTE)
+        scaled = forward.logits(params, hidden, model, COMPUTE) / 2.0
         return completion_logprobs(params, batch, model, COMPUTE, 2.0), jax.nn.log_softmax(scaled)
 
     (logprobs, entropy), expected = both(tiny.params, batch)

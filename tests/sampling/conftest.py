@@ -9,8 +9,9 @@ import pytest
 from infimed_jax import config
 from infimed_jax.config import Model, Projector, Text, Vision
 from infimed_jax.data.batch import Segment, build_row, stack_rows
-from infimed_jax.models import infimed
+from infimed_jax.models import forward
 from infimed_jax.models.compute import Compute
+from infimed_jax.models.params import init_params
 from infimed_jax.sampling.weights import sampler_weights
 from infimed_jax.sharding import make_mesh
 
@@ -57,7 +58,7 @@ class Tiny:
 
 @jax.jit(static_argnames=("model", "compute"))
 def _forward(params, batch, model, compute):
-    return infimed.logits(params, infimed.hidden_states(params, batch, model, compute), model, compute)
+    return forward.logits(params, forward.hidden_states(params, batch, model, compute), model, compute)
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +80,7 @@ def tiny():
     )
     compute = Compute("float32", "none", "xla", 16)
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
-        params = infimed.init_params(jax.random.key(0), model)
+        params = init_params(jax.random.key(0), model)
         # Sharper than at initialisation: likelihoods are far from equal. Untied, or it would repeat the last token.
         params = jax.tree.map_with_path(lambda path, x: x if "scale" in str(path[-1]) else x * 4, params)
         params["text"]["lm_head"] *= 4

@@ -9,8 +9,8 @@ from infimed_jax import config
 from infimed_jax.config import Model, Projector, Sampling, Text, Vision
 from infimed_jax.data.batch import Segment
 from infimed_jax.errors import UserError
-from infimed_jax.models import infimed
 from infimed_jax.models.compute import Compute
+from infimed_jax.models.params import abstract_params, init_params
 from infimed_jax.sampling import decode
 from infimed_jax.sampling.generate import generate
 from infimed_jax.sampling.weights import sampler_weights
@@ -44,7 +44,7 @@ def run(mesh: jax.sharding.Mesh, asked: list[Segment], params: dict) -> list:
         placed = jax.tree.map(
             lambda x, like: jax.device_put(x, jax.sharding.NamedSharding(mesh, like.sharding.spec)),
             params,
-            infimed.abstract_params(MODEL),
+            abstract_params(MODEL),
         )
         weights = sampler_weights(placed, MODEL, "float32")
         return generate(
@@ -62,7 +62,7 @@ def run(mesh: jax.sharding.Mesh, asked: list[Segment], params: dict) -> list:
 def burst_text(mesh: jax.sharding.Mesh) -> str:
     """The compiled decoding loop."""
     with jax.set_mesh(mesh):
-        weights = sampler_weights(infimed.init_params(jax.random.key(0), MODEL), MODEL, "float32")
+        weights = sampler_weights(init_params(jax.random.key(0), MODEL), MODEL, "float32")
         assert not any("fsdp" in str(x.sharding.spec) for x in jax.tree.leaves(weights))
         slots = decode.empty_slots(8, 64, MODEL.text, "float32", False)
         keys = slots.cache[0][0]
@@ -81,7 +81,7 @@ def main() -> None:
     with jax.set_mesh(one):
         params = jax.tree.map_with_path(
             lambda path, x: np.asarray(x) * (1 if "scale" in str(path[-1]) else 4),
-            infimed.init_params(jax.random.key(0), MODEL),
+            init_params(jax.random.key(0), MODEL),
         )
     asked = prompts()
     expected, sharded = run(one, asked, params), run(eight, asked, params)
@@ -99,7 +99,7 @@ def main() -> None:
 
     try:
         with jax.set_mesh(eight):
-            weights = sampler_weights(infimed.init_params(jax.random.key(0), MODEL), MODEL, "float32")
+            weights = sampler_weights(init_params(jax.random.key(0), MODEL), MODEL, "float32")
             options = {"stop_tokens": STOPS, "banned_tokens": (), "key": jax.random.key(0), "compute": COMPUTE}
             generate(weights, MODEL, asked, Sampling(slots=6), **options)
     except UserError as error:

@@ -18,7 +18,7 @@ import pytest
 from infimed_jax import config, sharding
 from infimed_jax.data.batch import Segment, build_row, stack_rows, unmask
 from infimed_jax.models.compute import Compute
-from infimed_jax.models.infimed import init_params
+from infimed_jax.models.params import init_params
 from infimed_jax.ops import attention
 from infimed_jax.ops.attention_splash import splash_attention
 from infimed_jax.runs.metrics import METRICS, read_metrics

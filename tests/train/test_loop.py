@@ -22,7 +22,7 @@ from infimed_jax.data.chat import load_tokenizer
 from infimed_jax.data.loader import make_loader
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import Interrupted, UserError
-from infimed_jax.models.infimed import init_params
+from infimed_jax.models.params import init_params
 from infimed_jax.runs import checkpoint
 from infimed_jax.runs.checkpoint import keep_tokenizer
 from infimed_jax.runs.metrics import read_metrics

@@ -11,7 +11,7 @@ import pytest
 
 from infimed_jax.config import Lora
 from infimed_jax.errors import Interrupted
-from infimed_jax.models.infimed import abstract_params
+from infimed_jax.models.params import abstract_params
 from infimed_jax.runs.checkpoint import find_checkpoint, read_index
 from infimed_jax.runs.parameters import load_params
 from infimed_jax.sharding import make_mesh, on_mesh

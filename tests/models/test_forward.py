@@ -11,8 +11,9 @@ import torch
 
 from infimed_jax import config
 from infimed_jax.data.batch import Batch, Segment, build_row, stack_rows
-from infimed_jax.models import infimed
+from infimed_jax.models import forward
 from infimed_jax.models.compute import Compute
+from infimed_jax.models.params import abstract_params, init_params, param_count
 from tests.models.reference import MODEL, qwen3_params, siglip_params, torch_qwen3, torch_siglip
 
 FLOAT32 = Compute("float32", "none", "xla", 8)
@@ -58,14 +59,14 @@ def row(segments: list[Segment], context: int, images: int) -> Batch:
 
 
 def loss_and_logprobs(params, batch: Batch, compute: Compute):
-    hidden = infimed.hidden_states(params, batch, MODEL, compute)
+    hidden = forward.hidden_states(params, batch, MODEL, compute)
     targets = jnp.roll(batch.tokens, -1, axis=1)
-    logprobs, _ = infimed.token_logprobs(params, hidden, targets, batch.loss_weights, MODEL, compute)
+    logprobs, _ = forward.token_logprobs(params, hidden, targets, batch.loss_weights, MODEL, compute)
     return -(logprobs * batch.loss_weights).sum(), logprobs
 
 
-forward = jax.jit(loss_and_logprobs, static_argnums=2)
-forward_and_grad = jax.jit(jax.value_and_grad(loss_and_logprobs, has_aux=True), static_argnums=2)
+scored = jax.jit(loss_and_logprobs, static_argnums=2)
+scored_and_grad = jax.jit(jax.value_and_grad(loss_and_logprobs, has_aux=True), static_argnums=2)
 """Most tests share the shape (2 rows, 32 tokens, 2 images), so that it compiles once."""
 
 
@@ -76,7 +77,7 @@ def close(a, b, **tolerance):
 def test_visual_tokens_match_torch(params):
     rng = np.random.default_rng(1)
     pixels = np.stack([image(rng) for _ in range(6)]).reshape(2, 3, 30, 30, 3)
-    visual = infimed.encode_images(params, pixels, MODEL, FLOAT32)
+    visual = forward.encode_images(params, pixels, MODEL, FLOAT32)
     scaled = torch.from_numpy(pixels.reshape(6, 30, 30, 3) / np.float32(127.5) - 1).permute(0, 3, 1, 2)
     with torch.no_grad():
         features = torch_siglip(MODEL.vision)(pixel_values=scaled, output_hidden_states=True).hidden_states[-1]
@@ -96,8 +97,8 @@ def test_packed_equals_unpacked(params):
         segment(rng, 9, shared),
         segment(rng, 2),
     ]
-    packed_loss, packed = forward(params, stack_rows([row(segments, 56, 4)]), FLOAT32)
-    alone_loss, alone = forward(params, stack_rows([row([s], 24, 2) for s in segments]), FLOAT32)
+    packed_loss, packed = scored(params, stack_rows([row(segments, 56, 4)]), FLOAT32)
+    alone_loss, alone = scored(params, stack_rows([row([s], 24, 2) for s in segments]), FLOAT32)
     start = 0
     for i, s in enumerate(segments):
         np.testing.assert_allclose(packed[0, start : start + len(s)], alone[i, : len(s)], atol=2e-5)
@@ -119,18 +120,18 @@ def test_padding_content_changes_nothing(params):
         visual_index=np.where(padding, P + noise % P, clean.visual_index).astype(np.int32),
         pixels=pixels,
     )
-    expected, actual = forward_and_grad(params, clean, FLOAT32), forward_and_grad(params, dirty, FLOAT32)
+    expected, actual = scored_and_grad(params, clean, FLOAT32), scored_and_grad(params, dirty, FLOAT32)
     close(actual, expected, atol=0, rtol=0)
 
 
 def test_an_empty_row_is_finite_forward_and_backward(params):
     rng = np.random.default_rng(4)
     full, empty = row([segment(rng, 9, image(rng))], 32, 2), row([], 32, 2)
-    (twice, _), twice_grads = forward_and_grad(params, stack_rows([full, full]), FLOAT32)
-    (once, _), once_grads = forward_and_grad(params, stack_rows([full, empty]), FLOAT32)
+    (twice, _), twice_grads = scored_and_grad(params, stack_rows([full, full]), FLOAT32)
+    (once, _), once_grads = scored_and_grad(params, stack_rows([full, empty]), FLOAT32)
     np.testing.assert_allclose(2 * once, twice, rtol=1e-6)
     close(jax.tree.map(lambda x: 2 * x, once_grads), twice_grads, atol=1e-4, rtol=1e-4)
-    (none, _), none_grads = forward_and_grad(params, stack_rows([empty, empty]), FLOAT32)
+    (none, _), none_grads = scored_and_grad(params, stack_rows([empty, empty]), FLOAT32)
     assert none == 0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(none_grads))
 
@@ -143,7 +144,7 @@ def test_an_empty_row_is_finite_forward_and_backward(params):
 def test_how_it_is_computed_changes_no_gradient(params, compute):
     rng = np.random.default_rng(5)
     batch = stack_rows([row([segment(rng, 9, image(rng)), segment(rng, 4)], 32, 2), row([], 32, 2)])
-    close(forward_and_grad(params, batch, compute), forward_and_grad(params, batch, FLOAT32), atol=1e-4, rtol=1e-4)
+    close(scored_and_grad(params, batch, compute), scored_and_grad(params, batch, FLOAT32), atol=1e-4, rtol=1e-4)
 
 
 def test_a_token_or_image_place_that_does_not_exist_is_nan(params):
@@ -151,7 +152,7 @@ def test_a_token_or_image_place_that_does_not_exist_is_nan(params):
     visual = jnp.ones((1, 2 * P, MODEL.text.hidden_size))
 
     def nan_places(tokens, index):
-        out = infimed.embed(params, jnp.asarray(tokens), jnp.asarray(index), visual, MODEL, FLOAT32)
+        out = forward.embed(params, jnp.asarray(tokens), jnp.asarray(index), visual, MODEL, FLOAT32)
         return np.flatnonzero(np.isnan(out).all(-1)[0]).tolist()
 
     tokens, index = batch.tokens.copy(), batch.visual_index.copy()
@@ -164,8 +165,8 @@ def test_a_token_or_image_place_that_does_not_exist_is_nan(params):
 def test_bfloat16_is_close_to_float32(params):
     rng = np.random.default_rng(6)
     batch = stack_rows([row([segment(rng, 9, image(rng)), segment(rng, 4)], 32, 2)] * 2)
-    expected, _ = forward(params, batch, FLOAT32)
-    actual, logprobs = forward(params, batch, replace(FLOAT32, dtype="bfloat16"))
+    expected, _ = scored(params, batch, FLOAT32)
+    actual, logprobs = scored(params, batch, replace(FLOAT32, dtype="bfloat16"))
     assert logprobs.dtype == jnp.float32
     np.testing.assert_allclose(actual, expected, rtol=0.02)  # 8 bits of mantissa through three layers
 
@@ -177,12 +178,12 @@ def test_parameter_counts_are_the_published_ones(name, text, width):
     model = config.load([CONFIGS / f"{name}.yaml"]).model
     vision, projector = 397_745_440, 1152 * width + width + width * width + width
     counts = {"vision": vision, "projector": projector, "text": text, "total": vision + projector + text}
-    assert infimed.param_count(model) == counts
+    assert param_count(model) == counts
 
 
 def test_initial_parameters_are_those_of_hugging_face():
-    params = infimed.init_params(jax.random.key(0), MODEL)
-    assert jax.tree.structure(params) == jax.tree.structure(infimed.abstract_params(MODEL))
+    params = init_params(jax.random.key(0), MODEL)
+    assert jax.tree.structure(params) == jax.tree.structure(abstract_params(MODEL))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path)
         assert leaf.dtype == jnp.float32, name
