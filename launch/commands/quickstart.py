@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from launch.commands.arguments import add_command, add_settings
+from launch.commands.declare import build
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -22,17 +23,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def quickstart(args: argparse.Namespace) -> None:
-    from launch.quickstart import Options, quickstart
+    from launch.demo.chain import Options
+    from launch.demo.quickstart import quickstart
 
-    quickstart(
-        Options(
-            output=args.output,
-            source=args.source,
-            input=args.input,
-            tokenizer=args.tokenizer,
-            seed=args.seed,
-            resume=args.resume,
-            overwrite=args.overwrite,
-            settings=tuple(args.settings),
-        )
-    )
+    quickstart(build(Options, args))

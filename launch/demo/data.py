@@ -1,8 +1,9 @@
-"""The quickstart's data: procedural images drawn, sources ingested, a tokenizer made, a mixture for each stage."""
+"""The demo's data: procedural images drawn, sources ingested, a tokenizer made, a mixture for each stage."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from data_prep.mixture import Part, mix
@@ -13,13 +14,32 @@ from data_prep.tokenizer import make_tokenizer
 from infimed_jax.data.chat import load_tokenizer
 from infimed_jax.data.prompts import QUESTION_KINDS, prompt_for
 from infimed_jax.data.storage import open_samples
-from launch.quickstart import Chain
+from launch.demo.chain import Chain
 
 PROCEDURAL = {"phantom": write_phantom, "shapes": write_shapes}
 
 
-def make_data(chain: Chain) -> tuple[dict[str, Any], str]:
-    """Prepared datasets under `data/prepared`, mixtures under `data/mixtures`, and what was skipped."""
+@dataclass(frozen=True)
+class Prepared:
+    """The data of a run."""
+
+    images: int
+    """Procedural images drawn."""
+    samples: dict[str, int]
+    """Samples of each stage's mixture."""
+    vocabulary: int
+    """Tokens of the tokenizer."""
+    skipped: dict[str, dict[str, int]]
+    """Prepared dataset -> records skipped, by reason."""
+
+    @property
+    def line(self) -> str:
+        samples = sum(self.samples.values())
+        return f"{self.images:,} images drawn, {samples:,} samples, {self.vocabulary:,} tokens in the vocabulary"
+
+
+def make_data(chain: Chain) -> Prepared:
+    """Prepared datasets under `data/prepared` and mixtures under `data/mixtures`."""
     plan, folder, progress = chain.plan, chain.folder / "data", chain.progress
     wanted = _splits(plan)
     skipped: dict[str, dict[str, int]] = {}
@@ -45,11 +65,7 @@ def make_data(chain: Chain) -> tuple[dict[str, Any], str]:
     for name, reasons in skipped.items():
         progress.say(f"        skipped in {name}: {by_reason(reasons)} (listed in {folder / 'prepared' / name}.json)")
     progress.say("        assess: skipped, no LLM endpoint is configured; every source is kept unrated")
-    result = {"tokens": len(tokenizer), "samples": counts, "skipped": skipped}
-    return (
-        result,
-        f"{images:,} images drawn, {sum(counts.values()):,} samples, {len(tokenizer):,} tokens in the vocabulary",
-    )
+    return Prepared(images, counts, len(tokenizer), skipped)
 
 
 def by_reason(counts: dict[str, int]) -> str:
@@ -67,7 +83,7 @@ def _splits(plan: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def _texts(chain: Chain) -> Iterator[str]:
-    """What the tokenizer learns from: every training text, questions in both wordings; no test question."""
+    """The texts that the tokenizer learns from: every training text, questions in both wordings; no test question."""
     names = {name for parts in chain.plan["mixtures"].values() for name in parts}
     for name in sorted(names):
         for sample in open_samples(chain.folder / "data/prepared" / name):

@@ -1,4 +1,4 @@
-"""The quickstart: what it announces is what it runs, and a small one from end to end, interrupted and resumed."""
+"""The demo: what it announces is what it runs, and a small one from end to end, interrupted and resumed."""
 
 import importlib.util
 import json
@@ -19,33 +19,39 @@ from infimed_jax.config import Mesh
 from infimed_jax.data.prompts import question_sample
 from infimed_jax.evaluation.run import Record
 from infimed_jax.evaluation.statistics import compare
-from launch import quickstart_report, quickstart_stages
-from launch.quickstart import CONFIGS, STAGES, Chain, Options, load_plan, planned_steps
+from launch.demo import report, stages
+from launch.demo.chain import CONFIGS, STAGES, STEPS, Chain, Options
+from launch.demo.data import Prepared
+from launch.demo.quickstart import load_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 START = """
 import sys
-from launch import quickstart, run
-quickstart.CONFIGS = quickstart.Path(sys.argv[1])
+from launch import run
+from launch.demo import chain
+chain.CONFIGS = chain.Path(sys.argv[1])
 sys.exit(run.main(sys.argv[2:]))
 """
 """`launch/run.py` with another folder of configurations."""
 SMALL = ["train.steps=4", "grpo.steps=2", "grpo.prompts=8", "grpo.update_prompts=8", "model.text.num_layers=1"]
 
 
-def test_every_step_that_runs_has_its_share_of_the_time_left(monkeypatch):
-    """A step without one would stop the chain when it ends."""
-    titles = []
+def test_the_steps_that_are_announced_are_those_that_run_in_order(monkeypatch):
+    """A step without its share of the time left would stop the chain."""
+    names = []
+    result = stages.Scored({"accuracy": 0.0})
     chain = SimpleNamespace(
-        step=lambda name, title, work: titles.append(title) or {},
+        step=lambda name, kind, work: names.append(name) or result,
         stage_config=lambda stage: SimpleNamespace(model=None, mesh=Mesh(1, 1, 1)),
         progress=SimpleNamespace(say=print),
     )
-    monkeypatch.setattr(quickstart_stages, "test_samples", lambda chain: [])
-    monkeypatch.setattr(quickstart_stages, "majority_baseline", lambda samples: SimpleNamespace(accuracy=0.0))
-    monkeypatch.setattr(quickstart_stages, "param_count", lambda model: {"total": 0})
-    quickstart_stages.run(chain)
-    assert [*titles, "Hugging Face export", "Report"] == list(planned_steps())
+    monkeypatch.setattr(stages, "test_samples", lambda chain: [])
+    monkeypatch.setattr(stages, "majority_baseline", lambda samples: SimpleNamespace(accuracy=0.0))
+    monkeypatch.setattr(stages, "param_count", lambda model: {"total": 0})
+    stages.run(chain)
+    assert [*names, "export", "report"] == list(STEPS)
+    titles = [title for title, _ in STEPS.values()]
+    assert len(set(titles)) == len(titles)  # progress bars know steps by their titles
 
 
 @pytest.mark.parametrize(("settings", "steps"), [((), (3, 150)), (("train.steps=4",), (4, 4))])
@@ -61,15 +67,18 @@ def test_seconds_and_memory_are_those_of_every_process_of_a_resumed_run(tmp_path
     chain = Chain(Options(tmp_path), {"title": ""}, SimpleNamespace(begin=str, end=lambda *a, **k: None))
 
     def summary_with_a_peak_of(gigabytes: int) -> dict:
-        monkeypatch.setattr("launch.quickstart.peak_memory", lambda: gigabytes << 30)
-        stage = dict.fromkeys(("steps", "tokens", "loss_first", "loss_last", "seconds"), 1.0)
-        values = stage | {"accuracy": 0.5, "n": 4, "skipped": {}, "reward_first": 0.0, "reward_last": 0.0}
-        results = {name: chain.step(name, "", lambda: (values, "")) for name in ("data", *STAGES, "grpo", "control")}
-        results["evaluation"] = dict.fromkeys(
-            (*STAGES, "blind", "sft_reflective_sampled", "grpo", "grpo_sampled", "control_sampled"), results["data"]
-        )
-        export = chain.step("export", "", lambda: ({"path": ""}, ""))
-        return quickstart_report._summary(chain, results | {"baseline": 0.0}, export, 1.0)
+        monkeypatch.setattr("launch.demo.chain.peak_memory", lambda: gigabytes << 30)
+        chain.costs.clear()
+        data = chain.step("data", Prepared, lambda: Prepared(0, {}, 0, {}))
+        results = stages.Results(data, 0.0, {}, {})
+        for name in (*STAGES, "grpo", "control"):
+            trained = stages.Trained("loss", 1.0, 1.0, 1, 1, 1.0)
+            results.trained[name] = chain.step(name, stages.Trained, lambda t=trained: t)
+        for name in (*STAGES, "blind", "sft_reflective_sampled", "grpo", "grpo_sampled", "control_sampled"):
+            scored = stages.Scored({"accuracy": 0.5, "n": 4, "interval": (0.1, 0.9)})
+            results.scored[name] = chain.step(f"evaluation_{name}", stages.Scored, lambda s=scored: s)
+        export = chain.step("export", report.Exported, lambda: report.Exported("", "skipped"))
+        return report._summary(chain, results, export, 1.0)
 
     first, resumed = summary_with_a_peak_of(3), summary_with_a_peak_of(2)
     assert first["peak_memory_bytes"] == resumed["peak_memory_bytes"] == 3 << 30
@@ -87,19 +96,19 @@ def test_vqa_rad_ends_with_closed_and_open_beside_their_baselines_and_the_warnin
         )
         for i, (kind, answer) in enumerate(asked)
     ]  # fmt: skip
-    monkeypatch.setattr(quickstart_report, "test_samples", lambda chain: samples)
+    monkeypatch.setattr(report, "test_samples", lambda chain: samples)
     chain = Chain(Options(Path(), source="vqa_rad"), load_plan(Options(Path(), "vqa_rad", Path())), None)
     right = [Record(s.id, s.id, "s", "open", "?", s.answer, s.answer in ("yes", "air"), "ok", None, "", "", "stop", 1,
                     s.meta) for s in samples]  # fmt: skip
-    same = quickstart_report._comparison(compare(right, right))
+    same = report._comparison(compare(right, right))
     summary = dict.fromkeys(("grpo_gain", "control_gain", "grpo_gain_greedy", "image_gain"), same) | {
         "grpo": {"accuracy_before": 0.0, "accuracy_after": 0.0},
+        "stages": [{"name": "sft_cross_distribution", "accuracy": 0.0}],
         "baseline_accuracy": 0.0,
         "blind_accuracy": 0.0,
-        "accuracy_by_answer_type": quickstart_report._by({"grpo": right}, "answer_type"),
+        "accuracy_by_answer_type": report._by({"grpo": right}, "answer_type"),
     }
-    results = {"evaluation": {"sft_cross_distribution": {"accuracy": 0.0}}}
-    _, gains, closed, opened, warning = quickstart_report._closing_lines(chain, results, summary)
+    _, gains, closed, opened, warning = report._closing_lines(chain, summary)
     # Nine images without a difference say that at most a share p of images has one, (1 - p)^9 = 2.5 %.
     assert "control +0.0 points [-33.6, +33.6], all 9 graded alike; greedy" in gains
     assert closed == "CLOSED: 75.0% of 4 after GRPO; majority baseline 75.0%"

@@ -1,4 +1,4 @@
-"""The end of the quickstart: Hugging Face export and its proof, `summary.json`, `report.html`."""
+"""The end of the demo: Hugging Face export and its proof, `summary.json`, `report.html`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,39 +24,81 @@ from infimed_jax.runs.history import history_of
 from infimed_jax.runs.metrics import read_metrics
 from infimed_jax.runs.parameters import load_params
 from infimed_jax.sharding import make_mesh
+from launch.demo.chain import BLIND, LAST_DIRECT, LAST_SUPERVISED, SAMPLED, STAGES, Chain
+from launch.demo.data import by_reason, test_samples
+from launch.demo.stages import Results
 from launch.progress import clock
-from launch.quickstart import LAST_SUPERVISED, SAMPLED, STAGES, Chain
-from launch.quickstart_data import by_reason, test_samples
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "torch", "numpy")
 
 
-def finish(chain: Chain, results: dict[str, Any], seconds: float) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Exported:
+    """The Hugging Face folder, and how it compares with transformers."""
+
+    path: str
+    status: str
+    """passed, failed or skipped."""
+    reason: str = ""
+    """Why nothing was compared."""
+    failures: tuple[str, ...] = ()
+    max_abs_logit_diff: float | None = None
+    top1_agreement: float | None = None
+
+    @property
+    def line(self) -> str:
+        if self.status == "skipped":
+            return f"written; comparison skipped: {self.reason}"
+        if self.status == "failed":
+            return f"DIFFERS from transformers: {'; '.join(self.failures)}"
+        return f"transformers agrees: logits within {self.max_abs_logit_diff:.1e}, top-1 {self.top1_agreement:.0%}"
+
+    @property
+    def fact(self) -> str:
+        """The entry in the report's table."""
+        if self.status == "skipped":
+            return f"not compared: {self.reason}"
+        if self.status == "failed":
+            return f"FAILED: {'; '.join(self.failures)}"
+        return (
+            f"{self.status}: largest logit difference {self.max_abs_logit_diff:.1e}, "
+            f"top-1 agreement {self.top1_agreement:.1%}"
+        )
+
+
+@dataclass(frozen=True)
+class Page:
+    """The report."""
+
+    path: str
+
+    @property
+    def line(self) -> str:
+        return self.path
+
+
+def finish(chain: Chain, results: Results, seconds: float) -> dict[str, Any]:
     """Export, then write both files. `seconds` are of this process."""
-    export = chain.step("export", "Hugging Face export", lambda: _export(chain))
-    records = {name: read_records(chain.folder / "evaluation" / name) for name in results["evaluation"]}
-    start = LAST_SUPERVISED
-    gain = compare(records["grpo" + SAMPLED], records[start + SAMPLED])
-    control = compare(records["control" + SAMPLED], records[start + SAMPLED])
-    greedy = compare(records["grpo"], records[start])
-    sight = compare(records["sft_cross_distribution"], records["blind"])
+    export = chain.step("export", Exported, lambda: _export(chain))
+    records = {name: read_records(chain.folder / "evaluation" / name) for name in results.scored}
+    before = records[LAST_SUPERVISED + SAMPLED]
     summary = _summary(chain, results, export, seconds) | {
-        "grpo_gain": _comparison(gain),
-        "control_gain": _comparison(control),
-        "grpo_gain_greedy": _comparison(greedy),
-        "image_gain": _comparison(sight),
+        "grpo_gain": _comparison(compare(records["grpo" + SAMPLED], before)),
+        "control_gain": _comparison(compare(records["control" + SAMPLED], before)),
+        "grpo_gain_greedy": _comparison(compare(records["grpo"], records[LAST_SUPERVISED])),
+        "image_gain": _comparison(compare(records[LAST_DIRECT], records[BLIND])),
     }
-    groups = _by(records, "answer_type")
-    if groups:
+    if groups := _by(records, "answer_type"):
         summary["accuracy_by_answer_type"] = groups
     write_json(chain.folder / "summary.json", summary)
 
-    def report() -> tuple[dict[str, Any], str]:
-        write_report(_report(chain, results, records, summary), chain.folder / "report.html")
-        return {"path": str(chain.folder / "report.html")}, str(chain.folder / "report.html")
+    def report() -> Page:
+        path = chain.folder / "report.html"
+        write_report(_report(chain, results, records, summary, export), path)
+        return Page(str(path))
 
-    chain.step("report", "Report", report)
-    for line in _closing_lines(chain, results, summary):
+    chain.step("report", Page, report)
+    for line in _closing_lines(chain, summary):
         chain.progress.say(line)
     return summary
 
@@ -67,60 +109,65 @@ def read_records(folder: Path) -> list[Record]:
     return [Record(**json.loads(line)) for line in lines]
 
 
-def _export(chain: Chain) -> tuple[dict[str, Any], str]:
+def _export(chain: Chain) -> Exported:
     config = chain.stage_config("grpo")
     params, metadata = load_params(chain.run_folder("grpo"))
-    scored = [chain.folder / "evaluation" / name for name in ("sft_cross_distribution", LAST_SUPERVISED, "grpo")]
+    scored = [chain.folder / "evaluation" / name for name in (LAST_DIRECT, LAST_SUPERVISED, "grpo")]
     card = checkpoint_card(history_of(metadata), scored, COMMERCIAL_USE)
     card = replace(card, title=chain.plan["title"])
-    shutil.rmtree(chain.folder / "export", ignore_errors=True)  # of a run that was stopped before its proof
+    shutil.rmtree(chain.folder / "export", ignore_errors=True)  # left by a run that was stopped before its proof
     with jax.set_mesh(make_mesh(config.mesh)):
         path = to_hf(params, config.model, chain.tokenizer_folder, chain.folder / "export", card=card)
         proof = verify(params, config.model, path, chain.tokenizer_folder)
-    values: dict[str, Any] = {"path": str(path), "status": proof["status"]}
-    if proof["status"] == "skipped":
-        return values | {"reason": proof["reason"]}, f"written; comparison skipped: {proof['reason']}"
-    if proof["status"] == "failed":
-        return values | {"failures": proof["failures"]}, f"DIFFERS from transformers: {'; '.join(proof['failures'])}"
+    if proof["status"] != "passed":
+        failures = tuple(proof.get("failures", ()))
+        return Exported(str(path), proof["status"], proof.get("reason", ""), failures)
     logits = [case["logits"] for case in proof["cases"]]
-    values["max_abs_logit_diff"] = max(case["max_abs"] for case in logits)
-    values["top1_agreement"] = min(case["top1_agreement"] for case in logits)
-    line = (
-        f"transformers agrees: logits within {values['max_abs_logit_diff']:.1e}, top-1 {values['top1_agreement']:.0%}"
+    return Exported(
+        str(path),
+        proof["status"],
+        max_abs_logit_diff=max(case["max_abs"] for case in logits),
+        top1_agreement=min(case["top1_agreement"] for case in logits),
     )
-    return values, line if proof["status"] == "passed" else f"DIFFERS from transformers: {'; '.join(proof['failures'])}"
 
 
-def _summary(chain: Chain, results: dict[str, Any], export: dict[str, Any], seconds: float) -> dict[str, Any]:
-    def scored(name: str) -> dict[str, Any]:
-        evaluation = results["evaluation"][name]
-        return {"accuracy": evaluation["accuracy"], "n": evaluation["n"]}
-
-    keys = ("steps", "tokens", "loss_first", "loss_last", "seconds")
-    # Those that a stopped process has done too.
-    steps = [*(results[name] for name in ("data", *STAGES, "grpo", "control")), *results["evaluation"].values(), export]
+def _summary(chain: Chain, results: Results, export: Exported, seconds: float) -> dict[str, Any]:
+    trained, accuracies = results.trained, {name: scored.accuracy for name, scored in results.scored.items()}
+    grpo, before = trained["grpo"], LAST_SUPERVISED
     return {
         "title": chain.plan["title"],
-        "stages": [{"name": name} | {key: results[name][key] for key in keys} | scored(name) for name in STAGES],
-        "baseline_accuracy": results["baseline"],
-        "blind_accuracy": results["evaluation"]["blind"]["accuracy"],
+        "stages": [
+            {
+                "name": name,
+                "steps": trained[name].steps,
+                "tokens": trained[name].tokens,
+                "loss_first": trained[name].first,
+                "loss_last": trained[name].last,
+                "seconds": trained[name].seconds,
+                "accuracy": accuracies[name],
+                "n": results.scored[name].summary["n"],
+            }
+            for name in STAGES
+        ],
+        "baseline_accuracy": results.baseline,
+        "blind_accuracy": accuracies[BLIND],
         "grpo": {
-            "steps": results["grpo"]["steps"],
-            "reward_first": results["grpo"]["reward_first"],
-            "reward_last": results["grpo"]["reward_last"],
+            "steps": grpo.steps,
+            "reward_first": grpo.first,
+            "reward_last": grpo.last,
             "replies": "sampled at GRPO's temperature, one a question",
-            "accuracy_before": results["evaluation"][LAST_SUPERVISED + SAMPLED]["accuracy"],
-            "accuracy_after": results["evaluation"]["grpo" + SAMPLED]["accuracy"],
-            "accuracy_control": results["evaluation"]["control" + SAMPLED]["accuracy"],
-            "accuracy_before_greedy": results["evaluation"][LAST_SUPERVISED]["accuracy"],
-            "accuracy_after_greedy": results["evaluation"]["grpo"]["accuracy"],
-            "seconds": results["grpo"]["seconds"],
+            "accuracy_before": accuracies[before + SAMPLED],
+            "accuracy_after": accuracies["grpo" + SAMPLED],
+            "accuracy_control": accuracies["control" + SAMPLED],
+            "accuracy_before_greedy": accuracies[before],
+            "accuracy_after_greedy": accuracies["grpo"],
+            "seconds": grpo.seconds,
         },
-        "export": export,
-        "skipped": results["data"]["skipped"],
-        "seconds_total": sum(step["wall_seconds"] for step in steps),
+        "export": {key: value for key, value in asdict(export).items() if value not in (None, "", ())},
+        "skipped": results.data.skipped,
+        "seconds_total": sum(wall for wall, _ in chain.costs.values()),
         "seconds_this_process": seconds,
-        "peak_memory_bytes": max(step["peak_memory_bytes"] for step in steps),
+        "peak_memory_bytes": max(peak for _, peak in chain.costs.values()),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "seed": chain.options.seed,
         "source": chain.options.source,
@@ -155,28 +202,27 @@ def _share(rows: list[Record]) -> dict[str, Any]:
     return {"accuracy": share.accuracy, "n": share.n}
 
 
-def _stage(chain: Chain, results: dict[str, Any], records: dict[str, list[Record]], name: str, title: str) -> Stage:
-    result, reward = results[name], name in ("grpo", "control")
-    history = read_metrics(chain.run_folder(name))
+def _stage(chain: Chain, results: Results, records: dict[str, list[Record]], name: str, title: str) -> Stage:
+    trained = results.trained[name]
     return Stage(
         name=name,
         title=title,
-        steps=result["steps"],
-        tokens=result["tokens"] if not reward else int(sum(row["tokens"] for row in history)),
-        seconds=result["seconds"],
-        first=result["reward_first" if reward else "loss_first"],
-        last=result["reward_last" if reward else "loss_last"],
-        history=history,
-        summary=results["evaluation"][name],
+        steps=trained.steps,
+        tokens=trained.tokens,
+        seconds=trained.seconds,
+        first=trained.first,
+        last=trained.last,
+        history=read_metrics(chain.run_folder(name)),
+        summary=results.scored[name].summary,
         records=records[name],
     )
 
 
-def _report(chain: Chain, results: dict[str, Any], records: dict[str, list[Record]], summary: dict[str, Any]) -> Report:
+def _report(
+    chain: Chain, results: Results, records: dict[str, list[Record]], summary: dict[str, Any], export: Exported
+) -> Report:
     grpo, gain, control, sight = summary["grpo"], summary["grpo_gain"], summary["control_gain"], summary["image_gain"]
-    greedy = summary["grpo_gain_greedy"]
-    n, supervised = gain["n"], results["evaluation"]["sft_cross_distribution"]["accuracy"]
-    export = summary["export"]
+    greedy, n = summary["grpo_gain_greedy"], gain["n"]
     return Report(
         title=chain.plan["title"],
         subtitle=f"Seed {summary['seed']}. The whole recipe on a tiny model, in one process on {platform.machine()} "
@@ -185,11 +231,15 @@ def _report(chain: Chain, results: dict[str, Any], records: dict[str, list[Recor
         warnings=[chain.plan["warning"]] if "warning" in chain.plan else [],
         stages=[_stage(chain, results, records, name, title) for name, title in STAGES.items()],
         samples=test_samples(chain),
-        baseline=results["baseline"],
+        baseline=results.baseline,
         blind=summary["blind_accuracy"],
         tiles=[
-            (f"{supervised:.1%}", "accuracy after the SFT stages", f"direct answers, {n:,} questions"),
-            (f"{results['baseline']:.1%}", "majority baseline", "most frequent answer per template"),
+            (
+                f"{results.scored[LAST_DIRECT].accuracy:.1%}",
+                "accuracy after the SFT stages",
+                f"direct answers, {n:,} questions",
+            ),
+            (f"{results.baseline:.1%}", "majority baseline", "most frequent answer per template"),
             (f"{summary['blind_accuracy']:.1%}", "without the image", f"images add {_points(sight)}"),
             (
                 f"{grpo['accuracy_after']:.1%}",
@@ -218,8 +268,8 @@ def _report(chain: Chain, results: dict[str, Any], records: dict[str, list[Recor
             if key == "kind" or any(key in record.meta for record in records["grpo"])
         ],
         facts=[
-            ("Hugging Face export", export["path"]),
-            ("against transformers", _export_fact(export)),
+            ("Hugging Face export", export.path),
+            ("against transformers", export.fact),
             ("peak memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"),
             ("versions", ", ".join(f"{k} {v}" for k, v in summary["versions"].items() if v)),
             ("skipped records", "; ".join(f"{n} ({by_reason(r)})" for n, r in summary["skipped"].items()) or "none"),
@@ -234,21 +284,11 @@ def _points(c: dict[str, float]) -> str:
     return f"{100 * c['difference']:+.1f} points [{100 * c['low']:+.1f}, {100 * c['high']:+.1f}]{alike}"
 
 
-def _export_fact(export: dict[str, Any]) -> str:
-    if export["status"] == "skipped":
-        return f"not compared: {export['reason']}"
-    if export["status"] == "failed":
-        return f"FAILED: {'; '.join(export['failures'])}"
-    return (
-        f"{export['status']}: largest logit difference {export['max_abs_logit_diff']:.1e}, "
-        f"top-1 agreement {export['top1_agreement']:.1%}"
-    )
-
-
-def _closing_lines(chain: Chain, results: dict[str, Any], summary: dict[str, Any]) -> list[str]:
+def _closing_lines(chain: Chain, summary: dict[str, Any]) -> list[str]:
     grpo, gain, control, sight = summary["grpo"], summary["grpo_gain"], summary["control_gain"], summary["image_gain"]
+    direct = next(stage for stage in summary["stages"] if stage["name"] == LAST_DIRECT)
     lines = [
-        f"SFT:  {results['evaluation']['sft_cross_distribution']['accuracy']:.1%}; majority answer per template "
+        f"SFT:  {direct['accuracy']:.1%}; majority answer per template "
         f"{summary['baseline_accuracy']:.1%}; without the image {summary['blind_accuracy']:.1%} ({_points(sight)})",
         f"GRPO: sampled replies {grpo['accuracy_before']:.1%} -> {grpo['accuracy_after']:.1%}, "
         f"{_points(gain)}, p = {gain['p_value']:.2g}; control {_points(control)}; "
