@@ -1,4 +1,4 @@
-"""`quickstart`: the whole chain in one process, so that stages share compiled programs; a new run or one that stopped."""
+"""`quickstart`: the whole chain in one process, so that stages share compiled programs; a new run, or one resumed."""
 
 from __future__ import annotations
 

@@ -133,35 +133,22 @@ def _export(chain: Chain) -> Exported:
 
 def _summary(chain: Chain, results: Results, export: Exported, seconds: float) -> dict[str, Any]:
     trained, accuracies = results.trained, {name: scored.accuracy for name, scored in results.scored.items()}
-    grpo, before = trained["grpo"], LAST_SUPERVISED
     return {
         "title": chain.plan["title"],
         "stages": [
-            {
-                "name": name,
-                "steps": trained[name].steps,
-                "tokens": trained[name].tokens,
-                "loss_first": trained[name].first,
-                "loss_last": trained[name].last,
-                "seconds": trained[name].seconds,
-                "accuracy": accuracies[name],
-                "n": results.scored[name].summary["n"],
-            }
+            {"name": name, **trained[name].facts, "accuracy": accuracies[name], "n": results.scored[name].summary["n"]}
             for name in STAGES
         ],
         "baseline_accuracy": results.baseline,
         "blind_accuracy": accuracies[BLIND],
         "grpo": {
-            "steps": grpo.steps,
-            "reward_first": grpo.first,
-            "reward_last": grpo.last,
+            **trained["grpo"].facts,
             "replies": "sampled at GRPO's temperature, one a question",
-            "accuracy_before": accuracies[before + SAMPLED],
+            "accuracy_before": accuracies[LAST_SUPERVISED + SAMPLED],
             "accuracy_after": accuracies["grpo" + SAMPLED],
             "accuracy_control": accuracies["control" + SAMPLED],
-            "accuracy_before_greedy": accuracies[before],
+            "accuracy_before_greedy": accuracies[LAST_SUPERVISED],
             "accuracy_after_greedy": accuracies["grpo"],
-            "seconds": grpo.seconds,
         },
         "export": {key: value for key, value in asdict(export).items() if value not in (None, "", ())},
         "skipped": results.data.skipped,
@@ -222,7 +209,7 @@ def _report(
     chain: Chain, results: Results, records: dict[str, list[Record]], summary: dict[str, Any], export: Exported
 ) -> Report:
     grpo, gain, control, sight = summary["grpo"], summary["grpo_gain"], summary["control_gain"], summary["image_gain"]
-    greedy, n = summary["grpo_gain_greedy"], gain["n"]
+    greedy, n, supervised = summary["grpo_gain_greedy"], gain["n"], results.scored[LAST_DIRECT].accuracy
     return Report(
         title=chain.plan["title"],
         subtitle=f"Seed {summary['seed']}. The whole recipe on a tiny model, in one process on {platform.machine()} "
@@ -234,11 +221,7 @@ def _report(
         baseline=results.baseline,
         blind=summary["blind_accuracy"],
         tiles=[
-            (
-                f"{results.scored[LAST_DIRECT].accuracy:.1%}",
-                "accuracy after the SFT stages",
-                f"direct answers, {n:,} questions",
-            ),
+            (f"{supervised:.1%}", "accuracy after the SFT stages", f"direct answers, {n:,} questions"),
             (f"{results.baseline:.1%}", "majority baseline", "most frequent answer per template"),
             (f"{summary['blind_accuracy']:.1%}", "without the image", f"images add {_points(sight)}"),
             (

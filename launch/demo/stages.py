@@ -37,6 +37,12 @@ class Trained:
     seconds: float
 
     @property
+    def facts(self) -> dict[str, float]:
+        """What `summary.json` holds."""
+        ends = {f"{self.measure}_first": self.first, f"{self.measure}_last": self.last}
+        return {"steps": self.steps, "tokens": self.tokens, **ends, "seconds": self.seconds}
+
+    @property
     def line(self) -> str:
         return f"{self.steps} steps, {self.measure} {self.first:.3f} -> {self.last:.3f}"
 
