@@ -22,7 +22,7 @@ from absl import flags
 
 from infimed_jax import config as settings
 from infimed_jax.data.batch import Batch, Segment, build_row, stack_rows, unmask
-from infimed_jax.data.chat import Tokenizer, load_tokenizer, render
+from infimed_jax.data.chat import Tokenizer, render
 from infimed_jax.data.images import ImageError, decode_image
 from infimed_jax.data.packing import PackingIndex, build_index
 from infimed_jax.data.storage import UNREADABLE, CorruptRecord, Samples, open_samples, record_name
@@ -255,14 +255,19 @@ class Loader:
 
 
 def make_loader(
-    config: settings.Config, *, mesh: jax.sharding.Mesh, start_step: int = 0, steps: int | None = None
+    config: settings.Config,
+    *,
+    tokenizer: Tokenizer,
+    mesh: jax.sharding.Mesh,
+    start_step: int = 0,
+    steps: int | None = None,
 ) -> Loader:
     """Open `data.dataset`, pack it (or load its index), and return the stream from `start_step`.
 
     `steps` is the length of the whole run; None takes `train.steps`, or as many as `train.epochs` need. UserError: no
-    such dataset or tokenizer, a vocabulary too small for it, or rows that do not split over the mesh.
+    such dataset, a vocabulary too small for it, or rows that do not split over the mesh.
     """
-    samples, tokenizer = open_samples(config.data.dataset), load_tokenizer(config.data.tokenizer)
+    samples = open_samples(config.data.dataset)
     if len(tokenizer) > config.model.text.vocab_size:
         raise UserError(
             f"model.text.vocab_size={config.model.text.vocab_size} has no room for the {len(tokenizer)} tokens of "

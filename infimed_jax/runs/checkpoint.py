@@ -59,9 +59,9 @@ def user_metadata(path: Path, stored: Any) -> Metadata:
     return metadata | {"config": config | {"data": config["data"] | {"tokenizer": str(kept)}}}
 
 
-def leaves_fingerprint(folder: str | Path) -> str:
-    """SHA-256 of the names and checksums of a checkpoint's leaves: the same wherever it lies."""
-    sums = read_index(find_checkpoint(folder)).custom_metadata[_CHECKSUMS]
+def leaves_sha256(stored: Any) -> str:
+    """Of the names and checksums of a checkpoint's leaves, from its index: the same wherever it lies."""
+    sums = stored.custom_metadata[_CHECKSUMS]
     return hashlib.sha256(to_json(sums, sort_keys=True).encode()).hexdigest()
 
 

@@ -29,14 +29,17 @@ def history_of(metadata: Metadata) -> list[Entry]:
     return [*before, last | step] if last else []
 
 
-def stage_entry(cfg: config.Config, fingerprint: str, *, grpo: bool = False) -> Entry:
-    """What a run adds to the history of its `train.init_from`; the step is added by who goes on from it."""
+def stage_entry(cfg: config.Config, content: Mapping[str, str]) -> Entry:
+    """What a run adds to the history of its `train.init_from`; `history_of` adds the step.
+
+    `content` are the fingerprints that bind the run.
+    """
     manifest = _manifest(cfg.data.dataset)
     return {
         "stage": cfg.train.stage,
-        "fingerprint": fingerprint,
+        "content": dict(content),
         "config": config.to_dict(cfg),
-        "grpo": grpo,
+        "grpo": "questions_sha256" in content,
         "origins": sorted(manifest.get("origins", ())),
         "licences": _licences(manifest),
     }

@@ -109,17 +109,13 @@ class Meter:
 
 
 def averaged(rows: list[Row]) -> Row:
-    """The last of `rows` with its speeds, shares and waiting taken over all of them, time spent compiling left out."""
+    """The last of `rows` with its speeds and shares taken over all of them, time spent compiling left out."""
     seconds = sum(row["seconds"] for row in rows)
-    working = max(seconds - sum(row["compile_seconds"] for row in rows), 0.01 * seconds)
-    last = rows[-1] | {
-        "tokens_per_second": sum(row["tokens"] for row in rows) / working,
-        "images_per_second": sum(row["images"] for row in rows) / working,
-        "data_wait_share": sum(row["data_wait_share"] * row["seconds"] for row in rows) / seconds,
-    }
-    if "peak_share" in last:
-        last["peak_share"] = sum(row["peak_share"] * row["seconds"] for row in rows) / working
-    return last
+    working = max(seconds - sum(row.get("compile_seconds", 0.0) for row in rows), 0.01 * seconds)
+    means = {f"{name}_per_second": sum(row.get(name, 0) for row in rows) / working for name in ("tokens", "images")}
+    for name, time_taken in (("data_wait_share", seconds), ("peak_share", working)):
+        means[name] = sum(row.get(name, 0.0) * row["seconds"] for row in rows) / time_taken
+    return rows[-1] | {name: mean for name, mean in means.items() if name in rows[-1]}
 
 
 def memory_bytes(devices: list[jax.Device]) -> float:
@@ -147,8 +143,14 @@ class Trace:
             jax.block_until_ready(outputs)
             self.close()
 
-    def close(self) -> None:
+    def __enter__(self) -> Trace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Also where a run ends sooner: what was traced is written."""
+        self.close()
+
+    def close(self) -> None:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()

@@ -28,34 +28,36 @@ log = logging.getLogger(__name__)
 class MetricsLog:
     """metrics.jsonl (every step), TensorBoard and Weights & Biases (every `train.log_every` steps) of one run.
 
-    Silent if not `active`. On resume, lines past `start_step` are dropped: those steps run again. UserError, on every
-    process, where `train.wandb` is set and its package is not installed.
+    A context within which rows are written: nothing is before it, and nothing ever where it is not `active`. On resume,
+    lines past `start_step` are dropped: those steps run again.
     """
 
     def __init__(self, folder: Path, start_step: int, cfg: config.Config, *, active: bool = True) -> None:
         self.rows = [row for row in read_metrics(folder) if row["step"] <= start_step]
-        self._every = cfg.train.log_every
-        self._active = active
-        wandb = _wandb_package(cfg) if cfg.train.wandb else None
-        if not active:
-            return
-        self._wandb = _wandb_run(wandb, folder, cfg) if wandb else None
-        write_text(folder / METRICS, "".join(map(_line, self.rows)))
-        self._file = (folder / METRICS).open("a", encoding="utf-8", buffering=1)
-        self._board = Board(folder / "tensorboard", start_step + 1)
+        self._folder, self._start_step, self._cfg, self._active = folder, start_step, cfg, active
+
+    def __enter__(self) -> MetricsLog:
+        """UserError, on every process, where `train.wandb` is set and its package is not installed."""
+        wandb = _wandb_package(self._cfg) if self._cfg.train.wandb else None
+        if self._active:
+            self._wandb = _wandb_run(wandb, self._folder, self._cfg) if wandb else None
+            write_text(self._folder / METRICS, "".join(map(_line, self.rows)))
+            self._file = (self._folder / METRICS).open("a", encoding="utf-8", buffering=1)
+            self._board = Board(self._folder / "tensorboard", self._start_step + 1)
+        return self
 
     def write(self, row: Row) -> None:
         self.rows.append(row)
         if not self._active:
             return
         self._file.write(_line(row))
-        if row["step"] % self._every == 0:
+        if row["step"] % self._cfg.train.log_every == 0:
             numbers = {name: value for name, value in row.items() if name != "step" and not isinstance(value, list)}
             self._board.write(numbers, row["step"])
             if self._wandb:
                 self._wandb.log(numbers, step=row["step"])
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """Closes each, also where another's last bytes find no place on the disk."""
         if not self._active:
             return

@@ -25,6 +25,7 @@ from infimed_jax.runs.checkpoint import (
     disk_errors,
     find_checkpoint,
     groups,
+    leaves_sha256,
     read_index,
     read_leaves,
     user_metadata,
@@ -73,6 +74,8 @@ class MergedLeaf:
 def load_params(folder: str | Path, abstract: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], Metadata]:
     """(parameters, metadata) from a run's folder (its latest checkpoint), a checkpoint, or `save_params`' folder.
 
+    The metadata is that given to `save`, with `leaves_sha256`, the fingerprint of the stored leaves.
+
     With `abstract` (as `infimed.abstract_params` gives) they come in its shardings and dtypes, a group of leaves at a
     time; each process reads a part of its own, and they exchange what they need. Without, they are NumPy arrays as
     stored.
@@ -94,7 +97,7 @@ def load_params(folder: str | Path, abstract: Mapping[str, Any] | None = None) -
     for group in groups(wanted):
         for name, leaf in read_leaves(path, stored, group).items():
             flat[_short(name)] = _settle(leaf, final[_short(name)])
-    metadata = user_metadata(path, stored)
+    metadata = user_metadata(path, stored) | {"leaves_sha256": leaves_sha256(stored)}
     params = nest(flat)
     if adapters:
         params = lora.merge_lora(params, _lora_scale(metadata))

@@ -50,7 +50,7 @@ def train(args: argparse.Namespace) -> None:
         raise UserError("--profile counts steps: it must not be negative")
     accelerator.start(args)
     from data_prep.steps import open_for_training
-    from infimed_jax.train.loop import train
+    from infimed_jax.train.stage import train
     from launch.progress import StepProgress
 
     open_for_training(config.data.dataset)
@@ -70,28 +70,13 @@ def grpo(args: argparse.Namespace) -> None:
         raise UserError("grpo starts from a tuned model: give --init-from RUN (train.init_from)")
     _check_data(config)
     accelerator.start(args)
-    import jax
-
     from data_prep.steps import open_for_training
-    from infimed_jax.data.chat import load_tokenizer
-    from infimed_jax.models.params import abstract_params
     from infimed_jax.rl.grpo import grpo
-    from infimed_jax.runs.parameters import load_params
-    from infimed_jax.sharding import on_mesh, run_mesh
-    from infimed_jax.train.loop import check_tokenizer
     from launch.progress import StepProgress
 
-    samples, tokenizer = open_for_training(config.data.dataset), load_tokenizer(config.data.tokenizer)
-    with jax.set_mesh(run_mesh(config)), StepProgress("grpo") as progress:
-        params, before = load_params(config.train.init_from, on_mesh(abstract_params(config.model)))
-        check_tokenizer(config, before, tokenizer)
-        result = grpo(
-            config,
-            params=params,
-            samples=samples,
-            tokenizer=tokenizer,
-            on_step=progress.update,
-        )
+    open_for_training(config.data.dataset)
+    with StepProgress("grpo") as progress:
+        result = grpo(config, on_step=progress.update)
     rewards = [row["reward"] for row in result.history]
     print(f"grpo: {len(rewards)} steps, reward {rewards[0]:.4f} -> {rewards[-1]:.4f}")
     print(f"Outputs: {config.train.output}")

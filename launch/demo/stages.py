@@ -9,7 +9,6 @@ import jax
 
 from infimed_jax.config import Config
 from infimed_jax.data.chat import load_tokenizer
-from infimed_jax.data.storage import open_samples
 from infimed_jax.evaluation.run import Evaluation, evaluate
 from infimed_jax.evaluation.statistics import majority_baseline
 from infimed_jax.models.compute import Compute
@@ -18,7 +17,7 @@ from infimed_jax.rl.grpo import grpo
 from infimed_jax.runs.parameters import load_params
 from infimed_jax.sampling.weights import sampler_weights
 from infimed_jax.sharding import make_mesh
-from infimed_jax.train.loop import train
+from infimed_jax.train.stage import train
 from launch.demo.chain import BLIND, LAST_DIRECT, LAST_SUPERVISED, REASONING, REINFORCED, SAMPLED, STAGES, Chain
 from launch.demo.data import Prepared, make_data, test_samples
 
@@ -112,13 +111,7 @@ def _grpo(chain: Chain, stage: str) -> Trained:
     config = replace(config, train=replace(config.train, output=output, stage=stage, init_from=start))
     if stage == "control":
         config = replace(config, grpo=replace(config.grpo, reward="constant"))
-    result = grpo(
-        config,
-        params=load_params(start)[0],
-        samples=open_samples(config.data.dataset),
-        tokenizer=load_tokenizer(config.data.tokenizer),
-        on_step=chain.on_step,
-    )
+    result = grpo(config, on_step=chain.on_step)
     return Trained("reward", result.reward_first, result.reward_last, result.steps, result.tokens, result.seconds)
 
 

@@ -75,10 +75,14 @@ def make_config(dataset, tokenizer_folder, *, batch=4, seed=0, epochs=1, **data)
     )
 
 
+def open_loader(config, **options):
+    return make_loader(config, tokenizer=load_tokenizer(config.data.tokenizer), **options)
+
+
 def stream(config, start=0, steps=None):
     """[(fields as NumPy, ids)]"""
     mesh = make_mesh(Mesh())
-    loader = make_loader(config, mesh=mesh, start_step=start, steps=steps)
+    loader = open_loader(config, mesh=mesh, start_step=start, steps=steps)
     found = []
     for batch, _, ids in loader:
         assert batch.prefix_ids is None  # no sample continues another
@@ -196,13 +200,13 @@ def test_steps_and_fingerprint(dataset, tokenizer_folder):
     mesh = make_mesh(Mesh())
 
     def made(**changes):
-        return make_loader(make_config(dataset, tokenizer_folder, **changes), mesh=mesh)
+        return open_loader(make_config(dataset, tokenizer_folder, **changes), mesh=mesh)
 
     base = made(epochs=3)
     assert base.steps == 3 * base.steps_per_epoch
     fixed = make_config(dataset, tokenizer_folder)
     fixed = dataclasses.replace(fixed, train=dataclasses.replace(fixed.train, steps=77))
-    assert make_loader(fixed, mesh=mesh).steps == 77
+    assert open_loader(fixed, mesh=mesh).steps == 77
     prints = {made(**c).fingerprint for c in ({}, {"seed": 1}, {"batch": 2}, {"context": 72}, {"packing": "none"})}
     assert len(prints) == 5
     assert made(threads=1, epochs=5).fingerprint in prints
@@ -238,9 +242,9 @@ def test_damage_stays_in_its_place(tmp_path, tokenizer_folder):
     rows[empty] = dataclasses.replace(rows[empty], images=(b"",) * len(rows[empty].images))
     write_samples(broken, rows, name="toy")
     mesh = make_mesh(Mesh())
-    make_loader(make_config(broken, tokenizer_folder), mesh=mesh)  # builds the index while all is readable
+    open_loader(make_config(broken, tokenizer_folder), mesh=mesh)  # builds the index while all is readable
     damage_records(broken)
-    damaged = make_loader(make_config(broken, tokenizer_folder), mesh=mesh)
+    damaged = open_loader(make_config(broken, tokenizer_folder), mesh=mesh)
     seen = [(np.asarray(batch.tokens).shape, ids, int(np.sum(bad))) for batch, bad, ids in damaged]
     bad = {f"q/train/{cut}", f"q/train/{empty}", "q/train/0"}
     expected = stream(make_config(good, tokenizer_folder))
@@ -257,7 +261,7 @@ def test_damage_stays_in_its_place(tmp_path, tokenizer_folder):
 
 
 def test_the_limit_of_bad_records_is_a_share_of_what_was_read_and_at_first_of_the_data(dataset, tokenizer_folder):
-    made = make_loader(make_config(dataset, tokenizer_folder, max_bad_records=0.1), mesh=make_mesh(Mesh()))
+    made = open_loader(make_config(dataset, tokenizer_folder, max_bad_records=0.1), mesh=make_mesh(Mesh()))
     made.check_bad_records(2, 3)  # 23 samples
     with pytest.raises(UserError, match=r"3 of 3 records .* more than data\.max_bad_records=0\.1 allows: mend"):
         made.check_bad_records(3, 3)
@@ -269,7 +273,7 @@ def test_the_limit_of_bad_records_is_a_share_of_what_was_read_and_at_first_of_th
 def test_a_stale_index_is_an_error(tmp_path, tokenizer_folder):
     write_samples(tmp_path / "d", toy_samples(), name="toy")
     config = make_config(tmp_path / "d", tokenizer_folder)
-    stale = make_loader(config, mesh=make_mesh(Mesh()))
+    stale = open_loader(config, mesh=make_mesh(Mesh()))
     stale._reader.index = dataclasses.replace(stale._reader.index, lengths=stale._reader.index.lengths + 1)
     with pytest.raises(UserError, match="its packing index says"):
         list(stale)
@@ -280,22 +284,24 @@ def test_settings_that_cannot_be_are_refused(dataset, tokenizer_folder):
     config = make_config(dataset, tokenizer_folder)
     small = dataclasses.replace(config, model=dataclasses.replace(MODEL, text=Text(vocab_size=100)))
     with pytest.raises(UserError, match="vocab_size=100 has no room"):
-        make_loader(small, mesh=mesh)
+        open_loader(small, mesh=mesh)
     with pytest.raises(UserError, match="no prepared dataset"):
-        make_loader(make_config(tokenizer_folder, tokenizer_folder), mesh=mesh)
+        open_loader(make_config(tokenizer_folder, tokenizer_folder), mesh=mesh)
     with pytest.raises(UserError, match="cannot read"):
-        make_loader(make_config(dataset, dataset), mesh=mesh)
+        open_loader(make_config(dataset, dataset), mesh=mesh)
 
 
 def test_a_plain_script_needs_no_flags_tensorflow_or_torch(dataset, tokenizer_folder):
     program = (
         "import sys; from infimed_jax.config import *; from infimed_jax.data.loader import make_loader\n"
+        "from infimed_jax.data.chat import load_tokenizer\n"
         "from infimed_jax.sharding import make_mesh\n"
         "config = from_dict(Config, {'model': {'vision': {'image_size': 16, 'patch_size': 4}, "
         "'projector': {'visual_tokens': 4}}, 'train': {'global_batch': 4}, 'data': {"
         f"'dataset': {str(dataset)!r}, 'tokenizer': {str(tokenizer_folder)!r}, 'context': 64, "
         "'images_per_row': 3}})\n"
-        "assert len(list(make_loader(config, mesh=make_mesh(config.mesh)))) > 0\n"
+        "tokenizer = load_tokenizer(config.data.tokenizer)\n"
+        "assert len(list(make_loader(config, tokenizer=tokenizer, mesh=make_mesh(config.mesh)))) > 0\n"
         "sys.exit(sum(m in sys.modules for m in ('tensorflow', 'torch')))"
     )
     root = Path(__file__).resolve().parents[2]
@@ -305,12 +311,14 @@ def test_a_plain_script_needs_no_flags_tensorflow_or_torch(dataset, tokenizer_fo
 def test_eight_devices_split_the_rows(dataset, tokenizer_folder):
     program = (
         "import jax, numpy as np; from infimed_jax.config import *; from infimed_jax.data.loader import make_loader\n"
+        "from infimed_jax.data.chat import load_tokenizer\n"
         "from infimed_jax.sharding import make_mesh\n"
         "config = from_dict(Config, {'model': {'vision': {'image_size': 16, 'patch_size': 4}, "
         "'projector': {'visual_tokens': 4}}, 'mesh': {'data': 2, 'fsdp': 2, 'tensor': 2}, 'train': {'global_batch': 4},"
         f"'data': {{'dataset': {str(dataset)!r}, 'tokenizer': {str(tokenizer_folder)!r}, 'context': 64, "
         "'images_per_row': 3}})\n"
-        "batch, bad, ids = next(iter(make_loader(config, mesh=make_mesh(config.mesh))))\n"
+        "tokenizer = load_tokenizer(config.data.tokenizer)\n"
+        "batch, bad, ids = next(iter(make_loader(config, tokenizer=tokenizer, mesh=make_mesh(config.mesh))))\n"
         "assert {s.data.shape[0] for s in batch.tokens.addressable_shards} == {1}, batch.tokens.sharding\n"
         "print(','.join(ids)); print(np.asarray(batch.tokens).tolist(), np.asarray(batch.pixels).sum())"
     )
@@ -328,7 +336,7 @@ def test_eight_devices_split_the_rows(dataset, tokenizer_folder):
 @pytest.mark.parametrize("how", ["first_fit_decreasing", "none"])
 def test_the_samples_of_a_step_are_those_that_come(how, dataset, tokenizer_folder):
     config = make_config(dataset, tokenizer_folder, epochs=2, packing=how, mask_segments=False)
-    made = make_loader(config, mesh=make_mesh(Mesh()))
+    made = open_loader(config, mesh=make_mesh(Mesh()))
     assert [made.samples(step) for step in range(made.steps)] == [len(ids) for *_, ids in made]
 
 

@@ -192,8 +192,8 @@ from launch import run
 
 def fourth_step_has_no_room():
     import jax
-    from infimed_jax.train import loop
-    real, steps = loop.make_train_step, []
+    from infimed_jax.train import stage
+    real, steps = stage.make_train_step, []
 
     def make(*arguments):
         step = real(*arguments)
@@ -206,7 +206,7 @@ def fourth_step_has_no_room():
 
         return run_or_fail
 
-    loop.make_train_step = make
+    stage.make_train_step = make
 
 start = run.accelerator.start
 run.accelerator.start = lambda args: (start(args), fourth_step_has_no_room())

@@ -13,6 +13,7 @@ from infimed_jax import config
 from infimed_jax.data.chat import Tokenizer, load_tokenizer
 from infimed_jax.data.prompts import question_sample, question_text
 from infimed_jax.data.sample import Sample
+from infimed_jax.data.storage import write_samples
 from infimed_jax.models.params import init_params
 from infimed_jax.sharding import make_mesh
 
@@ -50,13 +51,15 @@ def make_tiny(folder) -> Tiny:
     """Under the current mesh."""
     text = question_text("yes_no", "Is it bright? Is it dark, or is it round?", reasoning=True)
     tokenizer = load_tokenizer(make_tokenizer([text] * 4, folder / "tokenizer", vocab_size=400))
+    samples = [Tiny.question(i) for i in range(10)]
+    write_samples(folder / "data", samples, name="tiny")
     cfg = config.Config(
         model=config.Model(
             config.Vision(SIDE, 3, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2),
             config.Projector(visual_tokens=4),
             config.Text(len(tokenizer) + 4, 32, 48, 2, num_heads=4, num_kv_heads=2, head_dim=8, rope_theta=1e4),
         ),
-        data=config.Data(context=160, images_per_row=4),
+        data=config.Data(str(folder / "data"), str(folder / "tokenizer"), context=160, images_per_row=4),
         optimizer=config.Optimizer(3e-2, warmup_fraction=0.0, schedule="constant", weight_decay=0.0),
         train=config.Train(
             global_batch=16, micro_batches=2, compute_dtype="float32", remat="none", logit_chunk=32, checkpoint_every=1
@@ -67,7 +70,7 @@ def make_tiny(folder) -> Tiny:
     params = init_params(jax.random.key(0), cfg.model)
     # Larger weights than at initialisation: else the tied embedding repeats the last token for ever.
     params = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, params)
-    return Tiny(cfg, params, tokenizer, [Tiny.question(i) for i in range(10)])
+    return Tiny(cfg, params, tokenizer, samples)
 
 
 @pytest.fixture(scope="session")

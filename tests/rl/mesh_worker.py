@@ -10,8 +10,9 @@ import jax
 from conftest import make_tiny
 
 from infimed_jax.config import Mesh
-from infimed_jax.rl import grpo as run
+from infimed_jax.rl.grpo import grpo
 from infimed_jax.rl.rewards import Reward
+from infimed_jax.runs import loop
 from infimed_jax.sharding import make_mesh
 
 
@@ -22,14 +23,14 @@ def even_length(reply, finished, sample, settings):
 
 
 def on_mesh(shape, tiny, params, folder):
-    run.run_mesh = lambda cfg: make_mesh(cfg.mesh, jax.devices()[: shape[0] * shape[1] * shape[2]])
+    loop.run_mesh = lambda cfg: make_mesh(cfg.mesh, jax.devices()[: shape[0] * shape[1] * shape[2]])
     cfg = replace(
         tiny.cfg,
         mesh=Mesh(*shape),
         train=replace(tiny.cfg.train, output=str(folder), micro_batches=1),  # half the compilation
         grpo=replace(tiny.cfg.grpo, steps=1, kl_coefficient=0.05),
     )
-    result = run.grpo(cfg, params=params, samples=tiny.samples, tokenizer=tiny.tokenizer, reward=even_length)
+    result = grpo(cfg, params=params, reward=even_length)
     return result.history[0]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from infimed_jax.config import ConfigError, Lora, to_dict
+from infimed_jax.data.storage import write_samples
 from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.rl.grpo import grpo
 from infimed_jax.rl.rewards import Reward
@@ -29,7 +30,7 @@ def configure(tiny, folder, *, train=None, optimizer=None, **settings):
 
 
 def align(tiny, cfg, **kwargs):
-    return grpo(cfg, params=tiny.params, samples=tiny.samples, tokenizer=tiny.tokenizer, **kwargs)
+    return grpo(cfg, params=None if cfg.train.init_from else tiny.params, **kwargs)
 
 
 def says_bright(reply, finished, sample, settings):
@@ -117,7 +118,7 @@ def test_a_reward_that_is_not_finite_ends_the_run(tiny, tmp_path):
         well = len(seen) <= cfg.grpo.prompts * cfg.grpo.group_size
         return odd(reply, finished, sample, settings) if well else Reward(np.inf if len(reply) % 2 else 0.0, 0.0, 0.0)
 
-    with pytest.raises(UserError, match=r"2 updates in a row .* step 3 with samples tiny/train/.* --init-from .*/1, "):
+    with pytest.raises(UserError, match=r"2 updates in a row .* step 3 on samples tiny/train/.* --init-from .*/1, "):
         align(tiny, cfg, reward=broken)
     rows = [json.loads(line) for line in (tmp_path / "broken/metrics.jsonl").read_text().splitlines()]
     assert [row["skipped"] for row in rows] == [0, 1, 1]
@@ -152,8 +153,9 @@ def test_a_stopped_run_goes_on_exactly(tiny, tmp_path):
     assert again.history == parts.history
     with pytest.raises(UserError, match=r"grpo.clip_high was 0.05, is 0.4"):
         align(tiny, replace(cfg, grpo=replace(cfg.grpo, clip_high=0.4)), reward=says_bright)
-    with pytest.raises(UserError, match="the questions was"):
-        grpo(cfg, params=tiny.params, samples=tiny.samples[:-1], tokenizer=tiny.tokenizer)
+    write_samples(tmp_path / "fewer", tiny.samples[:-1], name="tiny")
+    with pytest.raises(UserError, match=r"data\.dataset=.*fewer holds other questions; restore that or name another"):
+        align(tiny, replace(cfg, data=replace(cfg.data, dataset=str(tmp_path / "fewer"))))
 
 
 def test_a_run_goes_on_after_it_and_its_start_were_moved(tiny, tmp_path):
@@ -171,8 +173,15 @@ def test_a_run_goes_on_after_it_and_its_start_were_moved(tiny, tmp_path):
 
     with pytest.raises(Interrupted, match="after step 1 of 2"):
         align(tiny, run_in(tmp_path / "scratch"), reward=says_bright, on_step=stop)
+    swapped = [("start", "aside"), ("other", "start")]
+    for old, new in swapped:
+        os.rename(tmp_path / "scratch" / old, tmp_path / "scratch" / new)
+    with pytest.raises(UserError, match=r"train.init_from=.*start holds other parameters than when the run began"):
+        align(tiny, run_in(tmp_path / "scratch"), reward=says_bright)
+    for old, new in reversed(swapped):
+        os.rename(tmp_path / "scratch" / new, tmp_path / "scratch" / old)
     os.rename(tmp_path / "scratch", tmp_path / "archive")
-    with pytest.raises(UserError, match=r"the parameters of train.init_from was '\w+', is '\w+'; restore that or name"):
+    with pytest.raises(UserError, match=r"train.init_from was '.*start', is '.*other'; restore that or name"):
         align(tiny, run_in(tmp_path / "archive", "other"), reward=says_bright)
     moved = run_in(tmp_path / "archive")
     assert align(tiny, moved, reward=says_bright).steps == 2

@@ -1,17 +1,14 @@
 """One GRPO step: what the sampler is asked, who is graded for what, and what the metrics average over."""
 
-from contextlib import nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from infimed_jax.config import Sampling
-from infimed_jax.errors import UserError
-from infimed_jax.rl import grpo as run
 from infimed_jax.rl import step
+from infimed_jax.rl.grpo import grpo
 from infimed_jax.rl.rewards import Reward
 from infimed_jax.rl.step import Reply, rollout_metrics, rollout_sampling, update_metrics
 from infimed_jax.sampling.generate import Completion
@@ -63,20 +60,6 @@ def test_a_rollout_samples_the_policy_itself(tiny):
     assert found == Sampling(temperature=0.7, top_p=0.9, max_tokens=grpo.max_response, slots=8, burst=3)
 
 
-@pytest.mark.parametrize(("skipped", "ends"), [([2, 2], True), ([2, 0, 2], False), ([0, 1, 2], False), ([2, 1], False)])
-def test_only_whole_rollouts_that_were_skipped_end_a_run(tiny, skipped, ends):
-    """Two updates a rollout, three at most: which of a rollout's updates were lost is not known."""
-    cfg = replace(
-        tiny.cfg,
-        train=replace(tiny.cfg.train, max_skipped_updates=3),
-        grpo=replace(tiny.cfg.grpo, prompts=4, update_prompts=2),
-    )
-    rows = [{"step": i, "skipped": n} for i, n in enumerate(skipped)]
-    expectation = pytest.raises(UserError, match="4 updates in a row") if ends else nullcontext()
-    with expectation:
-        run._check_skips(cfg, rows, tiny.samples, SimpleNamespace(elsewhere=lambda: "another folder"))
-
-
 def test_each_reply_is_graded_for_its_own_question(tiny, tmp_path, monkeypatch):
     """Two steps, two updates each, seen from outside: the sampler's arguments, the rewards' and the updates'."""
     calls, graded, rates, credited = [], [], [], []
@@ -110,7 +93,7 @@ def test_each_reply_is_graded_for_its_own_question(tiny, tmp_path, monkeypatch):
         train=replace(tiny.cfg.train, output=str(tmp_path)),
         grpo=replace(tiny.cfg.grpo, steps=2, update_prompts=2, kl_coefficient=0.05, clip_low=0.05, clip_high=0.05),
     )  # the updates of test_grpo.py
-    run.grpo(cfg, params=tiny.params, samples=tiny.samples, tokenizer=tiny.tokenizer, reward=reward)
+    grpo(cfg, params=tiny.params, reward=reward)
 
     made = [c for _, completions, _ in calls for c in completions]
     prompts = [p for asked, *_ in calls for p in asked]

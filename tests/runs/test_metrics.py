@@ -52,10 +52,12 @@ def test_a_row_is_the_counts_over_the_clock_and_the_peak(model, monkeypatch):
 def test_a_line_speaks_of_the_steps_since_the_last_without_compiling():
     compiled = {"seconds": 9.0, "compile_seconds": 8.0, "tokens": 50, "images": 1, "data_wait_share": 0.0}
     plain = {"seconds": 1.0, "compile_seconds": 0.0, "tokens": 150, "images": 3, "data_wait_share": 0.5, "loss": 3.0}
-    rows = [compiled | {"peak_share": 0.02, "loss": 4.0}, plain | {"peak_share": 0.4}]
-    line = averaged(rows)
+    plain |= {"tokens_per_second": 150.0, "images_per_second": 3.0, "peak_share": 0.4}
+    line = averaged([compiled | {"peak_share": 0.02, "loss": 4.0}, plain])
     assert (line["tokens_per_second"], line["images_per_second"], line["loss"]) == (100, 2, 3.0)
     assert line["data_wait_share"] == pytest.approx(0.05) and line["peak_share"] == pytest.approx((0.18 + 0.4) / 2)
+    rollout = {"seconds": 2.0, "tokens": 30, "images": 4, "tokens_per_second": 15.0}
+    assert averaged([rollout, rollout | {"tokens": 50}]) == rollout | {"tokens": 50, "tokens_per_second": 20.0}
 
 
 def test_the_progress_line_shows_what_is_there():
@@ -120,7 +122,7 @@ def test_weights_and_biases_without_its_package_is_refused(tmp_path, monkeypatch
     """On every process: one that went on alone would wait for the others until JAX gives them up."""
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"train\.wandb=med needs the wandb package: pip install wandb"):
-        MetricsLog(tmp_path, 0, _logging("med"), active=active)
+        MetricsLog(tmp_path, 0, _logging("med"), active=active).__enter__()
 
 
 def _events(folder):
@@ -155,25 +157,22 @@ needs_full_disk = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full,
 
 @needs_full_disk
 def test_a_full_disk_ends_the_log_at_once(tmp_path):
-    log = MetricsLog(tmp_path, 0, _logging(""))
-    log.write({"step": 1, "loss": 1.0})
-    log._file.close()
-    log._file = FULL.open("a", buffering=1)
-    with pytest.raises(OSError, match="No space left"):
-        log.write({"step": 2, "loss": 1.0})
-    with contextlib.suppress(OSError):
-        log.close()
+    with contextlib.suppress(OSError), MetricsLog(tmp_path, 0, _logging("")) as log:
+        log.write({"step": 1, "loss": 1.0})
+        log._file.close()
+        log._file = FULL.open("a", buffering=1)
+        with pytest.raises(OSError, match="No space left"):
+            log.write({"step": 2, "loss": 1.0})
     assert [row["step"] for row in read_metrics(tmp_path)] == [1]
 
 
 @needs_full_disk
 def test_a_disk_that_is_full_for_tensorboard_alone_is_reported_once_and_the_log_goes_on(tmp_path, caplog):
-    log = MetricsLog(tmp_path, 0, _logging(""))
-    log.write({"step": 1, "loss": 1.0})
-    log._board._writer._py_recordio_writer._writer = FULL.open("wb")
-    for step in (2, 3, 4, 5, 6):
-        log.write({"step": step, "loss": 1.0})
-    log.close()
+    with MetricsLog(tmp_path, 0, _logging("")) as log:
+        log.write({"step": 1, "loss": 1.0})
+        log._board._writer._py_recordio_writer._writer = FULL.open("wb")
+        for step in (2, 3, 4, 5, 6):
+            log.write({"step": step, "loss": 1.0})
     assert [record.message for record in caplog.records] == [
         "TensorBoard gets no more numbers ([Errno 28] No space left on device); metrics.jsonl goes on"
     ]
@@ -186,9 +185,8 @@ def test_weights_and_biases_gets_the_numbers_and_a_resumed_run_its_page(tmp_path
     fake = types.SimpleNamespace(init=lambda **options: opened.append(options) or page)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for start in (0, 2):
-        log = MetricsLog(tmp_path, start, _logging("med"))
-        for step in (start + 1, start + 2):
-            log.write({"step": step, "loss": 1.0, "skipped_ids": ["a"]})
-        log.close()
+        with MetricsLog(tmp_path, start, _logging("med")) as log:
+            for step in (start + 1, start + 2):
+                log.write({"step": step, "loss": 1.0, "skipped_ids": ["a"]})
     assert logged == [(2, {"loss": 1.0}), (4, {"loss": 1.0})]
     assert opened[0]["id"] == opened[1]["id"] and opened[0]["project"] == "med" and opened[0]["resume"] == "allow"

@@ -12,7 +12,7 @@ from infimed_jax.data.chat import load_tokenizer, render
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.runs.meter import batch_counts
 from infimed_jax.runs.metrics import MetricsLog, read_metrics
-from infimed_jax.train.loop import describe_row, mean_loss
+from infimed_jax.train.stage import describe_row, mean_loss
 
 PLACES = 4
 """Visual tokens of an image."""
@@ -69,16 +69,14 @@ def _row(step: int, loss: float = 1.0, skipped: int = 0) -> dict:
 
 
 def test_resuming_drops_the_lines_of_steps_that_run_again_and_a_torn_one(tmp_path: Path):
-    log = MetricsLog(tmp_path, 0, LOGGING)
-    for step in (1, 2, 3):
-        log.write(_row(step, loss=step))
-    log.close()
+    with MetricsLog(tmp_path, 0, LOGGING) as log:
+        for step in (1, 2, 3):
+            log.write(_row(step, loss=step))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
-    log = MetricsLog(tmp_path, 2, LOGGING)
-    log.write(_row(3, loss=30))
-    log.close()
+    with MetricsLog(tmp_path, 2, LOGGING) as log:
+        log.write(_row(3, loss=30))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in lines] == [1, 2, 30]
 
@@ -86,9 +84,8 @@ def test_resuming_drops_the_lines_of_steps_that_run_again_and_a_torn_one(tmp_pat
 def test_a_loss_that_is_not_finite_is_null_in_the_file_and_itself_in_memory(tmp_path: Path):
     """Also after a resume, which writes the lines before it again."""
     for start in (0, 1):
-        log = MetricsLog(tmp_path, start, LOGGING)
-        log.write(_row(start + 1, loss=float("nan"), skipped=1))
-        log.close()
+        with MetricsLog(tmp_path, start, LOGGING) as log:
+            log.write(_row(start + 1, loss=float("nan"), skipped=1))
         assert all(np.isnan(row["loss"]) for row in log.rows)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line, parse_constant=pytest.fail)["loss"] for line in lines] == [None, None]
@@ -96,9 +93,8 @@ def test_a_loss_that_is_not_finite_is_null_in_the_file_and_itself_in_memory(tmp_
 
 
 def test_processes_other_than_the_first_write_nothing(tmp_path: Path):
-    log = MetricsLog(tmp_path, 0, LOGGING, active=False)
-    log.write(_row(1))
-    log.close()
+    with MetricsLog(tmp_path, 0, LOGGING, active=False) as log:
+        log.write(_row(1))
     assert log.rows == [_row(1)] and not any(tmp_path.iterdir())
 
 

@@ -16,7 +16,7 @@ from infimed_jax.config import Mesh
 from infimed_jax.errors import Interrupted
 from infimed_jax.runs.metrics import read_metrics
 from infimed_jax.runs.parameters import load_params
-from infimed_jax.train.loop import train
+from infimed_jax.train.stage import train
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,12 +24,13 @@ _CHILD = """
 import json, sys
 import jax
 from infimed_jax import config
-from infimed_jax.train import loop
+from infimed_jax.runs.checkpoint import Checkpoints
+from infimed_jax.train.stage import train
 
 states = []
-save = loop.Checkpoints.save
-loop.Checkpoints.save = lambda self, step, state, metadata: (states.append(state), save(self, step, state, metadata))
-result = loop.train(config.from_dict(config.Config, json.loads(sys.argv[1])))
+save = Checkpoints.save
+Checkpoints.save = lambda self, step, state, metadata: (states.append(state), save(self, step, state, metadata))
+result = train(config.from_dict(config.Config, json.loads(sys.argv[1])))
 kernel = lambda tree: tree["text"]["layers"]["mlp"]["gate_proj"]["kernel"]
 print(json.dumps({
     "devices": jax.device_count(),

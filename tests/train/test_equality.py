@@ -22,7 +22,7 @@ from infimed_jax.models.params import init_params
 from infimed_jax.ops import attention
 from infimed_jax.ops.attention_splash import splash_attention
 from infimed_jax.runs.metrics import METRICS, read_metrics
-from infimed_jax.train.loop import train
+from infimed_jax.train.stage import train
 from infimed_jax.train.step import next_token_loss
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,7 +92,7 @@ def test_the_two_packings_differ(model):
 _CHILD = """
 import json, sys, time
 from infimed_jax import config
-from infimed_jax.train.loop import train
+from infimed_jax.train.stage import train
 
 train(config.from_dict(config.Config, json.loads(sys.argv[1])), on_step=lambda *_: time.sleep(0.1))
 """

@@ -15,7 +15,7 @@ from infimed_jax.models.params import abstract_params
 from infimed_jax.runs.checkpoint import find_checkpoint, read_index
 from infimed_jax.runs.parameters import load_params
 from infimed_jax.sharding import make_mesh, on_mesh
-from infimed_jax.train.loop import train
+from infimed_jax.train.stage import train
 
 ADAPTERS = Lora(rank=2, alpha=4.0, targets=("q_proj", "down_proj"))
 

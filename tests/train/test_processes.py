@@ -16,7 +16,7 @@ from infimed_jax.errors import UserError
 from infimed_jax.runs.checkpoint import read_metadata
 from infimed_jax.runs.metrics import read_metrics
 from infimed_jax.runs.parameters import load_params
-from infimed_jax.train.loop import train
+from infimed_jax.train.stage import train
 from tests import two_processes
 
 _CHILD = """
@@ -28,7 +28,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
 from infimed_jax import config
 from infimed_jax.errors import Interrupted, UserError
-from infimed_jax.train.loop import train
+from infimed_jax.train.stage import train
 
 logging.basicConfig(level=logging.WARNING)
 

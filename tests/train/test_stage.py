@@ -19,7 +19,7 @@ from data_prep.tokenizer import make_tokenizer
 from infimed_jax import config
 from infimed_jax.config import Config, ConfigError
 from infimed_jax.data.chat import load_tokenizer
-from infimed_jax.data.loader import make_loader
+from infimed_jax.data.loader import Loader, make_loader
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.models.params import init_params
@@ -28,14 +28,18 @@ from infimed_jax.runs.checkpoint import keep_tokenizer
 from infimed_jax.runs.metrics import read_metrics
 from infimed_jax.runs.parameters import load_params, save_params
 from infimed_jax.sharding import make_mesh
-from infimed_jax.train import loop
-from infimed_jax.train.loop import train
+from infimed_jax.train import stage as stages
+from infimed_jax.train.stage import train
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def _losses(folder: str | Path) -> list[tuple[int, float, float]]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(folder)]
+
+
+def _loader(cfg: Config) -> Loader:
+    return make_loader(cfg, tokenizer=load_tokenizer(cfg.data.tokenizer), mesh=make_mesh(cfg.mesh))
 
 
 def _assert_same(left, right) -> None:
@@ -93,7 +97,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 from infimed_jax import config
 from infimed_jax.errors import Interrupted
-from infimed_jax.train.loop import train
+from infimed_jax.train.stage import train
 
 cfg = config.from_dict(config.Config, json.loads(sys.argv[1]))
 number, at = int(sys.argv[2]), int(sys.argv[3])
@@ -134,7 +138,7 @@ def _step_programs(cache: Path) -> set[str]:
 def test_a_killed_and_a_stopped_run_continue_bit_for_bit_in_new_processes(stage, tmp_path: Path):
     """Three steps an epoch, a checkpoint every three: the kill resumes at an epoch's edge, the stop within one."""
     whole = stage(steps=8, count=6, output=str(tmp_path / "whole"))
-    assert make_loader(whole, mesh=make_mesh(whole.mesh)).steps_per_epoch == 3
+    assert _loader(whole).steps_per_epoch == 3
     parts = _with_train(whole, output=str(tmp_path / "parts"))
     expected = train(whole)
     killed = _child(parts, signal.SIGKILL, 5, tmp_path / "cache")
@@ -241,7 +245,7 @@ def test_the_kept_tokenizer_is_the_runs(stage, tokenizer_folder, tmp_path: Path)
 
 def test_what_no_row_holds_is_counted_with_the_mend(stage, caplog):
     cfg = stage(steps=1, kind="question", logit_chunk=16)
-    lengths = sorted(make_loader(cfg, mesh=make_mesh(cfg.mesh))._reader.index.lengths)
+    lengths = sorted(_loader(cfg)._reader.index.lengths)
     context = int(lengths[-1]) - 1
     caplog.set_level("INFO")
     train(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, context=context)))
@@ -350,7 +354,7 @@ def test_skipped_updates_push_no_checkpoint_out(stage):
 def test_a_checkpoint_that_a_skipped_update_put_off_comes_after_it(stage, monkeypatch):
     """Step 3, whose checkpoint is due, is skipped."""
     cfg = stage(steps=5, keep_checkpoints=9)
-    made, calls = loop.make_train_step, []
+    made, calls = stages.make_train_step, []
 
     def spoiled(*arguments):
         step = made(*arguments)
@@ -362,7 +366,7 @@ def test_a_checkpoint_that_a_skipped_update_put_off_comes_after_it(stage, monkey
 
         return call
 
-    monkeypatch.setattr(loop, "make_train_step", spoiled)
+    monkeypatch.setattr(stages, "make_train_step", spoiled)
     assert [row["skipped"] for row in train(cfg).history] == [0, 0, 1, 0, 0]
     kept = Path(cfg.train.output) / "checkpoints"
     assert sorted(path.name for path in kept.iterdir()) == ["4", "5"]
