@@ -50,11 +50,6 @@ def learnt_from(history: Sequence[Entry], origins: Iterable[str]) -> list[str]:
     return sorted({origin for entry in history for origin in entry.get("origins", ())} & {*origins})
 
 
-def licences_of(dataset: str | Path) -> dict[str, str]:
-    """Source -> licence of a prepared dataset; empty where there is none."""
-    return _licences(_manifest(dataset))
-
-
 def _manifest(dataset: str | Path) -> dict[str, Any]:
     file = Path(dataset) / MANIFEST
     return json.loads(file.read_text(encoding="utf-8")) if dataset and file.is_file() else {}

@@ -11,11 +11,17 @@ from data_prep.filters import Rules, filter_dataset
 from data_prep.mixture import Part, mix
 from data_prep.privacy import scrub
 from data_prep.sources import SOURCES
+from infimed_jax.config import Config, Data
 from infimed_jax.data.storage import write_samples
-from infimed_jax.runs.history import licences_of
+from infimed_jax.runs.history import stage_entry
 from tests.data_prep.samples import question
 
 LICENCE = {"vqa_rad": SOURCES["vqa_rad"].licence}
+
+
+def licences_of(folder: Path) -> dict[str, str]:
+    """As a stage that learns from the dataset remembers them."""
+    return stage_entry(Config(data=Data(dataset=str(folder))), {})["licences"]
 
 
 def decontaminated(folder: Path, output: Path) -> None:

@@ -10,7 +10,7 @@ from infimed_jax.config import Config, Data, Train, to_dict
 from infimed_jax.errors import UserError
 from infimed_jax.hf.provenance import allows_commercial_use, checkpoint_card, max_positions
 from infimed_jax.runs.checkpoint import read_metadata
-from infimed_jax.runs.history import history_of, licences_of, stage_entry
+from infimed_jax.runs.history import history_of, stage_entry
 from infimed_jax.runs.parameters import save_params
 
 
@@ -45,7 +45,7 @@ def test_a_checkpoint_tells_its_history_where_runs_and_data_are_gone(tmp_path):
     (tmp_path / "data/manifest.json").write_text(json.dumps(manifest))
     first = checkpoint(tmp_path / "first", [start])
     cfg = Config(data=Data(dataset=str(tmp_path / "data")), train=Train(stage="sft"))
-    sft = checkpoint(tmp_path / "sft", [*history_of(read_metadata(first)), stage_entry(cfg, "")], step=70)
+    sft = checkpoint(tmp_path / "sft", [*history_of(read_metadata(first)), stage_entry(cfg, {})], step=70)
     shutil.rmtree(tmp_path / "data")
     shutil.rmtree(first)
     history = history_of(read_metadata(sft))
@@ -65,12 +65,12 @@ def test_steps_that_only_take_samples_away_keep_the_licences(tmp_path):
     ingested = {"source": "a", "licence": "CC BY 4.0"}
     manifest = {"origins": {"a/train": 3}, "info": {"derived_from": {"derived_from": ingested}}}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    assert licences_of(tmp_path) == {"a": "CC BY 4.0"}
+    assert stage_entry(Config(data=Data(dataset=str(tmp_path))), {})["licences"] == {"a": "CC BY 4.0"}
 
 
 def test_what_is_not_known_is_not_claimed(tmp_path):
     """Neither settings of another version, nor licences of data that the run was given without its folder."""
-    history = [{"stage": "sft"}, stage_entry(Config(train=Train(stage="grpo")), "", grpo=True)]
+    history = [{"stage": "sft"}, stage_entry(Config(train=Train(stage="grpo")), {"questions_sha256": ""})]
     card = checkpoint_card(history_of(read_metadata(checkpoint(tmp_path / "grpo", history))))
     assert card.stages[0] == "sft (its settings are not known)"
     assert card.stages[1].startswith("grpo: number of steps not recorded, GRPO, ")
@@ -79,8 +79,8 @@ def test_what_is_not_known_is_not_claimed(tmp_path):
 
 @pytest.mark.parametrize("known", [{}, {"step": 0}], ids=["no step", "step 0, as an older version passed it on"])
 def test_a_number_of_steps_that_no_checkpoint_recorded_is_not_made_up(tmp_path, known):
-    before = stage_entry(Config(train=Train(stage="pretrain")), "") | known
-    history = [before, stage_entry(Config(train=Train(stage="sft")), "")]
+    before = stage_entry(Config(train=Train(stage="pretrain")), {}) | known
+    history = [before, stage_entry(Config(train=Train(stage="sft")), {})]
     card = checkpoint_card(history_of(read_metadata(checkpoint(tmp_path / "sft", history, step=1200))))
     assert card.stages[0].startswith("pretrain: number of steps not recorded, ")
     assert card.stages[1].startswith("sft: 1,200 steps, ")

@@ -86,7 +86,7 @@ def test_each_part_has_its_accuracy(folder, capsys):
 
 def test_a_checkpoint_that_learnt_from_the_split_says_so(folder, tmp_path, capsys):
     entries = [
-        stage_entry(Config(data=Data(dataset=str(folder / data)), train=Train(stage=stage)), "")
+        stage_entry(Config(data=Data(dataset=str(folder / data)), train=Train(stage=stage)), {})
         for stage, data in (("pretrain", "in/a"), ("sft", "test"))
     ]
     params, metadata = load_params(folder / "checkpoint")
