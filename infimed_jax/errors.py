@@ -32,7 +32,12 @@ def describe(error: Exception) -> str:
         return f"{error.filename2 or error.filename or 'the output'}: {refusal}, and run it again"
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror.lower()}; give another path, and run it again"
-    return " ".join(str(error).split())
+    return one_line(error)
+
+
+def one_line(text: object, most: int | None = None) -> str:
+    """`text` without line breaks, cut after `most` characters."""
+    return " ".join(str(text).split())[:most]
 
 
 def disk_refusal(error: BaseException) -> str | None:

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Mapping
 
-from infimed_jax.errors import UserError
+from infimed_jax.errors import UserError, one_line
 from launch import distributed
 from launch.distributed import tpu_chips
 
@@ -87,7 +87,7 @@ def check(platform: str | None) -> str:
         found = jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # the latter where no plugin offers that platform
         who = f" ({wanted[0]} was asked for by {wanted[1]})" if wanted else ""
-        reason = " ".join(str(error).split())[:200] or "no plugin for it is installed"
+        reason = one_line(error, 200) or "no plugin for it is installed"
         raise UserError(f"JAX cannot start{who}: {reason}; {mend(wanted[0] if wanted else '')}") from error
     if wanted and found != wanted[0]:
         raise UserError(f"{wanted[0]} was asked for by {wanted[1]}, but JAX found only {found}: {mend(wanted[0])}")
@@ -97,7 +97,7 @@ def check(platform: str | None) -> str:
 def out_of_memory(error: BaseException, command: str) -> str | None:
     """What to tell where `error` is that a device has no room, while it compiles or runs; None for any other error."""
     jax = sys.modules.get("jax")
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if jax is None or not isinstance(error, jax.errors.JaxRuntimeError) or not _NO_ROOM.search(text):
         return None
     mend = _ROOM.get(command, "a smaller sampling.slots or context, or more devices")

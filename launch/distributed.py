@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from infimed_jax.errors import UserError
+from infimed_jax.errors import UserError, one_line
 
 _PORT_RANGE = (61440, 65536)
 """A job's own port, so that two jobs on one host do not meet."""
@@ -141,7 +141,7 @@ def initialize(processes: Processes) -> None:
         )
     except (RuntimeError, ValueError, OSError) as error:  # requests' errors are OSErrors
         raise UserError(
-            f"{processes}: not joined ({' '.join(str(error).split())[:200]}); start every process, and see that each "
+            f"{processes}: not joined ({one_line(error, 200)}); start every process, and see that each "
             "reaches that host and port; --num-processes 1 runs this one alone"
         ) from error
 
@@ -155,7 +155,7 @@ def lost_another(error: BaseException) -> str | None:
     jax = sys.modules.get("jax")
     if jax is None or not isinstance(error, jax.errors.JaxRuntimeError) or jax.process_count() == 1:
         return None
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if not _LOST.search(text):
         return None
     return (

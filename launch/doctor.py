@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from infimed_jax.cost.chips import GIB
 from infimed_jax.errors import UserError
 from launch import accelerator
 
-GIB = 2**30
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 _LEAST_DISK = 5
 """GiB: a checkpoint of the 1.7B model in float32 with its moments is 21."""

@@ -1,16 +1,20 @@
-"""Progress of a chain of steps: a bar with the time left in a terminal, plain lines elsewhere."""
+"""Progress bars with the time left in a terminal, plain lines elsewhere: of one step, or of a chain of them."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from infimed_jax.progress import Report, clock, progress_line
 
 LINE_EVERY = 15.0
 """Seconds between plain lines where the output is no terminal (a log file, CI)."""
+
+DRAW_EVERY = 0.1
+"""Seconds between two drawings: a stream reports every record."""
 
 
 class ChainProgress:
@@ -21,6 +25,9 @@ class ChainProgress:
     """
 
     def __init__(self, steps: Mapping[str, float]) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
         self.steps = dict(steps)
         self.console = Console(stderr=False)
         self.live = sys.stdout.isatty()
@@ -86,38 +93,28 @@ class ChainProgress:
             self.say(f"        {self.current}: {self.share:.0%}  {note}")
 
 
-def clock(seconds: float) -> str:
-    """Minutes and seconds, as 3:07."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+@contextlib.contextmanager
+def progress_bar(title: str, what: str = "shards") -> Iterator[Report]:
+    """One step's bar; a report with an empty note shows `done/total what`."""
+    last = 0.0
+
+    def report(done: int, total: int, note: str = "") -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= DRAW_EVERY or done == total:
+            last = now
+            share, of = (done / total, f"/{total:,}") if total else (0.0, "")
+            chain.update(share, note or f"{done:,}{of} {what}")
+
+    with ChainProgress({title: 1.0}) as chain:
+        chain.begin(title)
+        yield report
 
 
-class StepProgress:
-    """One training run: a bar with loss, speed and the time left."""
+def step_reports(report: Report) -> Callable[[int, int, Mapping[str, Any]], None]:
+    """What `train` and `grpo` call after each step: step, loss and reward go to `report`."""
 
-    def __init__(self, title: str) -> None:
-        self.chain = ChainProgress({title: 1.0})
-        self.title = title
+    def on_step(step: int, total: int, row: Mapping[str, Any]) -> None:
+        report(step, total, progress_line(step, total, {name: row[name] for name in ("loss", "reward") if name in row}))
 
-    def __enter__(self) -> StepProgress:
-        self.chain.__enter__()
-        self.chain.begin(self.title)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.chain.__exit__(*error)
-
-    def update(self, step: int, total: int, metrics: dict[str, float]) -> None:
-        self.chain.update(step / total, step_note(step, total, metrics))
-
-
-class ByteProgress(StepProgress):
-    """One conversion: a bar with the gigabytes done and the time left."""
-
-    def update(self, done: int, total: int) -> None:
-        self.chain.update(done / total, f"{done / 1e9:.1f} of {total / 1e9:.1f} GB")
-
-
-def step_note(step: int, total: int, metrics: dict[str, float]) -> str:
-    """`step 40/120  loss 1.234`, or the reward where there is one."""
-    name = next((key for key in ("reward", "loss") if key in metrics), None)
-    return f"step {step}/{total}" + (f"  {name} {metrics[name]:.3f}" if name else "")
+    return on_step

@@ -15,6 +15,7 @@ import yaml
 
 from infimed_jax.config.fields import ConfigError, nearest, require, types_of
 from infimed_jax.config.settings import Config
+from infimed_jax.errors import one_line
 from infimed_jax.files import to_json
 
 T = TypeVar("T")
@@ -80,7 +81,7 @@ def load(files: typing.Sequence[str | Path], overrides: typing.Sequence[str] = (
         except OSError as error:
             raise ConfigError(f"cannot read config {file}: {error.strerror or error}") from error
         except yaml.YAMLError as error:
-            raise ConfigError(f"config {file} is not valid YAML: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"config {file} is not valid YAML: {one_line(error)}") from error
         require(isinstance(loaded or {}, dict), f"config {file} must hold groups of settings")
         values = merge(values, loaded or {})
     return from_dict(Config, with_overrides(values, overrides))
@@ -94,7 +95,7 @@ def with_overrides(values: dict[str, Any], overrides: typing.Sequence[str]) -> d
         try:
             nested: Any = yaml.safe_load(text) if text else ""
         except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r} is not valid YAML: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"override {override!r} is not valid YAML: {one_line(error)}") from error
         for key in reversed(dotted.split(".")):
             nested = {key: nested}
         values = merge(values, nested)

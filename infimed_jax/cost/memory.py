@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from infimed_jax import config
+from infimed_jax.cost.chips import GIB
 from infimed_jax.cost.flops import attention_kernel
 from infimed_jax.ops.attention import platform_choice
 from infimed_jax.train.state import TrainState
@@ -22,7 +23,6 @@ from infimed_jax.train.state import TrainState
 F32 = 4
 _USABLE = 0.8
 """Share of a device's memory that the estimate may fill: it leaves out kernels' scratch and fragmentation."""
-_GIB = 2**30
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +61,8 @@ def choose_remat(
         log.info(
             "activations: %s (with every matrix product kept about %.1f of %.1f GiB a device)",
             choice,
-            needed / _GIB,
-            available / _GIB,
+            needed / GIB,
+            available / GIB,
         )
     return choice
 

@@ -28,7 +28,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2
 
 from infimed_jax.data.sample import Sample, Turn
-from infimed_jax.errors import UserError
+from infimed_jax.errors import UserError, one_line
 from infimed_jax.files import write_json
 
 MANIFEST = "manifest.json"
@@ -341,7 +341,7 @@ def record_name(samples: Samples, number: int) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(error, 200) or type(error).__name__
 
 
 def open_samples(folder: str | Path) -> Samples:

@@ -30,6 +30,7 @@ from infimed_jax.hf.configuration import (
 )
 from infimed_jax.hf.processor import write_processor
 from infimed_jax.hf.weights import ADAPTER, SHARD_BYTES, WeightsFolder, write_weights
+from infimed_jax.progress import Report
 from infimed_jax.trees import flatten
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def to_hf(
     card: Card | None = None,
     max_positions: int = MAX_POSITIONS,
     shard_bytes: int = SHARD_BYTES,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Report | None = None,
 ) -> Path:
     """Write `params` as a Hugging Face LLaVA folder and return its path.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from infimed_jax.errors import UserError
 from infimed_jax.files import to_json
 from infimed_jax.hf.names import Found
+from infimed_jax.progress import Report, gigabytes
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -151,11 +152,11 @@ def write_weights(
     shapes: Mapping[str, tuple[int, ...]],
     dtype: str,
     limit: int,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Report | None = None,
 ) -> None:
     """Write shards (and the index where there are several) into `folder`, holding one tensor at a time.
 
-    `on_progress(bytes, total)` after each tensor.
+    `on_progress(bytes, total, note)` is called after each tensor.
 
     `tensors` yields the keys of `shapes` in that order. A safetensors file is a length, a JSON header with each
     tensor's byte offsets, and the bytes; the header is known before any tensor is, so nothing needs to be kept.
@@ -177,7 +178,7 @@ def write_weights(
                 out.write(np.ascontiguousarray(array, kind).reshape(-1).view(np.uint8).data)
                 done += sizes[key]
                 if on_progress:
-                    on_progress(done, total)
+                    on_progress(done, total, gigabytes(done, total))
         weight_map |= dict.fromkeys(keys, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

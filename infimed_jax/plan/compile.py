@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from infimed_jax import config
-from infimed_jax.errors import UserError
+from infimed_jax.errors import UserError, one_line
 from infimed_jax.files import to_json, write_json
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -143,7 +143,7 @@ def _main() -> None:
             found = _compiled(lowered)
         answer = found | {"seconds": round(time.perf_counter() - since, 1)}
     except (UserError, ValueError, jax.errors.JaxRuntimeError) as error:
-        answer = {"error": " ".join(str(error).split())[:400]}
+        answer = {"error": one_line(error, 400)}
     print(to_json(answer))
 
 

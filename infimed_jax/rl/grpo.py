@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from infimed_jax import config
+from infimed_jax.cost.chips import GIB
 from infimed_jax.data.storage import open_samples
 from infimed_jax.errors import UserError
 from infimed_jax.files import to_json, write_text
@@ -138,7 +139,7 @@ def _row(cfg: config.Config, number: int, metrics: Row, seconds: float) -> Row:
         **metrics,
         "seconds": seconds,
         "tokens_per_second": metrics["tokens"] / seconds,
-        "memory_gib": memory_bytes(jax.local_devices()) / 2**30,
+        "memory_gib": memory_bytes(jax.local_devices()) / GIB,
         "seconds_left": seconds * (cfg.grpo.steps - number),
     }
 

@@ -21,7 +21,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from infimed_jax.data.chat import TOKENIZER_FILES, Tokenizer
-from infimed_jax.errors import UserError, disk_refusal
+from infimed_jax.errors import UserError, disk_refusal, one_line
 from infimed_jax.files import to_json
 from infimed_jax.runs.checksum import checksums
 from infimed_jax.trees import flatten
@@ -100,7 +100,7 @@ def read_index(path: Path) -> Any:
     try:
         stored = ocp.metadata(path)
     except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"checkpoint {path} cannot be read ({_one_line(error)}): {_OLDER}") from error
+        raise UserError(f"checkpoint {path} cannot be read ({one_line(error, 300)}): {_OLDER}") from error
     if stored.metadata is None:
         raise UserError(f"checkpoint {path} is damaged (its index cannot be read): {_OLDER}")
     if _CHECKSUMS not in (stored.custom_metadata or {}):
@@ -121,7 +121,7 @@ def read_leaves(path: Path, stored: Any, wanted: Mapping[str, Any]) -> dict[str,
     try:
         loaded = ocp.load(path, abstract)
     except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"checkpoint {path} cannot be read ({_one_line(error)}): {_OLDER}") from error
+        raise UserError(f"checkpoint {path} cannot be read ({one_line(error, 300)}): {_OLDER}") from error
     leaves = {name: loaded[name] for name in wanted}
     expected = stored.custom_metadata[_CHECKSUMS]
     for name, checksum in checksums(leaves).items():
@@ -168,10 +168,6 @@ def disk_errors(what: str) -> Iterator[None]:
         if refusal is None:
             raise
         raise UserError(f"{what}: {refusal}, and run the same command") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

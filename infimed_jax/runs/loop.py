@@ -22,11 +22,12 @@ from infimed_jax import config
 from infimed_jax.data.chat import Tokenizer, load_tokenizer
 from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.files import make_folder, write_json
+from infimed_jax.progress import progress_line
 from infimed_jax.runs.checkpoint import CHECKPOINTS, Checkpoints, Metadata, keep_tokenizer
 from infimed_jax.runs.curve import CURVE, draw_curve
 from infimed_jax.runs.guard import Watchdog, stop_requests
 from infimed_jax.runs.meter import averaged
-from infimed_jax.runs.metrics import MetricsLog, Row, progress_line
+from infimed_jax.runs.metrics import MetricsLog, Row
 from infimed_jax.sharding import micro_batches, run_mesh
 
 CONFIG = "config.yaml"

@@ -20,13 +20,13 @@ import jax.numpy as jnp
 
 from infimed_jax import config
 from infimed_jax.cost import chips, flops
+from infimed_jax.cost.chips import GIB
 from infimed_jax.data.batch import Batch
 from infimed_jax.runs.metrics import Row
 
 COUNTS = ("tokens", "loss_tokens", "images", "bad_records")
 PROFILE = "profile"
 """Folder of a run that holds a trace."""
-_GIB = 2**30
 _RECENT = 50
 """Steps whose median tells the time left."""
 _COMPILE_EVENTS = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
@@ -102,7 +102,7 @@ class Meter:
             "images_per_second": counts["images"] / seconds,
             "flops": computed,
             "data_wait_share": min(1.0, waited / seconds),
-            "memory_gib": memory_bytes(self._devices) / _GIB,
+            "memory_gib": memory_bytes(self._devices) / GIB,
             "seconds_left": statistics.median(self._recent) * (self._total - step),
         }
         return row | ({"peak_share": computed / seconds / self._peak} if self._peak else {})

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 from infimed_jax.errors import UserError
+from infimed_jax.progress import gigabytes
 from launch.commands.arguments import add_command, add_group
+from launch.progress import progress_bar
 
 DTYPES = ("bfloat16", "float32")
 
@@ -59,7 +61,6 @@ def from_hf(args: argparse.Namespace) -> None:
     from infimed_jax.models.params import param_count
     from infimed_jax.runs.checkpoint import keep_tokenizer
     from infimed_jax.runs.parameters import save_params
-    from launch.progress import ByteProgress
 
     if whole:
         opened = open_llava(args.llava, visual_tokens=args.visual_tokens, dtype=args.dtype)
@@ -71,7 +72,7 @@ def from_hf(args: argparse.Namespace) -> None:
     tokenizer = _tokenizer(args.tokenizer or args.llava or args.text, opened.model.text.vocab_size)
     entry = provenance.import_entry(opened, folders)
     config = Config(model=opened.model, data=Data(tokenizer=str(tokenizer)), train=Train(stage=provenance.IMPORT))
-    with ByteProgress("from-hf") as progress:
+    with progress_bar("from-hf") as bar:
 
         def leaves():
             done = 0
@@ -79,7 +80,7 @@ def from_hf(args: argparse.Namespace) -> None:
                 done += leaf.nbytes
                 yield path.replace("/", "."), leaf
                 del leaf  # before the next one is read
-                progress.update(done, opened.nbytes)
+                bar(done, opened.nbytes, gigabytes(done, opened.nbytes))
 
         save_params(args.output, leaves(), {"config": to_dict(config), "history": [entry]})
     keep_tokenizer(load_tokenizer(tokenizer), args.output)
@@ -100,7 +101,6 @@ def to_hf(args: argparse.Namespace) -> None:
     from infimed_jax.hf.export import to_hf as write_hf
     from infimed_jax.runs.history import history_of
     from infimed_jax.runs.parameters import open_params, open_stored
-    from launch.progress import ByteProgress
 
     apart = args.lora == "peft"
     params, metadata = (open_stored if apart else open_params)(args.checkpoint)
@@ -109,7 +109,7 @@ def to_hf(args: argparse.Namespace) -> None:
         raise UserError(f"{args.checkpoint} holds no adapters (train.lora.rank is 0): leave out --lora peft")
     history = history_of(metadata)
     positions = provenance.max_positions(history)
-    with ByteProgress("to-hf") as progress:
+    with progress_bar("to-hf") as bar:
         write_hf(
             params,
             config.model,
@@ -120,7 +120,7 @@ def to_hf(args: argparse.Namespace) -> None:
             visual_tokens=args.visual_tokens,
             lora=config.train.lora if apart else None,
             card=provenance.checkpoint_card(history, args.evaluation, COMMERCIAL_USE),
-            on_progress=progress.update,
+            on_progress=bar,
             **({"max_positions": positions} if positions else {}),
         )
     print(f"Outputs: {args.output}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from infimed_jax.errors import UserError
 from launch.commands.arguments import add_command, add_settings
+from launch.progress import progress_bar
 
 if TYPE_CHECKING:
     from infimed_jax.evaluation.statistics import Accuracy
@@ -47,7 +48,6 @@ def evaluate(args: argparse.Namespace) -> None:
     from infimed_jax.sampling.weights import sampler_weights
     from infimed_jax.sharding import make_mesh
     from infimed_jax.trees import flatten
-    from launch.progress import StepProgress
 
     params, metadata = load_params(args.checkpoint)
     config = from_dict(Config, with_overrides(metadata["config"], args.settings))
@@ -61,7 +61,7 @@ def evaluate(args: argparse.Namespace) -> None:
         told = f"{args.checkpoint} learnt from {', '.join(learnt)}, so it may answer by memory"
         print(f"warning: {told}", file=sys.stderr)
     compute = Compute.of(config.train)
-    with jax.set_mesh(make_mesh(config.mesh)), StepProgress("evaluate") as progress:
+    with jax.set_mesh(make_mesh(config.mesh)), progress_bar("evaluate", "questions") as bar:
         result = evaluate(
             samples,
             weights=sampler_weights(params, config.model, compute.dtype),
@@ -75,7 +75,7 @@ def evaluate(args: argparse.Namespace) -> None:
             image=not args.blind,
             folder=args.output,
             name=str(args.checkpoint),
-            on_progress=lambda done, total, _: progress.update(done, total, {}),
+            on_progress=lambda done, total, _: bar(done, total, ""),
         )
     print(f"{args.protocol}: {_shown(result.accuracy)}; "
           f"majority answer per template {majority_baseline(samples).accuracy:.1%}")  # fmt: skip

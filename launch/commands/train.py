@@ -9,6 +9,7 @@ from infimed_jax.config import Config, load
 from infimed_jax.errors import UserError
 from launch import accelerator
 from launch.commands.arguments import add_command, add_devices, add_settings
+from launch.progress import progress_bar, step_reports
 
 TRAIN_GROUPS = ("model", "data", "optimizer", "mesh", "train")
 """Groups of settings that a training stage reads."""
@@ -51,11 +52,10 @@ def train(args: argparse.Namespace) -> None:
     accelerator.start(args)
     from data_prep.steps import open_for_training
     from infimed_jax.train.stage import train
-    from launch.progress import StepProgress
 
     open_for_training(config.data.dataset)
-    with StepProgress(config.train.stage) as progress:
-        result = train(config, on_step=progress.update, profile_steps=args.profile)
+    with progress_bar(config.train.stage) as bar:
+        result = train(config, on_step=step_reports(bar), profile_steps=args.profile)
     skipped = f", {result.skipped_updates} updates skipped as not finite" if result.skipped_updates else ""
     print(
         f"{config.train.stage}: {result.steps} steps, loss {result.loss_first:.4f} -> {result.loss_last:.4f}, "
@@ -72,11 +72,10 @@ def grpo(args: argparse.Namespace) -> None:
     accelerator.start(args)
     from data_prep.steps import open_for_training
     from infimed_jax.rl.grpo import grpo
-    from launch.progress import StepProgress
 
     open_for_training(config.data.dataset)
-    with StepProgress("grpo") as progress:
-        result = grpo(config, on_step=progress.update)
+    with progress_bar("grpo") as bar:
+        result = grpo(config, on_step=step_reports(bar))
     rewards = [row["reward"] for row in result.history]
     print(f"grpo: {len(rewards)} steps, reward {rewards[0]:.4f} -> {rewards[-1]:.4f}")
     print(f"Outputs: {config.train.output}")

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from infimed_jax import config as configuration
 from infimed_jax.data.chat import load_tokenizer
 from infimed_jax.files import write_json
-from launch.progress import ChainProgress, step_note
+from launch.progress import ChainProgress
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 STAGES = {
@@ -115,8 +115,9 @@ class Chain:
         self.progress.end(result.line + "  [kept]" * kept, spared=kept)
         return result
 
-    def on_step(self, step: int, total: int, metrics: dict[str, Any]) -> None:
-        self.progress.update(step / total, step_note(step, total, metrics))
+    def report(self, done: int, total: int, note: str) -> None:
+        """Progress of the current step."""
+        self.progress.update(done / total, note)
 
     def stage_config(self, stage: str) -> configuration.Config:
         """The published stage's settings with the demo's over them."""

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from data_prep.sources import COMMERCIAL_USE
+from infimed_jax.cost.chips import GIB
 from infimed_jax.evaluation.report import Report, Stage, write_report
 from infimed_jax.evaluation.run import Record
 from infimed_jax.evaluation.statistics import Comparison, accuracy, compare, majority_baseline
@@ -20,6 +21,7 @@ from infimed_jax.files import write_json
 from infimed_jax.hf.export import to_hf
 from infimed_jax.hf.provenance import checkpoint_card
 from infimed_jax.hf.verify import verify
+from infimed_jax.progress import clock
 from infimed_jax.runs.history import history_of
 from infimed_jax.runs.metrics import read_metrics
 from infimed_jax.runs.parameters import load_params
@@ -27,7 +29,6 @@ from infimed_jax.sharding import make_mesh
 from launch.demo.chain import BLIND, LAST_DIRECT, LAST_SUPERVISED, SAMPLED, STAGES, Chain
 from launch.demo.data import by_reason, test_samples
 from launch.demo.stages import Results
-from launch.progress import clock
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "torch", "numpy")
 
@@ -253,7 +254,7 @@ def _report(
         facts=[
             ("Hugging Face export", export.path),
             ("against transformers", export.fact),
-            ("peak memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"),
+            ("peak memory", f"{summary['peak_memory_bytes'] / GIB:.2f} GiB"),
             ("versions", ", ".join(f"{k} {v}" for k, v in summary["versions"].items() if v)),
             ("skipped records", "; ".join(f"{n} ({by_reason(r)})" for n, r in summary["skipped"].items()) or "none"),
             ("assess", "skipped: no LLM endpoint is configured"),

@@ -20,6 +20,7 @@ from infimed_jax.sharding import make_mesh
 from infimed_jax.train.stage import train
 from launch.demo.chain import BLIND, LAST_DIRECT, LAST_SUPERVISED, REASONING, REINFORCED, SAMPLED, STAGES, Chain
 from launch.demo.data import Prepared, make_data, test_samples
+from launch.progress import step_reports
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _train(chain: Chain, stage: str, previous: str) -> Trained:
     config = chain.stage_config(stage)
     if previous:
         config = replace(config, train=replace(config.train, init_from=str(chain.run_folder(previous))))
-    result = train(config, on_step=chain.on_step)
+    result = train(config, on_step=step_reports(chain.report))
     return Trained("loss", result.loss_first, result.loss_last, result.steps, result.tokens, result.seconds)
 
 
@@ -111,7 +112,7 @@ def _grpo(chain: Chain, stage: str) -> Trained:
     config = replace(config, train=replace(config.train, output=output, stage=stage, init_from=start))
     if stage == "control":
         config = replace(config, grpo=replace(config.grpo, reward="constant"))
-    result = grpo(config, on_step=chain.on_step)
+    result = grpo(config, on_step=step_reports(chain.report))
     return Trained("reward", result.reward_first, result.reward_last, result.steps, result.tokens, result.seconds)
 
 
@@ -143,5 +144,5 @@ def _evaluate(chain: Chain, config: Config, samples: list[Any], name: str, stage
         image=name != BLIND,
         folder=chain.folder / "evaluation" / name,
         name=name,
-        on_progress=lambda done, total, tokens: chain.progress.update(done / total, f"{done}/{total} questions"),
+        on_progress=lambda done, total, _: chain.report(done, total, f"{done}/{total} questions"),
     )

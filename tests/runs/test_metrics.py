@@ -15,10 +15,11 @@ from tensorboardX.record_writer import RecordWriter
 from infimed_jax import config, sharding
 from infimed_jax.cost import chips, flops
 from infimed_jax.errors import UserError
+from infimed_jax.progress import clock, progress_line
 from infimed_jax.runs import meter
 from infimed_jax.runs.curve import draw_curve, smoothed
 from infimed_jax.runs.meter import Meter, Trace, averaged
-from infimed_jax.runs.metrics import Board, MetricsLog, clock, progress_line, read_metrics
+from infimed_jax.runs.metrics import Board, MetricsLog, read_metrics
 
 METRICS = {
     "loss": 2.5,

@@ -1,16 +1,10 @@
-"""What the steps share: where they run, and their progress bar."""
+"""Options that the steps share: where they run, and how many damaged records they accept."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import time
-from collections.abc import Callable, Iterator
 
 from infimed_jax.config import Data
-
-_EVERY = 0.1
-"""Seconds between two drawings: a stream tells of each record."""
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
@@ -29,23 +23,3 @@ def engine_of(args: argparse.Namespace):
     from data_prep.engine import Engine
 
     return Engine(args.engine, args.jobs, args.address)
-
-
-@contextlib.contextmanager
-def bar(title: str, what: str = "shards") -> Iterator[Callable[..., None]]:
-    """`told(done, total, note)` moves the bar; of a stream, whose end is not known, `total` is 0."""
-    from launch.progress import ChainProgress
-
-    last = 0.0
-
-    def told(done: int, total: int, note: str = "") -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= _EVERY or done == total:
-            last = now
-            share, of = (done / total, f"/{total:,}") if total else (0.0, "")
-            chain.update(share, note or f"{done:,}{of} {what}")
-
-    with ChainProgress({title: 1.0}) as chain:
-        chain.begin(title)
-        yield told

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.commands.arguments import add_command
-from launch.commands.data.engines import add_engine, add_max_bad_records, bar, engine_of
+from launch.commands.data.engines import add_engine, add_max_bad_records, engine_of
 from launch.commands.declare import add_fields, build
+from launch.progress import progress_bar
 
 
 def add(steps: argparse._SubParsersAction) -> None:
@@ -44,14 +45,14 @@ def filter_(args: argparse.Namespace) -> None:
     excluded, kept = assessed_sources(args.assessment) if args.assessment else ((), ())
     given = {"refusals": not args.keep_refusals, "languages": tuple(args.language), "excluded": excluded, "kept": kept}
     rules = build(Rules, args, given=given)
-    with bar("filter") as report_progress:
+    with progress_bar("filter") as bar:
         report = filter_dataset(
             args.input,
             args.output,
             rules,
             engine=engine_of(args),
             max_bad_records=args.max_bad_records,
-            on_progress=report_progress,
+            on_progress=bar,
         )
     _print_removed(report)
     if report["not_assessed"]:
@@ -63,14 +64,14 @@ def filter_(args: argparse.Namespace) -> None:
 def decontaminate_(args: argparse.Namespace) -> None:
     from data_prep.decontaminate import decontaminate
 
-    with bar("decontaminate") as report_progress:
+    with progress_bar("decontaminate") as bar:
         report = decontaminate(
             args.input,
             args.test,
             args.output,
             engine=engine_of(args),
             max_bad_records=args.max_bad_records,
-            on_progress=report_progress,
+            on_progress=bar,
         )
     _print_removed(report)
     affected = report["affected_counts"]
@@ -84,7 +85,7 @@ def mix_(args: argparse.Namespace) -> None:
     from data_prep.steps import UNREADABLE_RECORDS
 
     mixture, missing = load_mixture(args.mixture, args.data, args.skip_missing)
-    with bar("mix") as report_progress:
+    with progress_bar("mix") as bar:
         report = mix(
             mixture.parts,
             args.output,
@@ -92,7 +93,7 @@ def mix_(args: argparse.Namespace) -> None:
             balance=mixture.balance,
             engine=engine_of(args),
             max_bad_records=args.max_bad_records,
-            on_progress=report_progress,
+            on_progress=bar,
         )
     _print_parts(report)
     if lost := report[UNREADABLE_RECORDS]:

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from launch.commands.arguments import add_command, add_settings
-from launch.commands.data.engines import add_engine, bar, engine_of
+from launch.commands.data.engines import add_engine, engine_of
+from launch.progress import progress_bar
 
 
 def add(steps: argparse._SubParsersAction) -> None:
@@ -58,8 +59,8 @@ def export_json(args: argparse.Namespace) -> None:
     from infimed_jax.files import write_json
 
     config, samples, index = _packed(args, training=True)
-    with bar("export", "rows") as told:
-        lost = write(samples, index, args.output, told, config.data.max_bad_records)
+    with progress_bar("export", "rows") as bar:
+        lost = write(samples, index, args.output, bar, config.data.max_bad_records)
     written = len(index.samples) - len(lost)
     unreadable = [name for name, reason in index.dropped if reason == UNREADABLE] + lost
     dropped = counted(index.dropped_by_reason(), unreadable)
@@ -73,8 +74,8 @@ def export_json(args: argparse.Namespace) -> None:
 def import_json(args: argparse.Namespace) -> None:
     from data_prep.packed_json import import_json as read
 
-    with bar("import", "files") as told:
-        report = read(args.input, args.output, args.name, engine=engine_of(args), on_progress=told)
+    with progress_bar("import", "files") as bar:
+        report = read(args.input, args.output, args.name, engine=engine_of(args), on_progress=bar)
     print(f"{report['samples']:,} samples")
     print(f"Outputs: {args.output}, {args.output}.json")
 
@@ -92,6 +93,6 @@ def _packed(args: argparse.Namespace, training: bool = False):
 
     samples = (open_for_training if training else open_samples)(config.data.dataset)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    with bar("render", "samples") as told:
-        index = build_index(samples, tokenizer, config.data, config.model, index_folder(samples), told)
+    with progress_bar("render", "samples") as bar:
+        index = build_index(samples, tokenizer, config.data, config.model, index_folder(samples), bar)
     return config, samples, index

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from launch.commands.arguments import add_command, add_settings
-from launch.commands.data.engines import add_engine, add_max_bad_records, bar, engine_of
+from launch.commands.data.engines import add_engine, add_max_bad_records, engine_of
 from launch.commands.declare import add_fields, build
 from launch.commands.endpoint import add_endpoint, endpoint_of
+from launch.progress import progress_bar
 
 ASSESS, REFLECT = "data_prep.quality.assess:Plan", "data_prep.reflection.reflect:Plan"
 DIFFICULTY = "data_prep.difficulty:Plan"
@@ -52,10 +53,8 @@ def assess(args: argparse.Namespace) -> None:
     endpoint = endpoint_of(args)
     from data_prep.quality.assess import Plan, assess
 
-    with bar("assess") as report_progress:
-        result = assess(
-            args.input, args.output, endpoint, build(Plan, args), cache=args.cache, on_progress=report_progress
-        )
+    with progress_bar("assess") as bar:
+        result = assess(args.input, args.output, endpoint, build(Plan, args), cache=args.cache, on_progress=bar)
     for name, row in result["sources"].items():
         print(f"{name}: {'keep' if row['keep'] else 'exclude'} ({row['reason']}; {row['n']} of {row['drawn']} rated)")
     _print_account(result["account"])
@@ -66,7 +65,7 @@ def reflect(args: argparse.Namespace) -> None:
     endpoint = endpoint_of(args)
     from data_prep.reflection.reflect import Plan, reflect, unsampled
 
-    with bar("reflect") as report_progress:
+    with progress_bar("reflect") as bar:
         result = reflect(
             args.input,
             args.output,
@@ -74,7 +73,7 @@ def reflect(args: argparse.Namespace) -> None:
             build(Plan, args),
             cache=args.cache,
             max_bad_records=args.max_bad_records,
-            on_progress=report_progress,
+            on_progress=bar,
         )
     print(f"{result['reached']:,} of {result['questions']:,} questions reached their answer; "
           f"patterns: {_counts(result['patterns'])}; draws rejected: {_counts(result['rejected'])}; "
@@ -104,7 +103,7 @@ def difficulty(args: argparse.Namespace) -> None:
     params, metadata = load_params(args.checkpoint)
     config = from_dict(Config, with_overrides(metadata["config"], args.settings))
     check_leaves(flatten(dict(params), "/"), config.model)  # a layer too many would be a copy of the last one
-    with jax.set_mesh(make_mesh(config.mesh)), bar("difficulty") as report_progress:
+    with jax.set_mesh(make_mesh(config.mesh)), progress_bar("difficulty") as bar:
         result = measure(
             args.input,
             args.output,
@@ -114,7 +113,7 @@ def difficulty(args: argparse.Namespace) -> None:
             checkpoint=fingerprint(params),
             tokenizer=load_tokenizer(config.data.tokenizer),
             max_bad_records=args.max_bad_records,
-            on_progress=report_progress,
+            on_progress=bar,
         )
     print(f"{result['questions']:,} questions, {result['mean_right']:.1%} of the answers right; "
           f"questions with 0, 1, 2, … right: {' '.join(map(str, result['histogram']))}; "
@@ -125,14 +124,14 @@ def difficulty(args: argparse.Namespace) -> None:
 def scrub(args: argparse.Namespace) -> None:
     from data_prep.privacy import scrub
 
-    with bar("scrub") as report_progress:
+    with progress_bar("scrub") as bar:
         result = scrub(
             args.input,
             args.output,
             args.mode,
             engine=engine_of(args),
             max_bad_records=args.max_bad_records,
-            on_progress=report_progress,
+            on_progress=bar,
         )
     print(f"{args.mode}: {_counts(result['found'])} in {result['samples_with_findings']:,} samples")
     print(f"left out: {_counts(result['left_out'])}; in metadata, left alone: {_counts(result['metadata'])}")

@@ -8,7 +8,8 @@ from typing import Any
 
 from infimed_jax.errors import UserError
 from launch.commands.arguments import add_command
-from launch.commands.data.engines import add_engine, bar, engine_of
+from launch.commands.data.engines import add_engine, engine_of
+from launch.progress import progress_bar
 
 
 def add(steps: argparse._SubParsersAction) -> None:
@@ -98,7 +99,7 @@ def ingest(args: argparse.Namespace) -> None:
     from data_prep.pipeline import ingest as prepare
     from data_prep.sources import SOURCES
 
-    with bar("ingest") as told:
+    with progress_bar("ingest") as bar:
         reports = prepare(
             args.source,
             args.input,
@@ -106,7 +107,7 @@ def ingest(args: argparse.Namespace) -> None:
             args.split or (),
             options=_options(args.option),
             engine=engine_of(args),
-            on_progress=lambda split, done, total: told(done, total, f"{split}: {done:,} records" * (not total)),
+            on_progress=lambda split, done, total: bar(done, total, f"{split}: {done:,} records" * (not total)),
         )
     for split, report in reports.items():
         print(f"{split}: {report['samples']:,} samples, {report['licence']}")
