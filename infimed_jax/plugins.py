@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -18,10 +19,11 @@ from infimed_jax.errors import UserError
 
 
 def names(room: str) -> list[str]:
-    """The members of the package `room` that this project ships, sorted; none of them is imported."""
-    package = importlib.util.find_spec(room)
-    found = pkgutil.iter_modules(package.submodule_search_locations) if package else ()
-    return sorted(module.name for module in found if not module.name.startswith("_"))
+    """The members of the package `room` that this project ships, sorted; nothing is imported."""
+    top, *rest = room.split(".")
+    package = importlib.util.find_spec(top)  # of the room itself, it would import the packages around it
+    folders = [str(Path(folder, *rest)) for folder in package.submodule_search_locations]
+    return sorted(module.name for module in pkgutil.iter_modules(folders) if not module.name.startswith("_"))
 
 
 def load(room: str, name: str, setting: str) -> ModuleType:
@@ -33,12 +35,18 @@ def load(room: str, name: str, setting: str) -> ModuleType:
         return _from_file(Path(name), setting)
     if "." in name:
         return _imported(name, name, setting)
-    known = names(room)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else "to add your own, name its module or its .py file"
-        raise UserError(f"{setting} must be one of {', '.join(known)}, not {name!r}; {hint}")
+    check(room, name, setting)
     return importlib.import_module(f"{room}.{name}")
+
+
+def check(room: str, name: str, setting: str, others: Sequence[str] = ()) -> None:
+    """UserError unless `name` is a member of `room`, one of `others`, or looks like a user's module or file."""
+    known = sorted([*names(room), *others])
+    if name in known or "." in name:
+        return
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {near[0]!r}?" if near else "to add your own, name its module or its .py file"
+    raise UserError(f"{setting} must be one of {', '.join(known)}, not {name!r}; {hint}")
 
 
 def _imported(module: str, name: str, setting: str) -> ModuleType:

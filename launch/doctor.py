@@ -141,13 +141,13 @@ def attention_backends() -> Check:
 
     usable, refused = [], []
     with jax.set_mesh(sharding.make_mesh(config.Mesh(), jax.local_devices()[:1])):
-        for name in ops.BACKENDS:
+        for name in ops.backend_names():
             try:
                 gradient = jax.jit(jax.grad(loss), static_argnums=1)(query, name)
                 (usable if bool(jnp.isfinite(gradient).all()) else refused).append(name)
             except Exception:  # a kernel that is not of this platform fails in its compiler, each in its own way
                 refused.append(name)
-        own = ops.platform_choice(jax.default_backend())
+        own = ops.platform_backend(jax.default_backend())
     mend = "" if own in usable else f"{own} is this platform's: set train.attention=xla, and report the versions above"
     absent = f"; not here: {', '.join(refused)}" if refused else ""
     return Check("attention", f"{', '.join(usable)} (chosen: {own}){absent}", mend)

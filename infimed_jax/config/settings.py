@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from infimed_jax import plugins
 from infimed_jax.config.fields import (
     AtLeast,
     Count,
@@ -290,8 +291,9 @@ class Train(Group, path="train"):
     `full`, since the sampler needs the memory."""
     logit_chunk: Count = 512
     """Positions of a row whose logits are in memory at once in the loss."""
-    attention: Literal["auto", "xla", "splash"] = "auto"
-    """Attention kernel; `auto` chooses by platform and logs the choice."""
+    attention: str = "auto"
+    """Attention kernel: xla, rows (CPU), splash (TPU), or a dotted module or .py file with a `BACKEND`; `auto` chooses
+    by platform and logs the choice."""
     checkpoint_every: Count = 500
     """Steps between two checkpoints."""
     keep_checkpoints: Count = 2
@@ -318,6 +320,8 @@ class Train(Group, path="train"):
             f"train.global_batch {self.global_batch} must be a multiple of train.micro_batches {self.micro_batches}",
         )
         require(bool(self.train), "train.train names no part: nothing would learn")
+        if self.attention != "auto":
+            plugins.check("infimed_jax.ops.attention.backends", self.attention, "train.attention", ("auto",))
         require(
             not self.lora.rank or "text" in self.train,
             "train.lora.rank is set but train.train does not name text, whose linears the adapters are for",

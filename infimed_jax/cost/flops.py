@@ -13,17 +13,14 @@ from typing import Literal
 
 from infimed_jax import config
 from infimed_jax.models import lora
+from infimed_jax.ops.attention import Backend, backend
 
 CONVENTION = "model FLOPs without recomputation, padding or masked pairs; a frozen tower counts its forward pass only"
 
 BF16 = 2
 """Bytes."""
-SPLASH_BLOCK = 512
-"""Side of the blocks that `ops.attention_splash` computes or skips, where rows are a multiple of it."""
 _PAIRS = ("scores", "mix")
 """Products that grow with the pairs of positions."""
-_BACKWARD = {"xla": 4, "rows": 5, "splash": 7}
-"""Products of one attention's backward pass; the fused ones compute scores again (splash: in each of two kernels)."""
 
 
 @dataclass(frozen=True)
@@ -161,19 +158,18 @@ def _adapters(cfg: config.Config, tokens: int) -> list[Product]:
 def _self_attention(cfg: config.Config, rows: int) -> list[Product]:
     """Scores and their product with the values; a kernel's further backward products are counted with the scores."""
     text, length = cfg.model.text, cfg.data.context
-    kernel = attention_kernel(cfg)
-    keys = causal_keys(length) if kernel == "splash" else length
+    kernel = attention_backend(cfg)
+    keys = kernel.causal_keys(length)
     queries = rows * text.num_heads * length
-    backward = _BACKWARD[kernel]
     shared = {
         "count": text.num_layers,
         "recomputed": int(cfg.train.remat != "none"),
         "split": "rows",
-        "fused": kernel == "splash",
+        "fused": kernel.fused,
         "needed": (length + 1) / 2 / keys,
     }
     return [
-        Product("text", "scores", queries, text.head_dim, keys, backward=backward - 2, **shared),
+        Product("text", "scores", queries, text.head_dim, keys, backward=kernel.backward_products - 2, **shared),
         Product("text", "mix", queries, keys, text.head_dim, backward=2, **shared),
     ]
 
@@ -183,15 +179,9 @@ def text_learns(cfg: config.Config) -> bool:
     return "text" in cfg.train.train and not cfg.train.lora.rank
 
 
-def attention_kernel(cfg: config.Config) -> str:
-    """The text model's kernel; `auto` counts as a dense one, which is what platforms without a kernel run."""
-    return "xla" if cfg.train.attention == "auto" else cfg.train.attention
-
-
-def causal_keys(length: int) -> int:
-    """Keys that a query meets on average where blocks above the diagonal are skipped; segments skip no block."""
-    block = next((size for size in (SPLASH_BLOCK, 256, 128) if length % size == 0), length)
-    return (length + block) // 2
+def attention_backend(cfg: config.Config) -> Backend:
+    """The text model's; `auto` counts as a dense one, which is what platforms without a kernel run."""
+    return backend("xla" if cfg.train.attention == "auto" else cfg.train.attention)
 
 
 def _head(cfg: config.Config, rows: int) -> Product:

@@ -16,8 +16,8 @@ import numpy as np
 
 from infimed_jax import config
 from infimed_jax.cost.chips import GIB
-from infimed_jax.cost.flops import attention_kernel
-from infimed_jax.ops.attention import platform_choice
+from infimed_jax.cost.flops import attention_backend
+from infimed_jax.ops.attention import platform_backend
 from infimed_jax.train.state import TrainState
 
 F32 = 4
@@ -46,7 +46,7 @@ def choose_remat(
     here = available is None
     if here:
         available = device_bytes(mesh)
-        attention = platform_choice(mesh.devices.flat[0].platform) if attention == "auto" else attention
+        attention = platform_backend(mesh.devices.flat[0].platform) if attention == "auto" else attention
     kept = replace(
         cfg,
         data=replace(cfg.data, context=shape[0], images_per_row=shape[1]),
@@ -111,7 +111,7 @@ def activation_estimate(cfg: config.Config, rows: int, mesh: dict[str, int]) -> 
     text, length, width = cfg.model.text, cfg.data.context, _width(cfg)
     positions = local * length
     heads, kv, f = (n // tensor for n in (text.num_heads, text.num_kv_heads, text.intermediate_size))
-    scores = local * heads * length**2 if attention_kernel(cfg) == "xla" else 0
+    scores = local * heads * length**2 if attention_backend(cfg).dense else 0
     stream = positions * text.hidden_size * width
     attended = positions * text.head_dim * (2 * heads + 2 * kv) * width
     hidden = 3 * positions * f * width

@@ -19,7 +19,7 @@ class Compute:
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Literal["none", "dots", "full"] = "full"
-    attention: Literal["auto", "xla", "splash"] = "auto"
+    attention: str = "auto"
     logit_chunk: int = 512
     lora_scale: float = 0.0
     """What adapters' outputs are multiplied by; a tree without adapters is computed as it is."""

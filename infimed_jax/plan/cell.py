@@ -13,9 +13,10 @@ from infimed_jax.cost.flops import by_part, device_flops, products
 from infimed_jax.cost.memory import activation_estimate, state_bytes
 from infimed_jax.errors import UserError
 from infimed_jax.models.params import param_count
+from infimed_jax.ops.attention import backend
 from infimed_jax.plan import collectives as network
 from infimed_jax.plan.compile import compile_step
-from infimed_jax.plan.program import for_tpu, is_grpo, rows_and_pieces, settled, train_program
+from infimed_jax.plan.program import for_platform, is_grpo, rows_and_pieces, settled, train_program
 from infimed_jax.plan.rollout import rollout
 from infimed_jax.plan.roofline import roofline
 
@@ -30,11 +31,14 @@ def counted(cfg: config.Config, topology: Topology, mesh: config.Mesh) -> Cell:
 
     Raises UserError where the mesh divides neither the devices, the model nor the batch, or GPUs lack the kernel.
     """
-    if cfg.train.attention == "splash" and not topology.chip.tpu:
+    platform = "tpu" if topology.chip.tpu else "gpu"
+    cfg = dataclasses.replace(for_platform(cfg, platform), mesh=mesh)
+    only = backend(cfg.train.attention).only
+    if only not in ("", platform):
         raise UserError(
-            f"train.attention=splash is a kernel for TPUs, and {topology.name} has none: set train.attention=auto"
+            f"train.attention={cfg.train.attention} is a kernel for {only.upper()}s, and {topology.name} has none: "
+            "set train.attention=auto"
         )
-    cfg = dataclasses.replace(for_tpu(cfg) if topology.chip.tpu else cfg, mesh=mesh)
     sizes = sharding.mesh_sizes(sharding.settle_mesh(cfg, topology.devices), topology.devices)
     abstract = sharding.abstract_mesh(**sizes)
     with jax.sharding.use_abstract_mesh(abstract):

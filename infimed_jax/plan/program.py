@@ -16,6 +16,7 @@ from infimed_jax.cost.memory import choose_remat
 from infimed_jax.data.batch import Batch
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.params import init_params
+from infimed_jax.ops.attention import platform_backend
 from infimed_jax.rl.loss import GrpoBatch, grpo_loss
 from infimed_jax.train.optimizer import make_optimizer
 from infimed_jax.train.state import TrainState, init_state
@@ -87,11 +88,12 @@ def settled(cfg: config.Config, mesh: Mesh | AbstractMesh, memory: float) -> con
     return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, remat=choice))
 
 
-def for_tpu(cfg: config.Config) -> config.Config:
-    """`auto` attention as it is chosen on a TPU: here the choice by platform would see a CPU."""
+def for_platform(cfg: config.Config, platform: str) -> config.Config:
+    """`auto` attention as `platform` (tpu, gpu) chooses it: the choice made here would be a CPU's."""
     if cfg.train.attention != "auto":
         return cfg
-    return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, attention="splash"))
+    train = dataclasses.replace(cfg.train, attention=platform_backend(platform))
+    return dataclasses.replace(cfg, train=train)
 
 
 def _abstract_batch(cfg: config.Config, rows: int, mesh: Mesh | AbstractMesh) -> Batch:

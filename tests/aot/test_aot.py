@@ -19,7 +19,7 @@ from infimed_jax.cost.chips import GIB, parse_topology
 from infimed_jax.plan.cell import compiled, counted
 from infimed_jax.plan.collectives import collectives
 from infimed_jax.plan.compile import ENVIRONMENT, find_libtpu
-from infimed_jax.plan.program import for_tpu
+from infimed_jax.plan.program import for_platform
 from tests.plan import hlo
 from tests.plan.stages import distinct, load, pod
 
@@ -59,7 +59,7 @@ with jax.set_mesh(mesh):
 @pytest.mark.timeout(1800)
 def test_the_tpu_s_own_program_sends_what_is_counted(tmp_path):
     """The compiled TPU program cannot be read back, but XLA writes it down where it is told to."""
-    cfg = for_tpu(load("tiny", "pretrain"))
+    cfg = for_platform(load("tiny", "pretrain"), "tpu")
     cfg = dataclasses.replace(
         cfg,
         mesh=config.Mesh(1, 8, 1),

@@ -7,14 +7,14 @@ from infimed_jax import sharding
 from infimed_jax.config import Mesh
 from infimed_jax.cost.chips import parse_topology
 from infimed_jax.errors import UserError
-from infimed_jax.plan.program import for_tpu, settled, train_program
+from infimed_jax.plan.program import for_platform, settled, train_program
 from tests.plan.stages import MODELS, STAGES, distinct, load, pod
 
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_splits_over_its_pod(model, stage):
-    cfg, topology = for_tpu(load(model, stage)), parse_topology(pod(model))
+    cfg, topology = for_platform(load(model, stage), "tpu"), parse_topology(pod(model))
     sizes = sharding.mesh_sizes(sharding.settle_mesh(cfg, topology.devices), topology.devices)
     mesh = sharding.abstract_mesh(**sizes)
     sharding.check_fits(cfg.model, mesh)
@@ -23,7 +23,7 @@ def test_every_stage_splits_over_its_pod(model, stage):
 
 @pytest.mark.parametrize(("model", "stage"), distinct())
 def test_the_whole_step_traces_on_its_pod(model, stage):
-    cfg, topology = for_tpu(load(model, stage)), parse_topology(pod(model))
+    cfg, topology = for_platform(load(model, stage), "tpu"), parse_topology(pod(model))
     sizes = sharding.mesh_sizes(sharding.settle_mesh(cfg, topology.devices), topology.devices)
     mesh = sharding.abstract_mesh(**sizes)
     with jax.sharding.use_abstract_mesh(mesh):

@@ -19,8 +19,8 @@ from infimed_jax import config, sharding
 from infimed_jax.data.batch import Segment, build_row, stack_rows, unmask
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.params import init_params
-from infimed_jax.ops import attention
-from infimed_jax.ops.attention_splash import splash_attention
+from infimed_jax.ops.attention import backend_names
+from infimed_jax.ops.attention.backends import splash
 from infimed_jax.runs.metrics import METRICS, read_metrics
 from infimed_jax.train.stage import train
 from infimed_jax.train.step import next_token_loss
@@ -62,15 +62,15 @@ def _rows(text: int) -> list:
 @pytest.mark.parametrize("masked", [True, False])
 def test_both_packings_under_every_attention_kernel(model, monkeypatch, masked: bool):
     """Splash is interpreted here; heads of 128 because it tiles by them."""
-    kernels = dict(attention.BACKENDS, splash=functools.partial(splash_attention, interpret=True))
-    monkeypatch.setattr(attention, "BACKENDS", kernels)
+    interpreted = functools.partial(splash.splash_attention, interpret=True)
+    monkeypatch.setattr(splash, "BACKEND", dataclasses.replace(splash.BACKEND, run=interpreted, only=""))
     model = dataclasses.replace(model, text=dataclasses.replace(model.text, num_layers=1, head_dim=128))
     batch = stack_rows(_rows(100))
     batch = batch if masked else unmask(batch)
     with jax.set_mesh(sharding.make_mesh(config.Mesh(), jax.devices()[:1])):
         params = init_params(jax.random.key(0), model)
         losses = {}
-        for name in kernels:
+        for name in backend_names():
             compute = Compute("float32", "none", name, 128)
             value, grads = jax.value_and_grad(lambda p, c=compute: next_token_loss(model, c)(p, batch)[0])(params)
             losses[name] = float(value), float(np.abs(grads["text"]["embed_tokens"]).sum())

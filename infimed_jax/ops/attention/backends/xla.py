@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from infimed_jax.ops.attention.backend import Backend
+from infimed_jax.ops.attention.mask import Mask
 from infimed_jax.sharding import spec_of
-
-if TYPE_CHECKING:
-    from infimed_jax.ops.attention import Mask
 
 
 def xla_attention(
@@ -57,3 +54,6 @@ def dense_mask(mask: Mask, queries: int, keys: int) -> Bool[Array, "B 1 1 T S"] 
         same &= (mask.query_segments[:, :, None] != 0) & (mask.key_segments[:, None, :] != 0)
         visible = same if visible is None else visible & same
     return None if visible is None else visible[:, None, None]
+
+
+BACKEND = Backend(run=xla_attention, prefixes=True, dense=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +11,13 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from infimed_jax.errors import UserError
+from infimed_jax.ops.attention.backend import Backend
+from infimed_jax.ops.attention.mask import Mask
 from infimed_jax.sharding import spec_of
-
-if TYPE_CHECKING:
-    from infimed_jax.ops.attention import Mask
 
 _LANES = 128
 _BLOCKS = (512, 256, 128)
+"""Sides of the square blocks that the kernel computes or skips, the largest that divides a row first."""
 
 
 def splash_attention(
@@ -32,29 +30,10 @@ def splash_attention(
 ) -> Float[Array, "B T N H"]:
     """Self-attention of packed rows; the multi-query kernel mapped over K heads, so that no key is repeated.
 
-    Raises ValueError for explicit positions and other keys than queries, UserError for sizes that it cannot tile and
-    for devices that are no TPUs.
     `interpret` runs the kernel's logic on any platform, for tests.
     """
     _, tokens, heads, width = q.shape
     groups = heads // k.shape[2]
-    if mask.query_positions is not None:
-        raise ValueError("splash attention is causal by index: rows with explicit positions need attention='xla'")
-    if mask.query_prefixes is not None:
-        raise ValueError("splash attention lets a query see one segment: a prefix that segments share needs 'xla'")
-    if k.shape[1] != tokens:
-        raise ValueError(f"splash attention wants as many keys as queries, not {k.shape[1]} for {tokens}: use 'xla'")
-    if mask.query_segments is not mask.key_segments:
-        raise ValueError("splash attention wants one array of segments for queries and keys: use 'xla'")
-    if tokens % _LANES or width % _LANES:
-        raise UserError(  # this and the next are what settings alone can bring about
-            f"splash attention tiles by {_LANES}: rows of {tokens} tokens, heads of {width} need train.attention=xla"
-        )
-    device = jax.sharding.get_abstract_mesh().abstract_device  # None where the mesh is abstract too
-    if device is not None and device.platform != "tpu" and not interpret:
-        raise UserError(
-            f"train.attention=splash is a kernel for TPUs, and this runs on {device.platform}: set train.attention=auto"
-        )
 
     def shard(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
         # The kernel's tables are arrays, so they are made here, where no axis is explicit.
@@ -94,3 +73,33 @@ def _row(
     out = jax.vmap(lambda q, k, v: kernel(q, k, v, ids))(*heads).transpose(2, 0, 1, 3)
     # The kernel lets padding see padding; here padding sees nothing.
     return out if segments is None else jnp.where(segments[:, None, None, None] != 0, out, 0)
+
+
+def _refuses(q: tuple[int, ...], k: tuple[int, ...], mask: Mask) -> str:
+    tokens, width = q[1], q[3]
+    if mask.query_positions is not None:
+        return "splash attention is causal by index: rows with explicit positions need train.attention=xla"
+    if k[1] != tokens:
+        return f"splash attention wants as many keys as queries, not {k[1]} for {tokens}: use train.attention=xla"
+    if mask.query_segments is not mask.key_segments:
+        return "splash attention wants one array of segments for queries and keys: use train.attention=xla"
+    if tokens % _LANES or width % _LANES:
+        return f"splash attention tiles by {_LANES}: rows of {tokens} tokens, heads of {width} need train.attention=xla"
+    return ""
+
+
+def _causal_keys(length: int) -> int:
+    """Blocks above the diagonal are skipped; segments skip no block."""
+    block = next((size for size in _BLOCKS if length % size == 0), length)
+    return (length + block) // 2
+
+
+BACKEND = Backend(
+    run=splash_attention,
+    platforms=("tpu",),
+    only="tpu",
+    refuses=_refuses,
+    fused=True,
+    causal_keys=_causal_keys,
+    backward_products=7,  # scores again in each of two kernels
+)
