@@ -1,11 +1,11 @@
-"""Errors that are the user's to mend: one line that names the thing and the mend, exit code 2, no traceback."""
+"""Errors that the user can fix: one line that names the thing and the fix, exit code 2, no traceback."""
 
 from __future__ import annotations
 
 import errno
 import os
 
-_MENDS = {
+_FIXES = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of the quota",
     errno.EFBIG: "allow larger files (ulimit -f)",
@@ -27,7 +27,7 @@ class Interrupted(Exception):
 
 
 def describe(error: Exception) -> str:
-    """One line for an error that is the user's to mend."""
+    """One line for an error that the user can fix."""
     if isinstance(error, OSError) and (refusal := disk_refusal(error)):
         return f"{error.filename2 or error.filename or 'the output'}: {refusal}, and run it again"
     if isinstance(error, OSError) and error.filename and error.strerror:
@@ -41,13 +41,13 @@ def one_line(text: object, most: int | None = None) -> str:
 
 
 def disk_refusal(error: BaseException) -> str | None:
-    """Cause and mend where the file system refused, as `permission denied; give this user …`; else None.
+    """Cause and fix if the file system refused, as `permission denied; give this user …`; otherwise None.
 
-    tensorstore has no class for it: its ValueErrors hold the system's words for the code.
+    tensorstore has no class for it: its ValueErrors contain the system's message for the code.
     """
     code, text = getattr(error, "errno", None), str(error).lower()
-    for known, mend in _MENDS.items():
+    for known, fix in _FIXES.items():
         cause = os.strerror(known).lower()
         if code == known or (code is None and cause in text):
-            return f"{cause}; {mend}"
+            return f"{cause}; {fix}"
     return None

@@ -1,6 +1,6 @@
-"""One process a host: who the processes are, from the command line, SLURM, or a TPU slice's own environment.
+"""One process a host: which processes there are, from the command line, SLURM, or a TPU slice's own environment.
 
-Said in one line before the connection is tried, so that a run that waits for a host says for whom.
+They are printed in one line before the connection is tried, so that a run that waits for a host names it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import NoReturn
 from infimed_jax.errors import UserError, one_line
 
 _PORT_RANGE = (61440, 65536)
-"""A job's own port, so that two jobs on one host do not meet."""
+"""Range of a job's own port, so that two jobs on one host do not collide."""
 _GOOGLE_PCI_VENDOR = "0x1ae0"
 _CONNECT_SECONDS = 300
 _LOST = re.compile(r"Gloo|NCCL|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|heartbeat|by peer")
-"""In the runtime's words for a collective that another process left."""
+"""The runtime's messages for a collective that another process left."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Processes:
     """How this process joins the others."""
 
     found_by: str
-    """command line, SLURM, or TPU slice (where JAX itself asks the metadata server or GKE's variables)."""
+    """command line, SLURM, or TPU slice (where JAX itself reads the metadata server or GKE's variables)."""
     coordinator: str = ""
     """HOST:PORT of process 0; empty where JAX finds it."""
     number: int = 0
-    """Of this process."""
+    """Number of this process."""
     count: int = 0
     """Processes in all; 0 where JAX finds it."""
     devices: tuple[int, ...] | None = None
@@ -59,7 +59,7 @@ def detect(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) ->
     """The processes that `args` or the environment name; None for a process alone.
 
     Raises UserError for options that do not belong together, and for a SLURM allocation of several tasks that was
-    entered without srun: each would else train by itself.
+    entered without srun: each would otherwise train by itself.
     """
     given = {"--coordinator": args.coordinator, "--process-id": args.process_id, "--num-processes": args.num_processes}
     if args.num_processes == 1 and args.coordinator is None and args.process_id in (None, 0):
@@ -72,7 +72,7 @@ def detect(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) ->
 def _by_hand(given: Mapping[str, str | int | None]) -> Processes:
     absent = [name for name, value in given.items() if value is None]
     if absent:
-        raise UserError(f"several processes by hand want --coordinator, --process-id and --num-processes: {absent[0]}")
+        raise UserError(f"several processes by hand need --coordinator, --process-id and --num-processes: {absent[0]}")
     coordinator, number, count = given.values()
     if not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}", str(coordinator)):
         raise UserError(f"--coordinator {coordinator!r} must be HOST:PORT, the address of process 0")
@@ -82,7 +82,7 @@ def _by_hand(given: Mapping[str, str | int | None]) -> Processes:
 
 
 def _slurm(environ: Mapping[str, str]) -> Processes | None:
-    """Of a job step: srun gives every task its number and the step's nodes."""
+    """The processes of a job step: srun gives every task its number and the step's nodes."""
     tasks = int(environ.get("SLURM_NTASKS", "1"))
     if "SLURM_JOB_ID" not in environ or tasks == 1:
         return None
@@ -101,7 +101,7 @@ def _slurm(environ: Mapping[str, str]) -> Processes | None:
 
 
 def first_host(nodes: str) -> str:
-    """Of SLURM's compressed list: `gpu[07-09,12],big1` is gpu07, gpu08, gpu09, gpu12 and big1."""
+    """First host of SLURM's compressed list: `gpu[07-09,12],big1` is gpu07, gpu08, gpu09, gpu12 and big1."""
     found = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
     if not found:
         raise UserError(f"SLURM_STEP_NODELIST {nodes!r} names no host")
@@ -109,7 +109,7 @@ def first_host(nodes: str) -> str:
 
 
 def _tpu_slice(environ: Mapping[str, str]) -> Processes | None:
-    """Where there are TPU chips, JAX asks GKE's variables or the TPU VM's metadata, also for a single host."""
+    """A host with TPU chips: JAX reads GKE's variables or the TPU VM's metadata, also for a single host."""
     wanted = environ.get("JAX_PLATFORMS", "tpu").split(",")
     if "tpu" not in wanted or not tpu_chips():
         return None
@@ -123,7 +123,7 @@ def tpu_chips() -> int:
 
 
 def initialize(processes: Processes) -> None:
-    """Join the others, before anything asks JAX for a device. UserError where they cannot be reached."""
+    """Join the other processes before anything asks JAX for a device. UserError if they cannot be reached."""
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of CPU processes; no accelerator reads it
@@ -147,10 +147,10 @@ def initialize(processes: Processes) -> None:
 
 
 def lost_another(error: BaseException) -> str | None:
-    """What to tell where `error` is a collective's that another process has left; None for any other error.
+    """The message if `error` is that of a collective that another process has left; None for any other error.
 
-    Gloo (CPU) says so at once. Where the runtime waits instead, JAX ends this process itself once the other has sent
-    no heartbeat for 100 s, with C++'s words and exit code 134.
+    Gloo (CPU) raises it at once. If the runtime waits instead, JAX ends this process itself once the other has sent
+    no heartbeat for 100 s, with a C++ message and exit code 134.
     """
     jax = sys.modules.get("jax")
     if jax is None or not isinstance(error, jax.errors.JaxRuntimeError) or jax.process_count() == 1:
@@ -171,9 +171,9 @@ def joined() -> bool:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process at once: JAX's own end waits five minutes for the others.
+    """End this process at once: JAX's own shutdown waits five minutes for the others.
 
-    They wait for this one in a collective, or are lost; when it leaves, they are told.
+    They wait for this one in a collective, or are lost; when it leaves, they are notified.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""What this machine can run, check by check: each says what it found, and how to mend what is wrong."""
+"""What this machine can run, check by check: each reports what it found, and how to fix what is wrong."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _LEAST_MEMORY = 2
 class Check:
     name: str
     found: str
-    mend: str = ""
+    fix: str = ""
     """What to do; empty where nothing is wrong."""
 
     @property
     def ok(self) -> bool:
-        return not self.mend
+        return not self.fix
 
 
 def checks(platform: str | None = None, output: Path = Path()) -> Iterator[Check]:
-    """One after the other, the quick ones first; a check that depends on a broken one is not made."""
+    """The checks in order, quick ones first; a check that depends on a failed one is left out."""
     yield versions()
     yield _torch()
     yield _disk("disk", output)
@@ -49,19 +49,19 @@ def checks(platform: str | None = None, output: Path = Path()) -> Iterator[Check
 
 
 def versions() -> Check:
-    """Of Python and of what a compiled program depends on."""
+    """Versions of Python and of the packages that a compiled program depends on."""
     here, absent = [f"Python {sys.version.split()[0]}"], []
     for name in PACKAGES:
         try:
             here.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             absent.append(name)
-    mend = f"not installed: {', '.join(absent)}; pip install -c constraints.txt -e ." if absent else ""
-    return Check("versions", ", ".join(here), mend)
+    fix = f"not installed: {', '.join(absent)}; pip install -c constraints.txt -e ." if absent else ""
+    return Check("versions", ", ".join(here), fix)
 
 
 def _torch() -> Check:
-    """torch with CUDA brings CUDA libraries of its own, under which JAX has fallen back to the CPU with a warning."""
+    """torch with CUDA brings its own CUDA libraries; with them JAX has fallen back to the CPU with a warning."""
     version = accelerator.torch_cuda()
     if not version:
         return Check("torch", "none with CUDA")
@@ -73,8 +73,8 @@ def _disk(name: str, folder: Path) -> Check:
     free = shutil.disk_usage(existing).free / GIB
     if not existing.is_dir():
         return Check(name, f"{existing} is no folder", "name another folder")
-    mend = f"free at least {_LEAST_DISK} GiB, or name another folder" if free < _LEAST_DISK else ""
-    return Check(name, f"{free:.0f} GiB free at {existing}", mend)
+    fix = f"free at least {_LEAST_DISK} GiB, or name another folder" if free < _LEAST_DISK else ""
+    return Check(name, f"{free:.0f} GiB free at {existing}", fix)
 
 
 def compile_cache() -> Check:
@@ -100,24 +100,24 @@ def _memory() -> Check:
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
     kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith("kB")}
     if "MemAvailable" not in kilobytes:
-        return Check("memory", "not told by this system")
+        return Check("memory", "not reported by this system")
     available, total = (kilobytes[key] / 2**20 for key in ("MemAvailable", "MemTotal"))
-    mend = f"end other programs: at least {_LEAST_MEMORY} GiB are wanted" if available < _LEAST_MEMORY else ""
-    return Check("memory", f"{available:.0f} of {total:.0f} GiB available, {os.cpu_count()} cores", mend)
+    fix = f"end other programs: at least {_LEAST_MEMORY} GiB are wanted" if available < _LEAST_MEMORY else ""
+    return Check("memory", f"{available:.0f} of {total:.0f} GiB available, {os.cpu_count()} cores", fix)
 
 
 def devices(platform: str | None) -> Check:
-    """What JAX runs on, and whether it is what was asked for."""
+    """The platform that JAX runs on, and whether it is the requested one."""
     try:
         accelerator.select(platform)
         found = accelerator.check(platform)
     except UserError as error:
-        return Check("devices", "not what was asked for", str(error))
+        return Check("devices", "not the requested ones", str(error))
     import jax
 
     local = jax.local_devices()
-    asked = accelerator.asked(platform)
-    why = f", asked for by {asked[1]}" if asked else ""
+    wanted = accelerator.requested(platform)
+    why = f", requested by {wanted[1]}" if wanted else ""
     stats = local[0].memory_stats() or {}
     memory = f", {stats['bytes_limit'] / GIB:.1f} GiB each for JAX" if "bytes_limit" in stats else ""
     return Check("devices", f"{len(local)} x {local[0].device_kind} ({found}){memory}{why}")
@@ -148,9 +148,9 @@ def attention_backends() -> Check:
             except Exception:  # a kernel that is not of this platform fails in its compiler, each in its own way
                 refused.append(name)
         own = ops.platform_backend(jax.default_backend())
-    mend = "" if own in usable else f"{own} is this platform's: set train.attention=xla, and report the versions above"
+    fix = "" if own in usable else f"{own} is this platform's: set train.attention=xla, and report the versions above"
     absent = f"; not here: {', '.join(refused)}" if refused else ""
-    return Check("attention", f"{', '.join(usable)} (chosen: {own}){absent}", mend)
+    return Check("attention", f"{', '.join(usable)} (chosen: {own}){absent}", fix)
 
 
 def tiny_step() -> Check:
@@ -188,5 +188,5 @@ def tiny_step() -> Check:
         for _ in range(2):
             state, metrics = step(state, batch, 1e-3)
             losses.append(float(metrics["loss"]))
-    mend = "" if losses[1] < losses[0] else "the update does not learn: compare the versions with constraints.txt"
-    return Check("a tiny step", f"loss {losses[0]:.4f} -> {losses[1]:.4f}", mend)
+    fix = "" if losses[1] < losses[0] else "the update does not learn: compare the versions with constraints.txt"
+    return Check("a tiny step", f"loss {losses[0]:.4f} -> {losses[1]:.4f}", fix)

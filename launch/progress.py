@@ -18,10 +18,10 @@ DRAW_EVERY = 0.1
 
 
 class ChainProgress:
-    """Shows which of `steps` runs, how far it is, and the time that the whole chain still needs.
+    """Shows which of `steps` runs, its progress, and the time that the whole chain still needs.
 
-    `steps` maps each title to its usual share of the time (any unit). The estimate scales the shares still to run by
-    the speed seen so far, so it is right on a slower machine too.
+    `steps` maps each title to its usual share of the time (any unit). The estimate scales the remaining shares by
+    the speed so far, so it is right on a slower machine too.
     """
 
     def __init__(self, steps: Mapping[str, float]) -> None:
@@ -33,7 +33,7 @@ class ChainProgress:
         self.live = sys.stdout.isatty()
         self.started = time.monotonic()
         self.finished: set[str] = set()
-        self.spared = 0.0  # shares of steps that were found done: they cost no time in this process
+        self.spared = 0.0  # shares of steps that an earlier run finished: they cost no time in this process
         self.current, self.share, self.last_line = "", 0.0, 0.0
         self.bar = Progress(
             TextColumn("[bold]{task.description}"), BarColumn(bar_width=36), TextColumn("{task.fields[note]}"),
@@ -49,7 +49,7 @@ class ChainProgress:
         self.bar.stop()
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """Print a line that stays above the bar."""
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def begin(self, title: str) -> None:
@@ -62,7 +62,7 @@ class ChainProgress:
         self._draw(note)
 
     def end(self, note: str, *, spared: bool = False) -> None:
-        """The current step is done; `spared` says that an earlier run had done it."""
+        """Finish the current step; `spared` if an earlier run had finished it."""
         self.finished.add(self.current)
         if spared:
             self.spared += self.steps[self.current]

@@ -25,7 +25,7 @@ class Help(argparse.Action):
 
 
 def add_command(commands: argparse._SubParsersAction, name: str, run: Run, text: str) -> argparse.ArgumentParser:
-    """A command that calls `run(args)`; `text` is its help, one line."""
+    """Add a command that calls `run(args)`; `text` is its help, one line."""
     parser = commands.add_parser(name, help=text, description=text, add_help=False)
     parser.add_argument(
         "-h", "--help", action=Help, nargs=0, default=argparse.SUPPRESS, help="show this help message and exit"
@@ -36,20 +36,20 @@ def add_command(commands: argparse._SubParsersAction, name: str, run: Run, text:
 
 
 def add_group(commands: argparse._SubParsersAction, name: str, text: str) -> argparse._SubParsersAction:
-    """A command that only holds others: `run.py NAME STEP …`."""
+    """Add a command that only holds others: `run.py NAME STEP …`."""
     parser = commands.add_parser(name, help=text, description=text)
     return parser.add_subparsers(dest=f"{name}_step", required=True, metavar="STEP")
 
 
 def add_devices(parser: argparse.ArgumentParser, *, hosts: str) -> None:
-    """The main parser's options, here too: `hosts` is "many" for a command that runs on several, else "one"."""
+    """The main parser's options, here too: `hosts` is "many" for a command that runs on several, otherwise "one"."""
     accelerator.add_option(parser)
     distributed.add_options(parser, default=argparse.SUPPRESS)
     parser.set_defaults(hosts=hosts)
 
 
 def check_file(option: str, file: Path | None) -> None:
-    """UserError where the file that `option` names can be no output; before the work, not after it."""
+    """UserError if the file that `option` names cannot be written; called before the work, not after it."""
     if file is None:
         return
     if file.is_dir():

@@ -1,4 +1,4 @@
-"""`doctor`: whether this machine can run the package, and what to mend."""
+"""`doctor`: whether this machine can run the package, and what to fix."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def doctor(args: argparse.Namespace) -> None:
     for check in checks(args.platform, args.output):
         found.append(check)
         print(f"{'ok   ' if check.ok else 'WRONG'}  {check.name}: {check.found}", flush=True)
-        if check.mend:
-            print(f"       mend: {check.mend}", flush=True)
+        if check.fix:
+            print(f"       fix: {check.fix}", flush=True)
     wrong = [check.name for check in found if not check.ok]
     print(f"{len(found) - len(wrong)} of {len(found)} checks are well" + (f"; wrong: {', '.join(wrong)}" * bool(wrong)))
     if args.json:
-        write_json(args.json, [{"name": c.name, "ok": c.ok, "found": c.found, "mend": c.mend} for c in found])
+        write_json(args.json, [{"name": c.name, "ok": c.ok, "found": c.found, "fix": c.fix} for c in found])
         print(f"Outputs: {args.json}")
     if wrong:
         raise SystemExit(EXIT_SOMETHING_WRONG)

@@ -1,4 +1,4 @@
-"""The arguments of every command that asks an OpenAI-compatible endpoint."""
+"""The options of every command that calls an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ENDPOINT, BUDGET = (f"data_prep.endpoint.settings:{kind}" for kind in ("Endpoint
 
 
 def add_endpoint(parser: argparse.ArgumentParser) -> None:
-    """Settings of the endpoint; the local one is the default, and anything outside must be asked for."""
+    """Options of the endpoint; the local one is the default, and an outside one must be named."""
     group = parser.add_argument_group("endpoint")
     group.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible base address [port 8000 of this machine]")
     group.add_argument("--model", required=True, help="the model's name there")

@@ -34,7 +34,7 @@ def plan(args: argparse.Namespace) -> None:
 
     config = load(args.config, args.settings)
     if not args.topology:
-        raise UserError("plan wants a machine: --topology v5p:4x4x8, or h100x32; repeat it to compare")
+        raise UserError("plan needs a machine: --topology v5p:4x4x8, or h100x32; repeat it to compare")
     topologies = [parse_topology(name) for name in args.topology]
     meshes = [parse_mesh(text) for text in args.mesh] or [config.mesh]
     check_file("--json", args.json)

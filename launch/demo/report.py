@@ -16,7 +16,7 @@ from data_prep.sources import COMMERCIAL_USE
 from infimed_jax.cost.chips import GIB
 from infimed_jax.evaluation.report import Report, Stage, write_report
 from infimed_jax.evaluation.run import Record
-from infimed_jax.evaluation.statistics import Comparison, accuracy, compare, majority_baseline
+from infimed_jax.evaluation.statistics import Comparison, compare, majority_baseline
 from infimed_jax.files import write_json
 from infimed_jax.hf.export import to_hf
 from infimed_jax.hf.provenance import checkpoint_card
@@ -89,8 +89,9 @@ def finish(chain: Chain, results: Results, seconds: float) -> dict[str, Any]:
         "grpo_gain_greedy": _comparison(compare(records["grpo"], records[LAST_SUPERVISED])),
         "image_gain": _comparison(compare(records[LAST_DIRECT], records[BLIND])),
     }
-    if groups := _by(records, "answer_type"):
-        summary["accuracy_by_answer_type"] = groups
+    groups = {name: scored.summary["groups"] for name, scored in results.scored.items()}
+    if "answer_type" in groups["grpo"]:
+        summary["accuracy_by_answer_type"] = {name: tables["answer_type"] for name, tables in groups.items()}
     write_json(chain.folder / "summary.json", summary)
 
     def report() -> Page:
@@ -172,22 +173,6 @@ def _version(package: str) -> str | None:
 def _comparison(c: Comparison) -> dict[str, float]:
     values = {"difference": c.difference, "low": c.low, "high": c.high, "p_value": c.p_value, "n": c.n}
     return values | {"differ": c.only_a + c.only_b}
-
-
-def _by(records: dict[str, list[Record]], key: str) -> dict[str, dict[str, Any]]:
-    """Accuracy of each evaluation by one property of the questions; empty where the questions lack it."""
-    return {
-        name: {
-            value: _share([r for r in rows if r.meta[key] == value]) for value in sorted({r.meta[key] for r in rows})
-        }
-        for name, rows in records.items()
-        if all(key in r.meta for r in rows)
-    }
-
-
-def _share(rows: list[Record]) -> dict[str, Any]:
-    share = accuracy(rows)
-    return {"accuracy": share.accuracy, "n": share.n}
 
 
 def _stage(chain: Chain, results: Results, records: dict[str, list[Record]], name: str, title: str) -> Stage:

@@ -106,7 +106,7 @@ def test_vqa_rad_ends_with_closed_and_open_beside_their_baselines_and_the_warnin
         "stages": [{"name": "sft_cross_distribution", "accuracy": 0.0}],
         "baseline_accuracy": 0.0,
         "blind_accuracy": 0.0,
-        "accuracy_by_answer_type": report._by({"grpo": right}, "answer_type"),
+        "accuracy_by_answer_type": {"grpo": {"CLOSED": {"accuracy": 0.75, "n": 4}, "OPEN": {"accuracy": 0.2, "n": 5}}},
     }
     _, gains, closed, opened, warning = report._closing_lines(chain, summary)
     # Nine images without a difference say that at most a share p of images has one, (1 - p)^9 = 2.5 %.

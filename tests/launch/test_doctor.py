@@ -1,4 +1,4 @@
-"""`doctor`: a machine in order, and each thing that can be wrong with it, with its mend."""
+"""`doctor`: a machine in order, and each thing that can be wrong with it, with its fix."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def test_an_accelerator_that_is_not_there_is_an_error():
     assert "a tiny step" not in done.stdout, "it would run on another device than the one asked for"
     done = run("train", "train.output=x", "data.dataset=x", "data.tokenizer=x", "--platform", "gpu")
     assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1 and "gpu was asked for by --platform" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and "gpu was requested by --platform" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -58,17 +58,17 @@ def test_an_accelerator_that_is_not_there_is_an_error():
         (None, {}, False, 4, ("tpu", "a TPU on this host's bus")),
     ],
 )
-def test_who_asks_for_an_accelerator(monkeypatch, option, environment, plugin, chips, expected):
+def test_what_requests_an_accelerator(monkeypatch, option, environment, plugin, chips, expected):
     monkeypatch.setattr(accelerator.importlib.util, "find_spec", lambda name: plugin and name == "jax_cuda13_plugin")
     monkeypatch.setattr(accelerator, "tpu_chips", lambda: chips)
-    assert accelerator.asked(option, environment) == expected
+    assert accelerator.requested(option, environment) == expected
 
 
 def test_an_installed_plugin_without_its_device_is_no_warning(monkeypatch):
     """JAX itself says so in a warning, and trains on the CPU."""
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    monkeypatch.setattr(accelerator, "asked", lambda platform: ("gpu", "the installed jax_cuda13_plugin"))
-    with pytest.raises(UserError, match="gpu was asked for by the installed jax_cuda13_plugin, but JAX found only cpu"):
+    monkeypatch.setattr(accelerator, "requested", lambda platform: ("gpu", "the installed jax_cuda13_plugin"))
+    with pytest.raises(UserError, match="gpu was requested by the installed jax_cuda13_plugin, but JAX found only cpu"):
         accelerator.check(None)
 
 
@@ -79,7 +79,7 @@ def test_torch_with_cuda_is_the_trap(monkeypatch):
     monkeypatch.setattr(metadata, "requires", lambda name: ["nvidia-cublas==13; sys_platform == 'linux'"])
     monkeypatch.setattr(accelerator.importlib.util, "find_spec", lambda name: object())
     assert accelerator.torch_cuda() == "2.13.0"
-    assert "uninstall torch" in doctor._torch().mend
+    assert "uninstall torch" in doctor._torch().fix
     monkeypatch.setattr(metadata, "version", lambda name: "2.13.0+cpu")
     assert accelerator.torch_cuda() == "" and doctor._torch().ok
 
@@ -97,6 +97,6 @@ def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
 def test_a_full_disk_and_a_missing_package(monkeypatch, tmp_path):
     usage = doctor.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage._replace(free=2**30))
-    assert "free at least" in doctor._disk("disk", tmp_path / "not" / "made").mend
+    assert "free at least" in doctor._disk("disk", tmp_path / "not" / "made").fix
     monkeypatch.setattr(doctor, "PACKAGES", ("jax", "no-such-package-here"))
-    assert "no-such-package-here" in doctor.versions().mend
+    assert "no-such-package-here" in doctor.versions().fix
