@@ -13,6 +13,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,42 +32,116 @@ CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 """Folder, in a run's or in a checkpoint that belongs to no run, with a copy of its tokenizer."""
 READ_BYTES = 1 << 30
-"""Leaves are read, and cast, in groups of at most so much."""
+"""A read takes at most this much at once, or one leaf."""
 
 _CHECKSUMS, _USER = "checksums", "metadata"
-_OLDER = "remove it, and the one before it is used"
-_OTHER = "give the configuration it was trained with (its run's config.yaml), or another checkpoint"
+_DELETE_HINT = "remove it, and the one before it is used"
+_WRONG_CONFIG_HINT = "give the configuration it was trained with (its run's config.yaml), or another checkpoint"
 
 Metadata = dict[str, Any]
+"""The JSON that a checkpoint carries: `config`, `content`, `history`, `step`, …"""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint on the disk, as its index describes it."""
+
+    path: Path
+    leaves: Mapping[str, Any]
+    """Shape, dtype and storage of each leaf, by name."""
+    checksums: Mapping[str, int]
+    saved: Metadata
+    """As it was given to `save`."""
+
+    @property
+    def metadata(self) -> Metadata:
+        """`saved`, with the copy of the tokenizer that lies with the checkpoint: the original may be gone."""
+        run = self.path.parent.parent if self.path.parent.name == CHECKPOINTS else self.path
+        kept = next((p for p in (self.path / TOKENIZER, run / TOKENIZER) if (p / "tokenizer.json").is_file()), None)
+        if kept is None or "config" not in self.saved:
+            return self.saved
+        config = self.saved["config"]
+        return self.saved | {"config": config | {"data": config["data"] | {"tokenizer": str(kept)}}}
+
+    @property
+    def sha256(self) -> str:
+        """Fingerprint of the leaves' names and checksums: the same wherever the checkpoint lies."""
+        return hashlib.sha256(to_json(self.checksums, sort_keys=True).encode()).hexdigest()
+
+    def read(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """The leaves `wanted` (abstract, by name) and no other; UserError where one is damaged."""
+        abstract = {name: wanted.get(name, ocp.PLACEHOLDER) for name in self.leaves}
+        try:
+            loaded = ocp.load(self.path, abstract)
+        except (ValueError, OSError, KeyError) as error:
+            raise UserError(
+                f"checkpoint {self.path} cannot be read ({one_line(error, 300)}): {_DELETE_HINT}"
+            ) from error
+        leaves = {name: loaded[name] for name in wanted}
+        for name, checksum in checksums(leaves).items():
+            if checksum != self.checksums[name]:
+                raise UserError(f"checkpoint {self.path} is damaged at {name} (its checksum differs): {_DELETE_HINT}")
+        return leaves
+
+    def read_in_groups(self, wanted: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        """(name, leaf) of all that `read` gives, at most READ_BYTES at a time."""
+        group: dict[str, Any] = {}
+        size = 0
+        for name, leaf in wanted.items():
+            leaf_bytes = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+            if group and size + leaf_bytes > READ_BYTES:
+                yield from self.read(group).items()
+                group, size = {}, 0
+            group[name] = leaf
+            size += leaf_bytes
+        if group:
+            yield from self.read(group).items()
+
+    def compare(self, wanted: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
+        """UserError in one line for the first difference between `wanted` and the stored `leaves`, by name.
+
+        Orbax would cast dtypes silently and report the rest as an incompatible handler.
+        """
+        missing, extra = wanted.keys() - leaves.keys(), leaves.keys() - wanted.keys()
+        if missing or extra:
+            parts = [f"{len(missing)} missing, first {min(missing)}"] if missing else []
+            parts += [f"{len(extra)} unexpected, first {min(extra)}"] if extra else []
+            what = f"is of another model or optimizer ({'; '.join(parts)})"
+            raise UserError(f"checkpoint {self.path} {what}: {_WRONG_CONFIG_HINT}")
+        for name, leaf in wanted.items():
+            ours, theirs = (f"{np.dtype(x.dtype)}{list(x.shape)}" for x in (leaf, leaves[name]))
+            if ours != theirs:
+                what = f"holds {name} as {theirs}, the configuration asks for {ours}"
+                raise UserError(f"checkpoint {self.path} {what}: {_WRONG_CONFIG_HINT}")
 
 
 def custom_metadata(metadata: Metadata, sums: Mapping[str, int]) -> dict[str, Any]:
-    """What Orbax keeps beside the leaves: the caller's JSON, and a checksum a leaf."""
+    """What Orbax keeps beside the leaves."""
     return {_USER: metadata, _CHECKSUMS: dict(sums)}
 
 
-def user_metadata(path: Path, stored: Any) -> Metadata:
-    """The caller's JSON, of what `read_index` gives for `path`.
+def open_checkpoint(folder: str | Path) -> Stored:
+    """The index of the checkpoint that `find_checkpoint` finds; UserError where it cannot be read."""
+    path = find_checkpoint(folder)
+    try:
+        stored = ocp.metadata(path)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"checkpoint {path} cannot be read ({one_line(error, 300)}): {_DELETE_HINT}") from error
+    if stored.metadata is None:
+        raise UserError(f"checkpoint {path} is damaged (its index cannot be read): {_DELETE_HINT}")
+    custom = stored.custom_metadata or {}
+    if _CHECKSUMS not in custom:
+        raise UserError(f"checkpoint {path} was not written by this project: it has no checksums")
+    return Stored(path, stored.metadata, custom[_CHECKSUMS], custom[_USER])
 
-    Its `data.tokenizer` is the copy that lies with the checkpoint, if there is one: where the run found it may be gone.
-    """
-    metadata = stored.custom_metadata[_USER]
-    places = [path, path.parent.parent] if path.parent.name == CHECKPOINTS else [path]
-    kept = next((place / TOKENIZER for place in places if (place / TOKENIZER / "tokenizer.json").is_file()), None)
-    if kept is None or "config" not in metadata:
-        return metadata
-    config = metadata["config"]
-    return metadata | {"config": config | {"data": config["data"] | {"tokenizer": str(kept)}}}
 
-
-def leaves_sha256(stored: Any) -> str:
-    """Of the names and checksums of a checkpoint's leaves, from its index: the same wherever it lies."""
-    sums = stored.custom_metadata[_CHECKSUMS]
-    return hashlib.sha256(to_json(sums, sort_keys=True).encode()).hexdigest()
+def read_metadata(folder: str | Path) -> Metadata:
+    """The metadata of the checkpoint that `load_params` would read."""
+    return open_checkpoint(folder).metadata
 
 
 def find_checkpoint(folder: str | Path) -> Path:
-    """The checkpoint meant by a run's folder (its latest), a folder of checkpoints, or a checkpoint itself."""
+    """The latest checkpoint in a run's folder or in a folder of checkpoints, or `folder` itself if it is one."""
     folder = Path(folder).absolute()
     if not folder.is_dir():
         raise UserError(f"no checkpoint at {folder}: the folder does not exist")
@@ -81,12 +156,6 @@ def find_checkpoint(folder: str | Path) -> Path:
     )
 
 
-def read_metadata(folder: str | Path) -> Metadata:
-    """The JSON given to `save`, of the checkpoint that `load_params` would read."""
-    path = find_checkpoint(folder)
-    return user_metadata(path, read_index(path))
-
-
 def complete_steps(folder: Path) -> list[int]:
     return [int(path.name) for path in folder.glob("*") if path.name.isdigit() and _is_checkpoint(path)]
 
@@ -94,68 +163,6 @@ def complete_steps(folder: Path) -> list[int]:
 def _is_checkpoint(folder: Path) -> bool:
     """Orbax writes beside the final name and renames when all is there. (Its own test accepts any folder.)"""
     return (folder / "_CHECKPOINT_METADATA").is_file()
-
-
-def read_index(path: Path) -> Any:
-    try:
-        stored = ocp.metadata(path)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"checkpoint {path} cannot be read ({one_line(error, 300)}): {_OLDER}") from error
-    if stored.metadata is None:
-        raise UserError(f"checkpoint {path} is damaged (its index cannot be read): {_OLDER}")
-    if _CHECKSUMS not in (stored.custom_metadata or {}):
-        raise UserError(f"checkpoint {path} was not written by this project: it has no checksums")
-    return stored
-
-
-def load_leaves(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """All leaves of a checkpoint (abstract, by name), compared before reading and verified after it."""
-    stored = read_index(path)
-    compare(path, wanted, stored.metadata)
-    return read_leaves(path, stored, wanted)
-
-
-def read_leaves(path: Path, stored: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves `wanted` (abstract, by name) and no other, verified."""
-    abstract = {name: wanted.get(name, ocp.PLACEHOLDER) for name in stored.metadata}
-    try:
-        loaded = ocp.load(path, abstract)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"checkpoint {path} cannot be read ({one_line(error, 300)}): {_OLDER}") from error
-    leaves = {name: loaded[name] for name in wanted}
-    expected = stored.custom_metadata[_CHECKSUMS]
-    for name, checksum in checksums(leaves).items():
-        if checksum != expected[name]:
-            raise UserError(f"checkpoint {path} is damaged at {name} (its checksum differs): {_OLDER}")
-    return leaves
-
-
-def groups(wanted: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The leaves in order, so many at once that a read has at most READ_BYTES, or one leaf."""
-    group: dict[str, Any] = {}
-    size = 0
-    for name, leaf in wanted.items():
-        bytes_ = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-        if group and size + bytes_ > READ_BYTES:
-            yield group
-            group, size = {}, 0
-        group[name] = leaf
-        size += bytes_
-    if group:
-        yield group
-
-
-def compare(path: Path, wanted: dict[str, Any], stored: Mapping[str, Any]) -> None:
-    """UserError in one line for the first difference; Orbax would cast dtypes silently and call the rest a handler."""
-    missing, extra = wanted.keys() - stored.keys(), stored.keys() - wanted.keys()
-    if missing or extra:
-        parts = [f"{len(missing)} missing, first {min(missing)}"] if missing else []
-        parts += [f"{len(extra)} unexpected, first {min(extra)}"] if extra else []
-        raise UserError(f"checkpoint {path} is of another model or optimizer ({'; '.join(parts)}): {_OTHER}")
-    for name, leaf in wanted.items():
-        ours, theirs = (f"{np.dtype(x.dtype)}{list(x.shape)}" for x in (leaf, stored[name]))
-        if ours != theirs:
-            raise UserError(f"checkpoint {path} holds {name} as {theirs}, the configuration asks for {ours}: {_OTHER}")
 
 
 @contextlib.contextmanager
@@ -174,7 +181,7 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Copy the tokenizer's files into `folder`/tokenizer, which appears whole; a copy of the same tokenizer stays.
 
     `folder` is a run's, or a checkpoint that belongs to no run. A run with its own copy can be moved, and read from any
-    working folder; `user_metadata` finds the copy.
+    working folder; `Stored.metadata` names the copy.
     """
     kept, part = folder / TOKENIZER, folder / f".{TOKENIZER}.part"
     file = kept / "tokenizer.json"
@@ -262,20 +269,18 @@ class Checkpoints:
 
     def metadata(self, step: int) -> Metadata:
         """The JSON given to `save`."""
-        path = self.folder / str(step)
-        return user_metadata(path, read_index(path))
+        return open_checkpoint(self.folder / str(step)).metadata
 
     def restore(self, abstract: Any, step: int) -> Any:
         """The state of `step` in the shapes, dtypes and shardings of `abstract`; UserError where they differ."""
-        flat = flatten(abstract)
-        return jax.tree.unflatten(jax.tree.structure(abstract), load_leaves(self.folder / str(step), flat).values())
+        stored, flat = open_checkpoint(self.folder / str(step)), flatten(abstract)
+        stored.compare(flat, stored.leaves)
+        return jax.tree.unflatten(jax.tree.structure(abstract), stored.read(flat).values())
 
     def verify(self, step: int, state: Any) -> None:
         """Read the checkpoint of `state` back, a group of leaves at a time; UserError where it is damaged."""
-        path = self.folder / str(step)
-        stored = read_index(path)
-        for group in groups(flatten(abstract_like(state))):
-            read_leaves(path, stored, group)
+        for _ in open_checkpoint(self.folder / str(step)).read_in_groups(flatten(abstract_like(state))):
+            pass
 
     def elsewhere(self) -> str:
         """What to give a run that cannot go on in its folder: another one, and the latest checkpoint to start from."""

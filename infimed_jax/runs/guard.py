@@ -60,7 +60,8 @@ class Watchdog:
                     jax.process_index(),
                     jax.process_count(),
                 )
-                faulthandler.dump_traceback(sys.__stderr__)
+                if sys.__stderr__ is not None:
+                    faulthandler.dump_traceback(sys.__stderr__)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from infimed_jax.errors import UserError
-from infimed_jax.runs.checkpoint import Metadata, find_checkpoint, leaves_sha256, read_index
+from infimed_jax.runs.checkpoint import Metadata, open_checkpoint
 
 RESUME_MAY_CHANGE = frozenset(
     {
@@ -63,7 +63,7 @@ def _start_sha256(old: Mapping[str, str], new: Mapping[str, str], before: str, n
         return new["init_from_sha256"]
     if now == before:
         return old["init_from_sha256"]
-    return leaves_sha256(read_index(find_checkpoint(now))) if now else ""
+    return open_checkpoint(now).sha256 if now else ""
 
 
 def _other_start(before: str, now: str) -> str:

@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -131,14 +132,14 @@ def run_steps(
             """Record all steps but the latest `keep`."""
             while len(unread) > keep:
                 number, stepped = unread.pop(0)
-                watchdog.beat(f"step {number}: waiting for its result")
+                _beat(watchdog, number, "waiting for its result")
                 run.metrics.write(stepped.read())
                 _check_skips(run, updates)
                 _report(run, number, total)
 
         for number in range(run.start + 1, total + 1):
             checkpoints.wait(0)  # raises the errors of the save under way
-            state, stepped = step(state, number, lambda what, n=number: watchdog.beat(f"step {n}: {what}"))
+            state, stepped = step(state, number, partial(_beat, watchdog, number))
             unread.append((number, stepped))
             record(keep=int(stepped.on_devices))
             stop, last = asked(number), number == total
@@ -148,7 +149,7 @@ def run_steps(
             # In a run of skipped updates saves would push out the states from before it.
             if stop or last or (due and rows[-1]["skipped"] < updates):
                 due = False
-                watchdog.beat(f"step {number}: saving")
+                _beat(watchdog, number, "saving")
                 checkpoints.save(number, state, metadata() | {"step": number})
             if stop and not last:
                 checkpoints.wait()
@@ -176,6 +177,10 @@ def read_result(run: Run) -> dict[str, Any]:
 def few(ids: Sequence[str], most: int = 8) -> str:
     """The first of `ids`, and how many more there are."""
     return ", ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
+
+
+def _beat(watchdog: Watchdog, number: int, doing: str) -> None:
+    watchdog.beat(f"step {number}: {doing}")
 
 
 def _report(run: Run, number: int, total: int) -> None:

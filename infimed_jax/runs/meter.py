@@ -35,9 +35,9 @@ _compiled = [0.0]
 log = logging.getLogger(__name__)
 
 
-def _count_compilation(event: str, seconds: float, **_: Any) -> None:
+def _count_compilation(event: str, duration_secs: float, **_: str | int) -> None:
     if event in _COMPILE_EVENTS:
-        _compiled[0] += seconds
+        _compiled[0] += duration_secs
 
 
 jax.monitoring.register_event_duration_secs_listener(_count_compilation)
@@ -70,11 +70,11 @@ class Meter:
         self._flops = flops.step_flops(cfg.model, cfg.train)
         device = mesh.devices.flat[0]
         peak = chips.peak_flops(device.device_kind) if cfg.train.compute_dtype == "bfloat16" else None
-        self._peak = peak and peak * mesh.size
+        self._peak = None if peak is None else peak * mesh.size
         self._devices = mesh.local_devices
         self._last = time.perf_counter(), compile_seconds()
         self._recent: deque[float] = deque(maxlen=_RECENT)
-        if self._peak:
+        if peak is not None:
             log.info("share of peak: %s; %d x %.0f TFLOP/s bfloat16", flops.CONVENTION, mesh.size, peak / 1e12)
         else:
             log.info(

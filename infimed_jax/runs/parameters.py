@@ -18,18 +18,7 @@ from orbax.checkpoint import v1 as ocp
 from infimed_jax.errors import UserError
 from infimed_jax.files import make_folder
 from infimed_jax.models import lora
-from infimed_jax.runs.checkpoint import (
-    Metadata,
-    compare,
-    custom_metadata,
-    disk_errors,
-    find_checkpoint,
-    groups,
-    leaves_sha256,
-    read_index,
-    read_leaves,
-    user_metadata,
-)
+from infimed_jax.runs.checkpoint import Metadata, Stored, custom_metadata, disk_errors, open_checkpoint
 from infimed_jax.runs.checksum import numpy_checksum
 from infimed_jax.trees import flatten, nest
 
@@ -41,13 +30,19 @@ _PARAMETERS = ("trainable", "frozen", "params")
 class StoredLeaf:
     """A parameter on the disk: its shape and type are known, its numbers are read, and verified, by `np.asarray`."""
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    checkpoint: Path
+    stored: Stored
     name: str
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.stored.leaves[self.name].shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.stored.leaves[self.name].dtype)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        leaf = read_leaves(self.checkpoint, read_index(self.checkpoint), {self.name: np.empty(self.shape, self.dtype)})
+        leaf = self.stored.read({self.name: np.empty(self.shape, self.dtype)})
         return np.asarray(leaf[self.name], dtype)
 
 
@@ -82,23 +77,17 @@ def load_params(folder: str | Path, abstract: Mapping[str, Any] | None = None) -
     The adapters of a LoRA run come merged into their kernels, which are then float32. UserError where there is none,
     or names or shapes differ.
     """
-    path = find_checkpoint(folder)
-    stored = read_index(path)
+    stored = open_checkpoint(folder)
     names = _parameter_names(stored)
     adapters = [name for name in names if _is_adapter(name)]
     on_host = names if abstract is None else adapters
-    wanted = {name: np.empty(stored.metadata[name].shape, stored.metadata[name].dtype) for name in on_host}
+    wanted: dict[str, Any] = {name: _empty(stored.leaves[name]) for name in on_host}
     final: dict[str, Any] = {_short(name): leaf for name, leaf in wanted.items()}
     if abstract is not None:
-        kept = {_short(name): name for name in names if name not in adapters}
-        wanted |= _as_stored(path, kept, stored.metadata, abstract)
+        wanted |= _as_stored(stored, {_short(name): name for name in names if name not in adapters}, abstract)
         final |= flatten(abstract)
-    flat: dict[str, Any] = {}
-    for group in groups(wanted):
-        for name, leaf in read_leaves(path, stored, group).items():
-            flat[_short(name)] = _settle(leaf, final[_short(name)])
-    metadata = user_metadata(path, stored) | {"leaves_sha256": leaves_sha256(stored)}
-    params = nest(flat)
+    params = nest({_short(name): _settle(leaf, final[_short(name)]) for name, leaf in stored.read_in_groups(wanted)})
+    metadata = stored.metadata | {"leaves_sha256": stored.sha256}
     if adapters:
         params = lora.merge_lora(params, _lora_scale(metadata))
     return params, metadata
@@ -112,13 +101,8 @@ def open_params(folder: str | Path) -> tuple[dict[str, Any], Metadata]:
 
 def open_stored(folder: str | Path) -> tuple[dict[str, Any], Metadata]:
     """(parameters as StoredLeaf, metadata); a LoRA run's adapters are leaves beside the kernels that they adapt."""
-    path = find_checkpoint(folder)
-    stored = read_index(path)
-    leaves = {
-        name: StoredLeaf(tuple(stored.metadata[name].shape), np.dtype(stored.metadata[name].dtype), path, name)
-        for name in _parameter_names(stored)
-    }
-    return nest({_short(name): leaf for name, leaf in leaves.items()}), user_metadata(path, stored)
+    stored = open_checkpoint(folder)
+    return nest({_short(name): StoredLeaf(stored, name) for name in _parameter_names(stored)}), stored.metadata
 
 
 def _merged_when_read(params: Mapping[str, Any], metadata: Metadata) -> dict[str, Any]:
@@ -139,8 +123,13 @@ def _is_adapter(name: str) -> bool:
     return name.endswith((f".{lora.A}", f".{lora.B}"))
 
 
-def _parameter_names(stored: Any) -> list[str]:
-    return [name for name in stored.metadata if name.split(".")[0] in _PARAMETERS]
+def _parameter_names(stored: Stored) -> list[str]:
+    return [name for name in stored.leaves if name.split(".")[0] in _PARAMETERS]
+
+
+def _empty(leaf: Any) -> np.ndarray:
+    """An array of the leaf's shape and dtype."""
+    return np.empty(leaf.shape, leaf.dtype)
 
 
 def _short(name: str) -> str:
@@ -149,19 +138,19 @@ def _short(name: str) -> str:
 
 
 def _as_stored(
-    path: Path, names: dict[str, str], stored: Mapping[str, Any], abstract: Mapping[str, Any]
+    stored: Stored, names: Mapping[str, str], abstract: Mapping[str, Any]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Abstract leaves by stored name: shape asked for, dtype stored (Orbax's own cast is silent), split for reading."""
-    flat = flatten(abstract)
-    short = {ours: stored[theirs] for ours, theirs in names.items()}
+    """Abstract leaves by stored name: shape asked for, dtype stored (Orbax's own cast is silent), split for reading.
+
+    `names` maps the model's names to the stored ones.
+    """
+    ours = {name: stored.leaves[theirs] for name, theirs in names.items()}
     as_stored = {
-        ours: jax.ShapeDtypeStruct(
-            leaf.shape, short[ours].dtype if ours in short else leaf.dtype, sharding=leaf.sharding
-        )
-        for ours, leaf in flat.items()
+        name: jax.ShapeDtypeStruct(leaf.shape, ours.get(name, leaf).dtype, sharding=leaf.sharding)
+        for name, leaf in flatten(abstract).items()
     }
-    compare(path, as_stored, short)
-    return {names[ours]: _split_for_reading(leaf, stored[names[ours]]) for ours, leaf in as_stored.items()}
+    stored.compare(as_stored, ours)
+    return {names[name]: _split_for_reading(leaf, ours[name]) for name, leaf in as_stored.items()}
 
 
 def _split_for_reading(leaf: jax.ShapeDtypeStruct, stored: Any) -> jax.ShapeDtypeStruct:

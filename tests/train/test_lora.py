@@ -12,7 +12,7 @@ import pytest
 from infimed_jax.config import Lora
 from infimed_jax.errors import Interrupted
 from infimed_jax.models.params import abstract_params
-from infimed_jax.runs.checkpoint import find_checkpoint, read_index
+from infimed_jax.runs.checkpoint import open_checkpoint
 from infimed_jax.runs.parameters import load_params
 from infimed_jax.sharding import make_mesh, on_mesh
 from infimed_jax.train.stage import train
@@ -51,7 +51,7 @@ def test_a_stage_with_adapters_from_start_to_the_next_stage(stage, tmp_path: Pat
     assert all(jax.tree.leaves(moved["projector"]))
     assert layers["self_attn"].pop("q_proj")["kernel"] and layers["mlp"].pop("down_proj")["kernel"]
     assert not any(jax.tree.leaves(layers))
-    stored = read_index(find_checkpoint(tuned.train.output)).metadata
+    stored = open_checkpoint(tuned.train.output).leaves
     moments = [name for name in stored if name.startswith("opt") and ".mu." in name]
     assert any("lora_a" in name for name in moments)
     assert not any("text" in name and "lora" not in name for name in moments)
