@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
+from infimed_jax import plugins
 from infimed_jax.errors import UserError
 
 
@@ -44,6 +45,23 @@ class Limit(NamedTuple):
     """The requirement, as the message and the help state it."""
     show_value: bool = False
     """Whether the message repeats the value."""
+
+    def check(self, name: str, value: Any) -> None:
+        require(self.allows(value), f"{name}{f'={value}' if self.show_value else ''} {self.words}")
+
+
+class Member(NamedTuple):
+    """A text that names a member of the package `room` (`plugins`), a user's own, or one of `others`."""
+
+    room: str
+    others: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> str:
+        return f"{', '.join((*self.others, *plugins.names(self.room)))}, or your own module or .py file"
+
+    def check(self, name: str, value: str) -> None:
+        plugins.check(self.room, value, name, self.others)
 
 
 def AtLeast(least: float) -> Limit:
@@ -69,19 +87,17 @@ class Group:
 
     def __post_init__(self) -> None:
         for name, limits in _limits(type(self)).items():
-            value = getattr(self, name)
             for limit in limits:
-                shown = f"={value}" if limit.show_value else ""
-                require(limit.allows(value), f"{self._path}.{name}{shown} {limit.words}")
+                limit.check(f"{self._path}.{name}", getattr(self, name))
 
 
 @functools.cache
-def _limits(group: type) -> dict[str, tuple[Limit, ...]]:
+def _limits(group: type) -> dict[str, tuple[Limit | Member, ...]]:
     return {name: found for name, hint in types_of(group, limits=True).items() if (found := _limits_in(hint))}
 
 
-def _limits_in(hint: Any) -> tuple[Limit, ...]:
-    return tuple(note for note in getattr(hint, "__metadata__", ()) if isinstance(note, Limit))
+def _limits_in(hint: Any) -> tuple[Limit | Member, ...]:
+    return tuple(note for note in getattr(hint, "__metadata__", ()) if isinstance(note, (Limit, Member)))
 
 
 @functools.cache

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from infimed_jax import plugins
 from infimed_jax.config.fields import (
     AtLeast,
     Count,
@@ -19,6 +18,7 @@ from infimed_jax.config.fields import (
     Decay,
     Group,
     Limit,
+    Member,
     NotNegative,
     Positive,
     Probability,
@@ -240,6 +240,9 @@ class Mesh(Group, path="mesh"):
         require(len(taking) <= 1, f"{' and '.join(taking)} are -1, only one may be: give the others a number")
 
 
+Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
 @dataclass(frozen=True)
 class Lora(Group, path="train.lora"):
     """Low-rank adapters (arXiv 2106.09685) on the text model's linear layers, which are then frozen."""
@@ -248,15 +251,7 @@ class Lora(Group, path="train.lora"):
     """Rank of an adapter; 0 turns adapters off."""
     alpha: Positive = 16.0
     """The adapters' output is scaled by alpha / rank."""
-    targets: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    )
+    targets: tuple[Linear, ...] = get_args(Linear)
     """Linear layers that get an adapter, in every block."""
 
     def __post_init__(self) -> None:
@@ -291,9 +286,8 @@ class Train(Group, path="train"):
     `full`, since the sampler needs the memory."""
     logit_chunk: Count = 512
     """Positions of a row whose logits are in memory at once in the loss."""
-    attention: str = "auto"
-    """Attention kernel: xla, rows (CPU), splash (TPU), or a dotted module or .py file with a `BACKEND`; `auto` chooses
-    by platform and logs the choice."""
+    attention: Annotated[str, Member("infimed_jax.ops.attention.backends", others=("auto",))] = "auto"
+    """Attention kernel; `auto` chooses by platform and logs the choice. A module of your own defines a `BACKEND`."""
     checkpoint_every: Count = 500
     """Steps between two checkpoints."""
     keep_checkpoints: Count = 2
@@ -320,8 +314,6 @@ class Train(Group, path="train"):
             f"train.global_batch {self.global_batch} must be a multiple of train.micro_batches {self.micro_batches}",
         )
         require(bool(self.train), "train.train names no part: nothing would learn")
-        if self.attention != "auto":
-            plugins.check("infimed_jax.ops.attention.backends", self.attention, "train.attention", ("auto",))
         require(
             not self.lora.rank or "text" in self.train,
             "train.lora.rank is set but train.train does not name text, whose linears the adapters are for",
