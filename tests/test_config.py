@@ -163,7 +163,7 @@ def leaves(values, path=""):
 
 def test_help_states_every_setting_from_its_declaration():
     """Against a configuration's own values: each leaf once and in order, with its default, and words for what it is."""
-    shown = {setting.name: setting for setting in settings_of(Config)}
+    shown = {setting.name: setting for setting in settings_of(Config())}
     plain = [(name, list(s.default) if isinstance(s.default, tuple) else s.default) for name, s in shown.items()]
     assert plain == list(leaves(to_dict(Config())))
     assert [name for name, setting in shown.items() if len(setting.text) < 8] == []
@@ -177,6 +177,6 @@ def test_a_subclass_inherits_fields_with_their_docstrings_and_limits():
     class Wider(config.Lora, path="mine"):
         pass
 
-    assert [s.text for s in settings_of(Wider)] == [s.text for s in settings_of(config.Lora)]
+    assert [s.text for s in settings_of(Wider())] == [s.text for s in settings_of(config.Lora())]
     with pytest.raises(ConfigError, match=r"mine\.alpha must be positive"):
         Wider(alpha=0.0)

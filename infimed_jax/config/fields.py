@@ -115,6 +115,8 @@ class Setting:
     """Dotted from the top: `train.lora.rank`."""
     type: Any
     default: Any
+    value: Any
+    """The default, or what a configuration sets."""
     limits: tuple[str, ...]
     text: str
     """The field's docstring: meaning, unit, published value, source."""
@@ -126,23 +128,19 @@ class Setting:
         return _type_name(self.type)
 
 
-def settings_of(group: type, path: str = "", values: Any = None) -> Iterator[Setting]:
-    """Every setting below the dataclass `group`, in order of declaration; the defaults are those of `values`."""
-    texts = docstrings(group)
+def settings_of(values: Any, path: str = "") -> Iterator[Setting]:
+    """Every setting of the configuration or group `values`, in order of declaration."""
+    group = type(values)
+    texts, limits = docstrings(group), _limits(group)
     for field in dataclasses.fields(group):
-        hint = types_of(group, limits=True)[field.name]
-        kind = types_of(group)[field.name]
-        name = f"{path}.{field.name}" if path else field.name
-        default = _default(field) if values is None else getattr(values, field.name)
-        if dataclasses.is_dataclass(kind):
-            yield from settings_of(type(default), name, default)
+        name, value = f"{path}.{field.name}" if path else field.name, getattr(values, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from settings_of(value, name)
         else:
-            words = tuple(limit.words for limit in _limits_in(hint))
-            yield Setting(name, kind, default, words, texts.get(field.name, ""), inspect.getdoc(group) or "")
-
-
-def _default(field: dataclasses.Field) -> Any:
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+            kind, words = types_of(group)[field.name], tuple(limit.words for limit in limits.get(field.name, ()))
+            yield Setting(
+                name, kind, field.default, value, words, texts.get(field.name, ""), inspect.getdoc(group) or ""
+            )
 
 
 def docstrings(kind: type) -> dict[str, str]:

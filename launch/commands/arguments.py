@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from infimed_jax.config import load
 from infimed_jax.errors import UserError
 from launch import accelerator, distributed
 
@@ -13,14 +14,18 @@ Run = Callable[[argparse.Namespace], None]
 
 
 class Help(argparse.Action):
-    """Prints the help, and below it the groups of settings that the command reads (`add_settings`)."""
+    """Prints the help, and below it the groups of settings that the command reads (`add_settings`) and their values."""
 
     def __call__(self, parser, namespace, values, option=None) -> None:
         parser.print_help()
         if groups := getattr(namespace, "setting_groups", ()):
             from launch.commands.settings import render
 
-            print(f"\nsettings:\n\n{render(groups)}")
+            try:
+                shown = render(groups, load(namespace.config, namespace.settings))
+            except UserError as error:
+                parser.exit(2, f"error: {error}\n")
+            print(f"\nsettings:\n\n{shown}")
         parser.exit()
 
 
@@ -64,5 +69,7 @@ def add_settings(parser: argparse.ArgumentParser, *, files: bool = True, shown: 
         parser.add_argument("--config", action="append", default=[], type=Path, metavar="FILE",
                             help="YAML settings, repeatable; later files lie over earlier ones")  # fmt: skip
     where = "listed below" if shown else "`settings` lists them"
-    parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help=f"such as train.steps=20; {where}")
+    parser.add_argument(
+        "settings", nargs="*", default=[], metavar="SETTING=VALUE", help=f"such as train.steps=20; {where}"
+    )
     parser.set_defaults(setting_groups=shown)

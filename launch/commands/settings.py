@@ -6,31 +6,32 @@ import argparse
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+from infimed_jax.config import Config, load
+from infimed_jax.config.fields import Setting, nearest, settings_of
 from infimed_jax.errors import UserError
 from launch.commands.arguments import add_command
-
-if TYPE_CHECKING:
-    from infimed_jax.config.fields import Setting
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     text = "What each setting means: default, type, limits, unit, published value and source."
     p = add_command(commands, "settings", settings, text)
-    p.add_argument("names", nargs="*", metavar="NAME", help="a group or a setting, as train.lora or train.steps [all]")
+    p.add_argument(
+        "--config", action="append", default=[], type=Path, metavar="FILE", help="show the values of these files"
+    )
+    names = "a group or setting, such as train.lora or train.steps [all]; values are those after NAME=VALUE"
+    p.add_argument("names", nargs="*", metavar="NAME", help=names)
 
 
 def settings(args: argparse.Namespace) -> None:
-    print(render(args.names))
+    values = [name for name in args.names if "=" in name]
+    print(render([name for name in args.names if "=" not in name], load(args.config, values)))
 
 
-def render(names: Sequence[str] = ()) -> str:
+def render(names: Sequence[str], config: Config) -> str:
     """The groups or settings `names` as text, or all of them. UserError names the nearest one to an unknown name."""
-    from infimed_jax.config import Config
-    from infimed_jax.config.fields import nearest, settings_of
-
-    known = list(settings_of(Config))
+    known = list(settings_of(config))
     groups = dict.fromkeys(group for setting in known for group in _parents(setting.name))
     for name in names:
         if name not in groups and all(name != setting.name for setting in known):
@@ -45,10 +46,16 @@ def _group(name: str, settings: Sequence[Setting]) -> str:
     members = [setting for setting in settings if _parent(setting) == name]
     lines = _wrapped(f"{name}: {members[0].group}", "")
     for setting in members:
-        default = ",".join(setting.default) if isinstance(setting.default, tuple) else setting.default
-        lines += _wrapped(f"{setting.name}={default}  ({', '.join((setting.type_name, *setting.limits))})", "  ")
+        facts = [setting.type_name, *setting.limits]
+        if setting.value != setting.default:
+            facts.append(f"default {_shown(setting.default)}")
+        lines += _wrapped(f"{setting.name}={_shown(setting.value)}  ({', '.join(facts)})", "  ")
         lines += _wrapped(setting.text, "      ")
     return "\n".join(lines)
+
+
+def _shown(value: object) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def _parent(setting: Setting) -> str:

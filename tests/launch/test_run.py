@@ -56,6 +56,10 @@ def test_help_of_a_stage_and_the_command_settings_state_the_same_of_a_group():
     shown = run("train", "--help").stdout
     assert all(group.strip() in shown for group in groups)
     assert "grpo.steps" not in shown and "grpo.steps" in run("grpo", "--help").stdout
+    set_ = run("train", "--config", "configs/stages/pretrain.yaml", "train.steps=20", "--help").stdout
+    assert "train.steps=20  (int, must be at least 0, default 0)" in set_ and "optimizer.learning_rate=5e-05 " in set_
+    wrong = run("train", "train.step=20", "--help")
+    assert (wrong.returncode, wrong.stderr) == (2, "error: unknown setting train.step; did you mean train.steps?\n")
     one = run("settings", "train.steps").stdout.splitlines()
     assert [line.strip().split("=")[0] for line in one[1:2]] == ["train.steps"] and len(one) == 3
 
