@@ -1,4 +1,4 @@
-"""What one process of several knows, told to all of them."""
+"""Exchange of small values between the processes of a run, and the prefix of their log lines."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from jax.experimental import multihost_utils
 from infimed_jax.files import to_json
 
 
-def speaker() -> str:
-    """`process 1 of 2: ` before a line that only this process can write; nothing where it is alone."""
+def process_prefix() -> str:
+    """Log prefix `process 1 of 2: `; empty in a single process."""
     return f"process {jax.process_index()} of {jax.process_count()}: " if jax.process_count() > 1 else ""
 
 
-def gathered(value: Any) -> list[Any]:
+def gather(value: Any) -> list[Any]:
     """Every process's `value` (plain JSON), in the order of the processes. All of them call this at the same step."""
     if jax.process_count() == 1:
         return [value]

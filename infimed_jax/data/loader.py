@@ -27,7 +27,7 @@ from infimed_jax.data.images import ImageError, decode_image
 from infimed_jax.data.packing import PackingIndex, build_index
 from infimed_jax.data.storage import UNREADABLE, CorruptRecord, Samples, open_samples, record_name
 from infimed_jax.errors import UserError
-from infimed_jax.processes import speaker
+from infimed_jax.processes import process_prefix
 from infimed_jax.sharding import local_rows, place_batch
 
 EMPTY = -1
@@ -222,7 +222,7 @@ class Loader:
         bad = [entry for row in loaded for entry in row.bad]
         for name, reason in bad:
             if name not in self._bad:
-                log.warning("%sleft out: %s (%s)", speaker(), name, reason)
+                log.warning("%sleft out: %s (%s)", process_prefix(), name, reason)
         self._read += sum(len(row.ids) for row in loaded) + len(bad)
         self._bad.update(bad)
 

@@ -79,14 +79,14 @@ def grpo(
         raise UserError("grpo starts from a tuned model: give --init-from RUN (train.init_from)")
     with open_run(cfg, on_step) as run:
         samples = open_samples(cfg.data.dataset)
-        found = questions(samples, run.tokenizer, cfg)
-        plan, state, metadata = _open(run, params, found, reward)
-        _announce(run, plan, found)
+        pool = questions(samples, run.tokenizer, cfg)
+        plan, state, metadata = _open(run, params, pool, reward)
+        _announce(run, plan, pool)
 
         def step(state: TrainState, number: int, beat: Beat) -> tuple[TrainState, Stepped]:
             since = time.perf_counter()
-            places = prompt_order(len(found.numbers), cfg.grpo.prompts, cfg.train.seed, number - 1)
-            asked = [samples[int(place)] for place in found.numbers[places]]
+            places = prompt_order(len(pool.numbers), cfg.grpo.prompts, cfg.train.seed, number - 1)
+            asked = [samples[int(place)] for place in pool.numbers[places]]
             state, metrics, replies = grpo_step(plan, state, number - 1, asked, beat)
             row = _row(cfg, number, metrics, time.perf_counter() - since)
             if row["skipped"]:
@@ -97,23 +97,23 @@ def grpo(
         with _open_replies(run.folder, run.start) as file:
             updates = cfg.grpo.prompts // cfg.grpo.update_prompts
             state = run_steps(run, state, step, cfg.grpo.steps, lambda: metadata, updates=updates)
-        result = _result(run, state, found)
+        result = _result(run, state, pool)
         write_result(run, result)
         return result
 
 
-def _open(run: Run, params: Params | None, found: Questions, reward: RewardFn) -> tuple[Plan, TrainState, Metadata]:
-    """What stays the same through the run, its state, and what its checkpoints carry; the start itself is let go."""
+def _open(run: Run, params: Params | None, pool: Questions, reward: RewardFn) -> tuple[Plan, TrainState, Metadata]:
+    """The run's plan, its state, and the metadata of its checkpoints; the start itself is not kept."""
     start, before = first_params(run, params)
-    content = {"tokenizer_sha256": run.tokenizer.fingerprint, "questions_sha256": found.fingerprint}
+    content = {"tokenizer_sha256": run.tokenizer.fingerprint, "questions_sha256": pool.fingerprint}
     content["init_from_sha256"] = before.get("leaves_sha256", "")
     state, metadata = open_state(run, content, lambda: (start, before))
-    return _plan(run, start, found, reward), state, metadata
+    return _plan(run, start, pool, reward), state, metadata
 
 
-def _plan(run: Run, start: Params, found: Questions, reward: RewardFn) -> Plan:
+def _plan(run: Run, start: Params, pool: Questions, reward: RewardFn) -> Plan:
     cfg = replace(run.cfg, train=replace(run.cfg.train, micro_batches=run.pieces, rows_per_device=0))
-    layout, compute = plan_layout(found, cfg), Compute.of(cfg.train)
+    layout, compute = plan_layout(pool, cfg), Compute.of(cfg.train)
     reference = None
     if cfg.grpo.kl_coefficient > 0:
         adapted = ("text",) if cfg.train.lora.rank else ()
@@ -126,7 +126,7 @@ def _plan(run: Run, start: Params, found: Questions, reward: RewardFn) -> Plan:
         tokenizer=run.tokenizer,
         reward=reward,
         layout=layout,
-        longest_prompt=found.longest,
+        longest_prompt=pool.longest,
         update=make_train_step(grpo_loss(cfg.model, compute, cfg.grpo), make_optimizer(cfg.optimizer), layout.pieces),
         logprobs=make_scorer(cfg.model, compute, cfg.grpo.temperature, layout.pieces),
         reference=reference,
@@ -144,10 +144,10 @@ def _row(cfg: config.Config, number: int, metrics: Row, seconds: float) -> Row:
     }
 
 
-def _announce(run: Run, plan: Plan, found: Questions) -> None:
+def _announce(run: Run, plan: Plan, pool: Questions) -> None:
     layout = plan.layout
     run.announce(run.cfg.grpo.steps)
-    log.info("questions: %d, longest prompt %d tokens; left out: %s", len(found.numbers), found.longest, found.dropped)
+    log.info("questions: %d, longest prompt %d tokens; left out: %s", len(pool.numbers), pool.longest, pool.dropped)
     log.info(
         "update: %d completions in at most %d rows of %d tokens and %d images, %d rows at once; %s",
         run.cfg.grpo.update_prompts * run.cfg.grpo.group_size,
@@ -160,7 +160,7 @@ def _announce(run: Run, plan: Plan, found: Questions) -> None:
 
 
 def _open_replies(folder: Path, start: int) -> TextIO:
-    """replies.jsonl, for appending, without what follows step `start`: those steps run again."""
+    """Open replies.jsonl for appending; lines past step `start` are dropped, since those steps run again."""
     file = folder / REPLIES
     lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] <= start]
@@ -177,7 +177,7 @@ def _write_replies(file: TextIO, step: int, replies: Sequence[Reply]) -> None:
         file.write(to_json(values | {"reward": reply.reward._asdict()}, ensure_ascii=False) + "\n")
 
 
-def _result(run: Run, state: TrainState, found: Questions) -> GrpoResult:
+def _result(run: Run, state: TrainState, pool: Questions) -> GrpoResult:
     rows = run.metrics.rows
     edge = max(1, round(EDGE * len(rows)))
     return GrpoResult(
@@ -189,5 +189,5 @@ def _result(run: Run, state: TrainState, found: Questions) -> GrpoResult:
         reward_last=float(np.mean([row["reward"] for row in rows[-edge:]])),
         seconds=sum(row["seconds"] for row in rows),
         skipped_updates=sum(row["skipped"] for row in rows),
-        dropped=found.dropped,
+        dropped=pool.dropped,
     )

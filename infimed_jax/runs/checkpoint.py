@@ -1,8 +1,8 @@
-"""A checkpoint: written in the background, found, described, restored exactly, verified leaf by leaf.
+"""Checkpoints: written in the background, found again, compared, restored exactly and verified leaf by leaf.
 
-It is a flat dictionary of arrays named by their path in the state (`trainable.text.norm.scale`, `opt.1.mu.text…`,
-`step`), so that parameters alone can be read without knowing the optimizer. Its metadata carries the caller's JSON
-(configuration, fingerprint, stage history) and a checksum a leaf.
+A checkpoint is a flat dictionary of arrays named by their path in the state (`trainable.text.norm.scale`,
+`opt.1.mu.text…`, `step`), so that parameters alone can be read without knowing the optimizer. Its metadata carries the
+caller's JSON (configuration, fingerprints, stage history) and a checksum for each leaf.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from infimed_jax.trees import flatten
 CHECKPOINTS = "checkpoints"
 """Folder of a run that holds its checkpoints, one folder a step."""
 TOKENIZER = "tokenizer"
-"""Folder, in a run's or in a checkpoint that belongs to no run, with a copy of its tokenizer."""
+"""Folder with a copy of the tokenizer, in a run's folder or in a checkpoint that belongs to no run."""
 READ_BYTES = 1 << 30
 """A read takes at most this much at once, or one leaf."""
 
@@ -167,7 +167,7 @@ def _is_checkpoint(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def disk_errors(what: str) -> Iterator[None]:
-    """Turns what the file system refuses into one line for the user; anything else passes."""
+    """Raise one line for the user where the file system refuses a write; other errors pass."""
     try:
         yield
     except Exception as error:
@@ -180,14 +180,14 @@ def disk_errors(what: str) -> Iterator[None]:
 def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Copy the tokenizer's files into `folder`/tokenizer, which appears whole; a copy of the same tokenizer stays.
 
-    `folder` is a run's, or a checkpoint that belongs to no run. A run with its own copy can be moved, and read from any
+    `folder` is a run's, or a checkpoint that belongs to no run. With its own copy a run can be moved and read from any
     working folder; `Stored.metadata` names the copy.
     """
     kept, part = folder / TOKENIZER, folder / f".{TOKENIZER}.part"
     file = kept / "tokenizer.json"
     if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == tokenizer.fingerprint:
         return
-    for old in (part, kept):  # of a run that was killed; of a run that ended before its first checkpoint
+    for old in (part, kept):  # left by a run that was killed, or that ended before its first checkpoint
         shutil.rmtree(old, ignore_errors=True)
     part.mkdir()
     for name in TOKENIZER_FILES:
@@ -197,7 +197,7 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def abstract_like(tree: Any) -> Any:
-    """Shapes, dtypes and shardings of existing arrays: what `Checkpoints.restore` wants."""
+    """Shapes, dtypes and shardings of existing arrays: the target of `Checkpoints.restore`."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
 
 
@@ -213,9 +213,9 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, keep: int = 2) -> None:
         self.folder = Path(folder).absolute()
-        found = {int(path.name) for path in self.folder.glob("*") if path.name.isdigit()}
-        torn = sorted(found - {*complete_steps(self.folder)})
-        if torn:  # not a kill's work, a half-made copy's; Orbax counts it, and would refuse that step's save
+        present = {int(path.name) for path in self.folder.glob("*") if path.name.isdigit()}
+        torn = sorted(present - {*complete_steps(self.folder)})
+        if torn:  # left by an unfinished copy, not by a kill; Orbax counts it and would refuse that step's save
             raise UserError(f"checkpoint {self.folder / str(torn[0])} is not complete: remove it, or copy it again")
         self._keep = keep
         self._pending: tuple[int, Any] | None = None
@@ -232,7 +232,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, metadata: Metadata) -> None:
         """Start writing `state`; it may be donated as soon as this returns. A step that exists is left as it is.
 
-        UserError where the save before failed for the disk's sake: its checkpoint does not exist, older ones do.
+        UserError where the disk refused the save before: its checkpoint does not exist, older ones do.
         """
         self.wait()
         if self.latest_step() == step:
@@ -245,7 +245,7 @@ class Checkpoints:
             self._pending = step, self._orbax.save_async(step, flat, custom_metadata=custom)
 
     def wait(self, seconds: float | None = None) -> None:
-        """Until the save under way is complete, or for `seconds`; its errors surface here."""
+        """Wait for the save under way, or for `seconds`; its errors are raised here."""
         if self._pending is None:
             return
         step, response = self._pending
@@ -268,7 +268,7 @@ class Checkpoints:
         return max(complete_steps(self.folder), default=None)
 
     def metadata(self, step: int) -> Metadata:
-        """The JSON given to `save`."""
+        """The JSON given to `save` (see `Stored.metadata`)."""
         return open_checkpoint(self.folder / str(step)).metadata
 
     def restore(self, abstract: Any, step: int) -> Any:
@@ -283,13 +283,13 @@ class Checkpoints:
             pass
 
     def elsewhere(self) -> str:
-        """What to give a run that cannot go on in its folder: another one, and the latest checkpoint to start from."""
+        """The advice for a run that cannot continue in its folder: another folder, from the latest checkpoint."""
         self.wait()
         latest = self.latest_step()
         return "another train.output" + (f" and --init-from {self.folder / str(latest)}" if latest else "")
 
     def close(self) -> None:
-        """Wait for the save under way and let go of the folder."""
+        """Wait for the save under way and release the folder."""
         try:
             self.wait()
         finally:

@@ -1,4 +1,4 @@
-"""A run's curves as a picture: what to look at first when it has ended."""
+"""A run's curves as a picture: the first thing to look at when it has ended."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _PANELS = (
 
 
 def draw_curve(rows: Sequence[dict[str, Any]], title: str, file: Path) -> None:
-    """The lines of metrics.jsonl, a panel a metric that they hold; skipped updates are marked, not drawn.
+    """Draw a panel for each metric in the rows; skipped updates are marked, not drawn.
 
-    No picture where every update was skipped.
+    Without an update that was not skipped, no file is written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a tenth of a second that --help need not pay
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes 0.1 s, which --help must not
     from matplotlib.figure import Figure
 
     panels = [(name, label) for name, label in _PANELS if any(name in row and not row.get("skipped") for row in rows)]
@@ -36,7 +36,7 @@ def draw_curve(rows: Sequence[dict[str, Any]], title: str, file: Path) -> None:
     for axis, (name, label) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
         good = [(row["step"], row[name]) for row in rows if name in row and not row.get("skipped")]
         steps, values = np.array(good, np.float64).reshape(-1, 2).T
-        if name == "tokens_per_second":  # over five steps: of two that end together the second takes no time
+        if name == "tokens_per_second":  # over five steps: where two end together, the second takes no time
             tokens, seconds = (
                 np.array([row[n] for row in rows if not row.get("skipped")]) for n in ("tokens", "seconds")
             )
@@ -52,7 +52,7 @@ def draw_curve(rows: Sequence[dict[str, Any]], title: str, file: Path) -> None:
 
 
 def smoothed(values: np.ndarray, width: int = 0) -> np.ndarray:
-    """Centred moving mean over `width` (or a twentieth of the) values; at the edges over what there is."""
+    """Centred moving mean over `width` values, or a twentieth of them; at the edges over the values that exist."""
     width = min(width or max(1, len(values) // 20), len(values))
     kernel = np.ones(width)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")

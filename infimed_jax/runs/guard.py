@@ -1,4 +1,4 @@
-"""What guards a run: stop requests are answered with a save, a step that hangs is named."""
+"""Guards of a run: a stop request ends it after a save, and a step that hangs is reported."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ log = logging.getLogger(__name__)
 
 
 class Watchdog:
-    """Logs an error, once for each `beat`, where no other follows within `seconds`; 0 turns it off.
+    """Log an error, once for each `beat`, if no other beat follows within `seconds`; 0 turns it off.
 
-    It ends nothing: a slow file system may recover, and a scheduler has its own limit. Every process runs one, so the
-    hosts that wait for a collective name themselves too; the one that waits for something else is the culprit.
+    It ends nothing: a slow file system may recover, and a scheduler has its own limit. Every process runs one, so hosts
+    that wait for a collective report too; the one that waits for something else is the cause.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -43,7 +43,7 @@ class Watchdog:
         self._stop.set()
 
     def beat(self, doing: str) -> None:
-        """What begins now, such as `step 7: waiting for data`."""
+        """Note what begins now, such as `step 7: waiting for data`."""
         self._last = (time.monotonic(), doing)
 
     def _watch(self) -> None:
@@ -66,11 +66,11 @@ class Watchdog:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Yields `asked(step) -> bool`, the same answer on every process.
+    """Yield `asked(step) -> bool`, with the same answer in every process.
 
-    In one process the first Ctrl-C or SIGTERM asks, a second Ctrl-C stops at once. In several, JAX's preemption
-    service carries one process's SIGTERM to all and chooses the step; its own handler must stay in place.
-    A request that came too late for any step raises Interrupted at the end of the block, so that none is lost.
+    In one process the first Ctrl-C or SIGTERM is a request, a second Ctrl-C stops at once. In several, JAX's preemption
+    service carries one process's SIGTERM to all and chooses the step; its own handler must stay in place. A request
+    that came after the last step raises Interrupted at the end of the block, so that none is lost.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point

@@ -1,6 +1,6 @@
-"""What a checkpoint remembers: the stages behind it, each with its settings, its data's origins and their licences.
+"""A checkpoint's history: the stages behind it, each with its settings, its data's origins and their licences.
 
-All of it is in the checkpoint, so a model knows its history where the runs before are gone or elsewhere.
+All of it is stored in the checkpoint, so it stays known where the earlier runs are gone or elsewhere.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ UNKNOWN = "not stated"
 
 
 def history_of(metadata: Metadata) -> list[Entry]:
-    """Every stage behind a checkpoint with this metadata, the first one first, each with the `step` that it ended at.
+    """Every stage behind a checkpoint with this metadata, in order, each with the `step` at which it ended.
 
-    Without a `step` where the checkpoint does not say it (an import, or one of an older version); empty for parameters
-    that were saved without a history.
+    An import has no `step`. Empty for parameters that were saved without a history.
     """
     *before, last = metadata.get("history") or [{}]
     step = {"step": metadata["step"]} if "step" in metadata else {}
@@ -30,7 +29,7 @@ def history_of(metadata: Metadata) -> list[Entry]:
 
 
 def stage_entry(cfg: config.Config, content: Mapping[str, str]) -> Entry:
-    """What a run adds to the history of its `train.init_from`; `history_of` adds the step.
+    """The entry that a run adds to the history of its `train.init_from`; `history_of` adds the step.
 
     `content` are the fingerprints that bind the run.
     """
@@ -46,7 +45,7 @@ def stage_entry(cfg: config.Config, content: Mapping[str, str]) -> Entry:
 
 
 def learnt_from(history: Sequence[Entry], origins: Iterable[str]) -> list[str]:
-    """Those of a dataset's origins (`source/split`) that any stage learnt from, as far as the history says it."""
+    """The dataset's origins (`source/split`) that any stage of the history learnt from."""
     return sorted({origin for entry in history for origin in entry.get("origins", ())} & {*origins})
 
 
@@ -62,7 +61,7 @@ def _licences(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _given(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Licences as ingestion or a mixture states them, behind any steps that only took samples away."""
+    """Licences as ingestion or a mixture wrote them; steps that only removed samples stand before them."""
     while "derived_from" in info:
         info = info["derived_from"]
     return info.get("licences") or {info.get("source"): info.get("licence", UNKNOWN)}

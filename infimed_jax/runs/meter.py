@@ -28,7 +28,7 @@ COUNTS = ("tokens", "loss_tokens", "images", "bad_records")
 PROFILE = "profile"
 """Folder of a run that holds a trace."""
 _RECENT = 50
-"""Steps whose median tells the time left."""
+"""The time left is estimated from the median of this many steps."""
 _COMPILE_EVENTS = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
 _compiled = [0.0]
 
@@ -50,7 +50,7 @@ def compile_seconds() -> float:
 
 @functools.partial(jax.jit, static_argnames="visual_tokens")
 def batch_counts(batch: Batch, visual_tokens: int) -> dict[str, jax.Array]:
-    """Of the global batch: `tokens`, `loss_tokens`, `images` (i32), and `pairs` (f32), the query-key pairs attended."""
+    """Counts of a global batch: `tokens`, `loss_tokens`, `images` (i32) and `pairs` (f32), attended query-key pairs."""
     used = batch.segment_ids != 0
     return {
         "tokens": jnp.sum(used),
@@ -63,7 +63,7 @@ def batch_counts(batch: Batch, visual_tokens: int) -> dict[str, jax.Array]:
 
 
 class Meter:
-    """Makes the rows of one run on one mesh."""
+    """Makes a training run's rows of metrics.jsonl from the sums of its steps."""
 
     def __init__(self, cfg: config.Config, mesh: jax.sharding.Mesh, total: int) -> None:
         self._total = total
@@ -82,7 +82,7 @@ class Meter:
             )
 
     def row(self, step: int, metrics: dict[str, Any], rate: float, samples: int, waited: float) -> Row:
-        """`metrics` are the step's, on the host; `waited` the seconds that the step waited for its batch."""
+        """The row of a step: `metrics` are its sums on the host, `waited` the seconds it waited for its batch."""
         now = time.perf_counter(), compile_seconds()
         (seconds, compiling), self._last = (now[0] - self._last[0], now[1] - self._last[1]), now
         self._recent.append(max(seconds - compiling, 0.0))
@@ -138,7 +138,7 @@ class Trace:
             self._running = True
 
     def after(self, step: int, outputs: Any) -> None:
-        """Ends the trace once the last step's `outputs` are there."""
+        """End the trace when the last step's `outputs` are ready."""
         if self._running and step >= self._last:
             jax.block_until_ready(outputs)
             self.close()
@@ -147,7 +147,7 @@ class Trace:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Also where a run ends sooner: what was traced is written."""
+        """Write the trace, also where the run ends early."""
         self.close()
 
     def close(self) -> None:

@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 class MetricsLog:
     """metrics.jsonl (every step), TensorBoard and Weights & Biases (every `train.log_every` steps) of one run.
 
-    A context within which rows are written: nothing is before it, and nothing ever where it is not `active`. On resume,
-    lines past `start_step` are dropped: those steps run again.
+    A context manager: files are opened on entry, and none is written where it is not `active`. On resume, lines past
+    `start_step` are dropped, since those steps run again.
     """
 
     def __init__(self, folder: Path, start_step: int, cfg: config.Config, *, active: bool = True) -> None:
@@ -58,7 +58,7 @@ class MetricsLog:
                 self._wandb.log(numbers, step=row["step"])
 
     def __exit__(self, *_: object) -> None:
-        """Closes each, also where another's last bytes find no place on the disk."""
+        """Close each file, also where closing another one fails on a full disk."""
         if not self._active:
             return
         with contextlib.ExitStack() as stack:
@@ -107,7 +107,7 @@ class Board:
     def close(self) -> None:
         writer, self._writer = self._writer, None
         if writer is not None:
-            with contextlib.suppress(OSError):  # of bytes that found no place
+            with contextlib.suppress(OSError):  # raised again for the bytes that were not written
                 writer.close()
 
 

@@ -23,12 +23,12 @@ from infimed_jax.runs.checksum import numpy_checksum
 from infimed_jax.trees import flatten, nest
 
 _PARAMETERS = ("trainable", "frozen", "params")
-"""First names under which a checkpoint holds parameters."""
+"""Top-level names under which a checkpoint holds parameters."""
 
 
 @dataclass(frozen=True)
 class StoredLeaf:
-    """A parameter on the disk: its shape and type are known, its numbers are read, and verified, by `np.asarray`."""
+    """A parameter on the disk: shape and dtype are known, `np.asarray` reads and verifies the numbers."""
 
     stored: Stored
     name: str
@@ -48,7 +48,7 @@ class StoredLeaf:
 
 @dataclass(frozen=True)
 class MergedLeaf:
-    """A kernel on the disk with its adapters: float32, added when `np.asarray` asks for it."""
+    """A kernel on the disk with its adapters; `np.asarray` reads and merges them in float32."""
 
     stored: Mapping[str, Any]
     scale: float
@@ -69,12 +69,10 @@ class MergedLeaf:
 def load_params(folder: str | Path, abstract: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], Metadata]:
     """(parameters, metadata) from a run's folder (its latest checkpoint), a checkpoint, or `save_params`' folder.
 
-    The metadata is that given to `save`, with `leaves_sha256`, the fingerprint of the stored leaves.
-
-    With `abstract` (as `infimed.abstract_params` gives) they come in its shardings and dtypes, a group of leaves at a
-    time; each process reads a part of its own, and they exchange what they need. Without, they are NumPy arrays as
-    stored.
-    The adapters of a LoRA run come merged into their kernels, which are then float32. UserError where there is none,
+    With `abstract` (see `models.params.abstract_params`) they come in its shardings and dtypes, a group of leaves at a
+    time; each process reads a part of its own, and they exchange what they need. Without it they are NumPy arrays as
+    stored. The adapters of a LoRA run come merged into their kernels, which are then float32. The metadata is that
+    given to `save`, and `leaves_sha256`, the fingerprint of the stored leaves. UserError where there is no checkpoint,
     or names or shapes differ.
     """
     stored = open_checkpoint(folder)
@@ -94,7 +92,7 @@ def load_params(folder: str | Path, abstract: Mapping[str, Any] | None = None) -
 
 
 def open_params(folder: str | Path) -> tuple[dict[str, Any], Metadata]:
-    """As `load_params`, but a leaf is read when `np.asarray` asks: for models that are larger than the memory."""
+    """As `load_params`, but `np.asarray` reads each leaf: for models that are larger than the memory."""
     params, metadata = open_stored(folder)
     return _merged_when_read(params, metadata), metadata
 
@@ -172,7 +170,7 @@ def _split_for_reading(leaf: jax.ShapeDtypeStruct, stored: Any) -> jax.ShapeDtyp
 
 
 def _share_read(shape: tuple[int, ...], part: tuple[int, ...], chunk: tuple[int, ...]) -> float:
-    """How much of a leaf its first part needs, in whole chunks."""
+    """Share of a leaf that is read for its first part, in whole chunks."""
     return math.prod(min(n, -(-p // c) * c) / n for n, p, c in zip(shape, part, chunk, strict=True) if n)
 
 
@@ -186,8 +184,8 @@ def _settle(leaf: Any, wanted: Any) -> Any:
 def save_params(folder: str | Path, leaves: Iterable[tuple[str, np.ndarray]], metadata: Metadata) -> None:
     """Write parameters alone, as (`text.norm.scale`, array), a leaf at a time: only one is in memory.
 
-    The folder appears when it is complete; what a stopped call leaves beside it is cleared away by the next. Runs in
-    one process. UserError where the folder exists already, or its parent cannot be written, or the disk ends.
+    The folder appears when it is complete; what a stopped call leaves beside it is removed by the next. Runs in one
+    process. UserError where the folder exists already, its parent cannot be written, or the disk is full.
     """
     folder = Path(folder).absolute()
     if folder.exists():
@@ -214,7 +212,7 @@ def _clear_partial(folder: Path) -> None:
 
 
 def _chunked() -> Any:
-    """Leaves in chunks of at most 16 MiB: as one chunk, every process would read all to get at its own part."""
+    """Store leaves in chunks of at most 16 MiB: with one chunk, every process would read all of a leaf for its part."""
     context = ocp.Context()
     context.array.saving.storage_options.chunk_byte_size = 16 << 20
     return context

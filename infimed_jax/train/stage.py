@@ -26,7 +26,7 @@ from infimed_jax.data.packing import TOO_LONG, TOO_MANY_IMAGES
 from infimed_jax.errors import UserError
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.lora import merge_lora, scale_of
-from infimed_jax.processes import gathered, speaker
+from infimed_jax.processes import gather, process_prefix
 from infimed_jax.runs.loop import Beat, OnStep, Run, Stepped, few, open_run, read_result, run_steps, write_result
 from infimed_jax.runs.meter import Meter, Trace, batch_counts
 from infimed_jax.runs.metrics import Row
@@ -64,7 +64,7 @@ class TrainResult:
     """Without compiling."""
     skipped_updates: int
     data: dict[str, Any]
-    """The loader's report: rows, fill, what was dropped and what could not be read."""
+    """The loader's report: rows, fill, dropped samples and unreadable records."""
 
 
 def train(
@@ -132,8 +132,8 @@ class _Stage:
             self._loader.check_bad_records(*(sum(row[name] for row in rows) for name in ("bad_records", "samples")))
         if row["skipped"]:
             words = "%sstep %d: loss or gradient not finite, update skipped; samples %s"
-            log.warning(words, speaker(), number, few(ids))
-            row["skipped_ids"] = ids = [name for part in gathered(ids) for name in part]
+            log.warning(words, process_prefix(), number, few(ids))
+            row["skipped_ids"] = ids = [name for part in gather(ids) for name in part]
         if row["weight"] == 0:  # a template that masks every label would otherwise give loss 0 for a whole run
             raise UserError(
                 f"step {number}: no token of the batch carries loss (samples {few(ids)}): look at the first sample "
@@ -144,14 +144,14 @@ class _Stage:
     def bad_records(self) -> dict[str, str]:
         """Id → reason, from all processes and the whole run; the others are asked only where a step counted one."""
         new = [row for row in self._run.metrics.rows if row["step"] > self._run.start and row["bad_records"]]
-        parts = gathered(self._loader.report()["bad_record_ids"]) if new else []
+        parts = gather(self._loader.report()["bad_record_ids"]) if new else []
         return dict(sorted(item for part in (self._bad_before, *parts) for item in part.items()))
 
     def report(self) -> dict[str, Any]:
         """The loader's report, from all processes, with the bad records that were met before the last resume."""
         report, bad = self._loader.report(), self.bad_records()
         counts = dict(sorted(Counter(bad.values()).items()))
-        read = sum(gathered(report["records_read"]))
+        read = sum(gather(report["records_read"]))
         return report | {"records_read": read, "bad_records": counts, "bad_record_ids": bad}
 
 

@@ -201,7 +201,7 @@ def test_a_run_needs_a_folder(tiny):
 
 
 def test_adapters_learn_what_is_rewarded_and_come_merged(tiny, tmp_path):
-    """LoRA in GRPO: the sampler sees the merged model, else the gap to its log-probabilities would grow."""
+    """LoRA in GRPO: the sampler sees the merged model, otherwise the gap to its log-probabilities would grow."""
     lora = Lora(rank=4, alpha=8.0)
     cfg = configure(tiny, tmp_path, steps=4, train={"checkpoint_every": 100, "lora": lora}, kl_coefficient=0.05)
     result = align(tiny, cfg, reward=says_bright)

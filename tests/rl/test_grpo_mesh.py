@@ -24,7 +24,7 @@ def test_eight_devices_equal_one(tmp_path):
     one, eight = json.loads(worker.stdout.splitlines()[-1])
     for name in ("reward", "response_tokens", "truncated", "no_variance", "tokens", "loss_tokens", "skipped"):
         assert one[name] == eight[name], name
-    assert one["no_variance"] < 1 and one["grad_norm"] > 1e-3  # else the comparison below would be of noise
+    assert one["no_variance"] < 1 and one["grad_norm"] > 1e-3  # otherwise the comparison below would be of noise
     for name in ("entropy", "grad_norm"):
         assert eight[name] == pytest.approx(one[name], rel=1e-4), name
     for row in (one, eight):  # the policy is still the reference, and the sampler's

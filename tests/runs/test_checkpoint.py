@@ -387,7 +387,7 @@ def test_a_folder_that_may_not_be_written_is_no_want_of_space(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("error", "mend"),
+    ("error", "fix"),
     [
         (OSError(errno.ENOSPC, "x"), "no space left on device; free some space"),
         (OSError(errno.EDQUOT, "x"), "disk quota exceeded; free some of the quota"),
@@ -401,9 +401,9 @@ def test_a_folder_that_may_not_be_written_is_no_want_of_space(tmp_path: Path):
         (ValueError("RESOURCE_EXHAUSTED: write failed: No space left on device"), "no space left on device; free some"),
     ],
 )
-def test_what_a_disk_refuses_is_named_with_its_own_mend(error: Exception, mend: str):
+def test_what_a_disk_refuses_is_reported_with_its_own_fix(error: Exception, fix: str):
     with (
-        pytest.raises(UserError, match=f"^saving: {mend}.*, and run the same command$"),
+        pytest.raises(UserError, match=f"^saving: {fix}.*, and run the same command$"),
         checkpoint.disk_errors("saving"),
     ):
         raise error

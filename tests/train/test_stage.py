@@ -243,7 +243,7 @@ def test_the_kept_tokenizer_is_the_runs(stage, tokenizer_folder, tmp_path: Path)
     assert (tmp_path / "tokenizer/mine").exists()
 
 
-def test_what_no_row_holds_is_counted_with_the_mend(stage, caplog):
+def test_samples_that_fit_no_row_are_counted_with_the_advice(stage, caplog):
     cfg = stage(steps=1, kind="question", logit_chunk=16)
     lengths = sorted(_loader(cfg)._reader.index.lengths)
     context = int(lengths[-1]) - 1
@@ -319,7 +319,7 @@ def test_given_parameters_are_the_start_and_stay_whole(stage):
         train(_with_train(cfg, init_from="somewhere"), params=params)
 
 
-def test_a_folder_that_cannot_be_made_is_refused_with_the_mend(stage):
+def test_a_folder_that_cannot_be_made_is_refused_with_the_advice(stage):
     refused = r"cannot write to the folder /proc/x: .*; name another folder"
     with pytest.raises(UserError, match=refused):
         train(stage(output="/proc/x"))
