@@ -143,6 +143,16 @@ def test_broken_and_missing_files_are_named(tmp_path):
             load([tmp_path / name])
 
 
+def test_a_file_of_the_package_is_found_from_any_folder_and_gives_way_to_one_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load(["configs/models/tiny.yaml"]) == load([ROOT / "configs/models/tiny.yaml"]) != Config()
+    (tmp_path / "configs/models").mkdir(parents=True)
+    (tmp_path / "configs/models/tiny.yaml").write_text("train: {steps: 3}")
+    assert load(["configs/models/tiny.yaml"]).train.steps == 3
+    with pytest.raises(ConfigError, match=r"cannot read config configs/models/none\.yaml"):
+        load(["configs/models/none.yaml"])
+
+
 def test_every_file_of_configs_is_valid():
     files = [f for folder in ("models", "stages") for f in sorted((ROOT / "configs" / folder).glob("*.yaml"))]
     assert files

@@ -18,6 +18,8 @@ from infimed_jax.config.settings import Config
 from infimed_jax.errors import one_line
 from infimed_jax.files import to_json
 
+PACKAGE = Path(__file__).resolve().parents[2]
+"""Holds configs/: the checkout, or where pip installed it."""
 T = TypeVar("T")
 
 
@@ -73,11 +75,16 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(files: typing.Sequence[str | Path], overrides: typing.Sequence[str] = ()) -> Config:
-    """Compose YAML files, later over earlier, then dotted overrides such as `train.steps=20`."""
+    """Compose YAML files, later over earlier, then dotted overrides such as `train.steps=20`.
+
+    A name such as `configs/models/tiny.yaml` that is no file here is one that the package brings.
+    """
     values: dict[str, Any] = {}
     for file in files:
         try:
-            loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+            brought = PACKAGE / file
+            place = brought if brought.is_file() and not Path(file).exists() else Path(file)
+            loaded = yaml.safe_load(place.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"cannot read config {file}: {error.strerror or error}") from error
         except yaml.YAMLError as error:

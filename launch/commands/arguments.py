@@ -67,7 +67,7 @@ def add_settings(parser: argparse.ArgumentParser, *, files: bool = True, shown: 
     """Settings on the command line, and in YAML files if `files`; `--help` prints the groups `shown`."""
     if files:
         parser.add_argument("--config", action="append", default=[], type=Path, metavar="FILE",
-                            help="YAML settings, repeatable; later files lie over earlier ones")  # fmt: skip
+                            help="YAML settings, repeatable; later files override earlier ones")  # fmt: skip
     where = "listed below" if shown else "`settings` lists them"
     parser.add_argument(
         "settings", nargs="*", default=[], metavar="SETTING=VALUE", help=f"such as train.steps=20; {where}"
