@@ -1,4 +1,4 @@
-"""`convert`: to and from Hugging Face, and the proof of it."""
+"""`convert`: to and from Hugging Face, and the comparison of both models."""
 
 from __future__ import annotations
 
@@ -15,22 +15,26 @@ DTYPES = ("bfloat16", "float32")
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    ways = add_group(commands, "convert", "To and from Hugging Face.")
-    p = add_command(ways, "from-hf", from_hf, "Qwen3 and SigLIP, or a whole LLaVA folder, to an initial checkpoint.")
+    ways = add_group(commands, "convert", "Convert to and from Hugging Face, and verify an export.")
+    p = add_command(
+        ways, "from-hf", from_hf, "Make an initial checkpoint from Qwen3 and SigLIP folders, or a LLaVA folder."
+    )
     p.add_argument("--text", type=Path, metavar="DIR", help="a Qwen3 folder (config.json, safetensors)")
     p.add_argument("--vision", type=Path, metavar="DIR", help="a SigLIP folder, with or without its text tower")
     p.add_argument("--llava", type=Path, metavar="DIR", help="instead of both: a LLaVA folder of SigLIP and Qwen3")
     p.add_argument("--output", type=Path, required=True, metavar="CKPT")
     p.add_argument("--visual-tokens", type=int, help="a square number [144, as in pretraining; --llava: all patches]")
-    p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the checkpoint [%(default)s]")
-    p.add_argument("--seed", type=int, help="of the fresh projector [0]")
+    p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="data type of the checkpoint [%(default)s]")
+    p.add_argument("--seed", type=int, help="seed of the fresh projector [0]")
     p.add_argument("--tokenizer", type=Path, metavar="DIR", help="[the --text or --llava folder]")
-    p = add_command(ways, "to-hf", to_hf, "A checkpoint of any stage to a LLaVA folder for transformers.")
+    p = add_command(ways, "to-hf", to_hf, "Export a checkpoint of any stage to a LLaVA folder for transformers.")
     p.add_argument("--checkpoint", type=Path, required=True, help="a run's folder, or one checkpoint")
     p.add_argument("--output", type=Path, required=True, metavar="DIR")
-    p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the export [%(default)s]")
+    p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="data type of the export [%(default)s]")
     p.add_argument("--visual-tokens", type=int, help="all patches, for a checkpoint that pools [the checkpoint's]")
-    p.add_argument("--vision", type=Path, metavar="DIR", help="the SigLIP folder that gives what our tower left out")
+    p.add_argument(
+        "--vision", type=Path, metavar="DIR", help="the SigLIP folder with the weights that our tower leaves out"
+    )
     p.add_argument("--lora", choices=("merged", "peft"), default="merged",
                    help="a LoRA run's adapters: in the weights, or beside them for PEFT [%(default)s]")  # fmt: skip
     p.add_argument("--evaluation", type=Path, action="append", default=[], metavar="DIR",
@@ -38,7 +42,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--tokenizer", type=Path, metavar="DIR", help="[the checkpoint's]")
     p = add_command(ways, "verify", verify, "Compare a checkpoint with its export, computed by transformers.")
     p.add_argument("--checkpoint", type=Path, required=True, help="a run's folder, or one checkpoint")
-    p.add_argument("--hf", type=Path, required=True, metavar="DIR", help="what to-hf wrote; verify.json is put there")
+    p.add_argument(
+        "--hf", type=Path, required=True, metavar="DIR", help="the folder that to-hf wrote; verify.json is put there"
+    )
     p.add_argument("--tokenizer", type=Path, metavar="DIR", help="[the checkpoint's]")
 
 
@@ -164,7 +170,7 @@ def describe_case(case: dict) -> str:
 
 
 def _tokenizer(folder: Path, vocab: int) -> Path:
-    """An imported checkpoint names the tokenizer that later stages render with, so it must be one that fits."""
+    """The folder of a tokenizer that fits the model: later stages render with it."""
     from infimed_jax.data.chat import load_tokenizer
 
     try:

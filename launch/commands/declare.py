@@ -9,36 +9,34 @@ import argparse
 import ast
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from infimed_jax.config.fields import classes_of, docstrings_in
 
 T = TypeVar("T")
-_TYPES = {"int": int, "float": float, "str": str}
+_TYPES = {"int": int, "float": float, "str": str, "Path": Path}
 
 
 def add_fields(parser: argparse._ActionsContainer, where: str, names: Sequence[str], prefix: str = "") -> None:
-    """`--NAME` for each field `names` of the dataclass `where` ("package.module:Class"), `--PREFIX-NAME` with one.
+    """`--NAME` for each field `names` of the dataclass `where` ("package.module:Class"), `--PREFIX-NAME` with a prefix.
 
-    A false boolean is a flag, a tuple of strings a repeatable option.
+    A boolean is a flag that sets it.
     """
-    module, _, kind = where.partition(":")
-    body = classes_of(module)[kind]
+    module, _, name = where.partition(":")
+    body = classes_of(module)[name]
     texts = docstrings_in(body)
-    fields = {ast.unparse(f.target): f for f in body if isinstance(f, ast.AnnAssign)}
+    fields = {ast.unparse(field.target): field for field in body if isinstance(field, ast.AnnAssign)}
     for name in names:
-        kind = ast.unparse(fields[name].annotation)
-        default = ast.literal_eval(fields[name].value)
+        kind, default = ast.unparse(fields[name].annotation), ast.literal_eval(fields[name].value)
         option = f"--{prefix}{name}".replace("_", "-")
         text = texts.get(name, "").rstrip(".").replace("%", "%%")
         text = text[:1].lower() + text[1:]
         if kind == "bool":
             parser.add_argument(option, action="store_true", help=text)
-        elif kind.startswith("tuple"):
-            parser.add_argument(option, action="append", default=list(default), help=f"{text}; repeatable")
         else:
-            shown = f"{text} [%(default)s]" if default else text
-            parser.add_argument(option, type=_TYPES[kind], default=default, help=shown.strip())
+            shown = "" if default in (None, "") else " [%(default)s]"
+            parser.add_argument(option, type=_TYPES[kind.removesuffix(" | None")], default=default, help=text + shown)
 
 
 def build(kind: type[T], args: argparse.Namespace, prefix: str = "", given: dict[str, Any] | None = None) -> T:

@@ -14,8 +14,10 @@ EXIT_SOMETHING_WRONG = 1
 def add(commands: argparse._SubParsersAction) -> None:
     p = add_command(commands, "doctor", doctor, "Check versions, devices, cache, disk, attention and a tiny step.")
     accelerator.add_option(p)
-    p.add_argument("--output", type=Path, default=Path(), help="where runs shall be written: its disk [%(default)s]")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
+    p.add_argument(
+        "--output", type=Path, default=Path(), help="where runs will be written; its disk is checked [%(default)s]"
+    )
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the results of the checks")
 
 
 def doctor(args: argparse.Namespace) -> None:

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    p = add_command(commands, "plan", plan, "Memory, FLOPs and a bound on the step's time for TPU slices and GPUs.")
+    p = add_command(
+        commands, "plan", plan, "Estimate memory, FLOPs and a bound on the step's time for TPU slices and GPUs."
+    )
     p.add_argument("--topology", action="append", default=[], metavar="NAME",
                    help="v5p:4x4x8 (chips of a TPU slice), h100x32 (GPUs); repeatable")  # fmt: skip
     p.add_argument("--mesh", action="append", default=[], metavar="AXES",
-                   help="data=2,fsdp=16,tensor=1; what is left out is 1, -1 takes the rest; repeatable "
+                   help="data=2,fsdp=16,tensor=1; axes left out are 1, -1 takes the rest; repeatable "
                         "[the configuration's mesh]")  # fmt: skip
     p.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
     p.add_argument("--no-compile", action="store_true", help="count only, in seconds: every memory is an estimate")

@@ -16,13 +16,13 @@ TRAIN_GROUPS = ("model", "data", "optimizer", "mesh", "train")
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    text = "One training stage: pretraining or any supervised stage; the same command continues a stopped run."
+    text = "Run one training stage, pretraining or any supervised one; the same command continues a stopped run."
     p = add_command(commands, "train", train, text)
     _add_start(p)
     add_devices(p, hosts="many")
     p.add_argument("--profile", type=int, default=0, metavar="STEPS", help="trace this many steps into RUN/profile")
     add_settings(p, shown=TRAIN_GROUPS)
-    p = add_command(commands, "grpo", grpo, "GRPO with verifiable rewards, from a finished run.")
+    p = add_command(commands, "grpo", grpo, "Run GRPO with verifiable rewards, from a finished run.")
     _add_start(p)
     add_devices(p, hosts="one")
     add_settings(p, shown=(*TRAIN_GROUPS, "sampling", "grpo"))

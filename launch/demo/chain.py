@@ -73,13 +73,21 @@ T = TypeVar("T", bound=Outcome)
 
 @dataclass(frozen=True)
 class Options:
+    """What the user chooses."""
+
     output: Path
     source: str = "phantom"
+    """Phantom (embedded) or vqa_rad."""
     input: Path | None = None
+    """The source's folder; the embedded phantoms need none."""
     tokenizer: Path | None = None
+    """A Qwen3 tokenizer folder; by default a small one is made from the data."""
     seed: int = 0
+    """Seed of data and training."""
     resume: bool = False
+    """Continue the run that is in the folder."""
     overwrite: bool = False
+    """Delete the run that is in the folder."""
     settings: tuple[str, ...] = ()
     """Dotted overrides of every stage's configuration."""
 

@@ -10,13 +10,13 @@ from infimed_jax.config import Data
 def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=("loky", "ray", "dask", "spark"), default="loky",
                         help="processes of this machine (loky), or a cluster [%(default)s]")  # fmt: skip
-    parser.add_argument("--jobs", type=int, default=-1, help="processes [one a processor]")
-    parser.add_argument("--address", default="", help="of a ray or dask cluster that runs [one is started here]")
+    parser.add_argument("--jobs", type=int, default=-1, help="processes [one for each processor]")
+    parser.add_argument("--address", default="", help="of a running ray or dask cluster [one is started here]")
 
 
 def add_max_bad_records(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-bad-records", type=float, default=Data.max_bad_records, metavar="SHARE",
-                        help="of the records that may be damaged; they are left out by name [%(default)s]")  # fmt: skip
+                        help="of records that may be damaged; they are left out and named [%(default)s]")  # fmt: skip
 
 
 def engine_of(args: argparse.Namespace):

@@ -1,4 +1,4 @@
-"""`data filter`, `data decontaminate` and `data mix`: from prepared datasets to what a stage trains on."""
+"""`data filter`, `data decontaminate` and `data mix`: from prepared datasets to the one a stage trains on."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ def add(steps: argparse._SubParsersAction) -> None:
     _add_folders(p)
     p.add_argument("--assessment", type=Path, help="the JSON decision of `data assess` [no source is left out]")
     add_fields(p, "data_prep.filters:Rules", ("min_image_side",))
-    p.add_argument("--language", action="append", default=[], help="to keep, such as en or zh; repeatable [all]")
-    p.add_argument("--keep-refusals", action="store_true")
+    p.add_argument(
+        "--language", action="append", default=[], help="language to keep, such as en or zh; repeatable [all]"
+    )
+    p.add_argument("--keep-refusals", action="store_true", help="do not leave out refusing replies")
     p = add_command(steps, "decontaminate", decontaminate_, "Leave out images and questions of test sets.")
     _add_folders(p)
     p.add_argument("--test", type=Path, action="append", default=[], help="a prepared test set, repeatable")
-    p = add_command(steps, "mix", mix_, "Prepared datasets to one, by a stage's mixture.")
+    p = add_command(steps, "mix", mix_, "Mix prepared datasets to one, by a stage's mixture file.")
     p.add_argument("--mixture", type=Path, required=True, help="a YAML file, such as configs/mixtures/pretrain.yaml")
     p.add_argument("--data", type=Path, required=True, help="the folder that holds the datasets the file names")
-    p.add_argument("--output", type=Path, required=True)
-    p.add_argument("--seed", type=int, default=0, help="decides the draw and the order [%(default)s]")
-    p.add_argument("--skip-missing", action="store_true", help="do without datasets that are not there, and say so")
+    p.add_argument("--output", type=Path, required=True, help="folder of the new one; OUTPUT.json is the report")
+    p.add_argument("--seed", type=int, default=0, help="seed of the draw and the order [%(default)s]")
+    p.add_argument("--skip-missing", action="store_true", help="leave out missing datasets, and report them")
     add_max_bad_records(p)
     add_engine(p)
 

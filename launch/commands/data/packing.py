@@ -13,14 +13,18 @@ from launch.progress import progress_bar
 def add(steps: argparse._SubParsersAction) -> None:
     p = add_command(steps, "pack", pack, "Write the packing index of data.dataset beside its shards; print the fill.")
     add_settings(p)
-    p = add_command(steps, "inspect", inspect, "Packed rows as HTML and PNG: images, tokens by loss and sample, fill.")
-    p.add_argument("--output", type=Path, required=True, help="an HTML file; the PNG lies beside it")
-    p.add_argument("--rows", type=int, default=3, help="[%(default)s]")
+    p = add_command(
+        steps, "inspect", inspect, "Show packed rows as HTML and PNG: images, tokens by loss and sample, fill."
+    )
+    p.add_argument("--output", type=Path, required=True, help="an HTML file; the PNG is written beside it")
+    p.add_argument("--rows", type=int, default=3, help="rows shown [%(default)s]")
     add_settings(p)
-    p = add_command(steps, "export-json", export_json, "The packed rows of data.dataset in the paper's JSON format.")
+    p = add_command(
+        steps, "export-json", export_json, "Write the packed rows of data.dataset in the paper's JSON format."
+    )
     p.add_argument("--output", type=Path, required=True, help="a file, one row a line")
     add_settings(p)
-    p = add_command(steps, "import-json", import_json, "A prepared dataset from rows in the paper's JSON format.")
+    p = add_command(steps, "import-json", import_json, "Make a prepared dataset from rows in the paper's JSON format.")
     p.add_argument("--input", type=Path, action="append", required=True, help="a file of rows, repeatable")
     p.add_argument("--output", type=Path, required=True, help="folder of the prepared dataset")
     p.add_argument("--name", default="imported", help="the dataset's name [%(default)s]")

@@ -17,25 +17,31 @@ DIFFICULTY = "data_prep.difficulty:Plan"
 
 
 def add(steps: argparse._SubParsersAction) -> None:
-    p = add_command(steps, "assess", assess, "Have a model rate random samples of each source, and decide on each.")
+    p = add_command(
+        steps, "assess", assess, "Have a model rate random samples of each source, and decide which to keep."
+    )
     p.add_argument("--input", type=Path, action="append", required=True, help="a prepared dataset, repeatable")
     p.add_argument("--output", type=Path, required=True, help="folder for report.html, ratings and decision.json")
     add_fields(p, ASSESS, ("samples", "threshold", "max_tokens", "seed"))
     p.add_argument("--cache", type=Path, help="folder of replies and account [OUTPUT/cache]")
     add_endpoint(p)
 
-    p = add_command(steps, "reflect", reflect, "Chains of thought by rejection sampling, with reflective patterns.")
+    p = add_command(
+        steps, "reflect", reflect, "Make chains of thought by rejection sampling, with reflective patterns."
+    )
     p.add_argument("--input", type=Path, required=True, help="a prepared dataset of questions")
-    p.add_argument("--output", type=Path, required=True, help="the dataset to be written")
+    p.add_argument("--output", type=Path, required=True, help="folder of the new dataset")
     add_fields(p, REFLECT, ("draws", "keep", "temperature", "max_tokens", "sparse_words", "seed"))
     p.add_argument("--cache", type=Path, help="folder of replies and account [OUTPUT.cache]")
     add_max_bad_records(p)
     add_endpoint(p)
 
-    p = add_command(steps, "difficulty", difficulty, "Keep the RL candidates that a checkpoint gets right at times.")
+    p = add_command(
+        steps, "difficulty", difficulty, "Keep the RL candidates that a checkpoint answers right sometimes."
+    )
     p.add_argument("--checkpoint", type=Path, required=True, help="a run's folder, or one checkpoint")
     p.add_argument("--input", type=Path, required=True, help="a prepared dataset of questions")
-    p.add_argument("--output", type=Path, required=True, help="the dataset to be written")
+    p.add_argument("--output", type=Path, required=True, help="folder of the new dataset")
     add_fields(p, DIFFICULTY, ("draws", "low", "high", "between", "extreme", "seed"))
     add_max_bad_records(p)
     add_settings(p, files=False)
@@ -43,7 +49,7 @@ def add(steps: argparse._SubParsersAction) -> None:
     text = "Flag or mask identifiers that patterns find in text; no promise of anonymity."
     p = add_command(steps, "scrub", scrub, text)
     p.add_argument("--input", type=Path, required=True, help="a prepared dataset")
-    p.add_argument("--output", type=Path, required=True, help="the dataset to be written")
+    p.add_argument("--output", type=Path, required=True, help="folder of the new dataset")
     p.add_argument("--mode", choices=("flag", "mask"), default="mask", help="[%(default)s]")
     add_max_bad_records(p)
     add_engine(p)

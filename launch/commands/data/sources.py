@@ -1,4 +1,4 @@
-"""`data sources` and `data ingest`: what there is, and from its own files to prepared datasets."""
+"""`data sources` and `data ingest`: the list of sources, and from their own files to prepared datasets."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from launch.progress import progress_bar
 
 def add(steps: argparse._SubParsersAction) -> None:
     p = add_command(steps, "sources", sources, "List the sources with licence, size and layout.")
-    p.add_argument("--source", help="one source, with its layout, columns and options")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
-    p = add_command(steps, "ingest", ingest, "One source to prepared datasets, one a split.")
-    p.add_argument("--source", required=True)
-    p.add_argument("--input", type=Path, required=True)
-    p.add_argument("--output", type=Path, required=True)
+    p.add_argument("--source", help="show one source, with its layout, columns and options")
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write everything to FILE")
+    p = add_command(steps, "ingest", ingest, "Convert one source to prepared datasets, one for each split.")
+    p.add_argument("--source", required=True, help="a name that `data sources` lists")
+    p.add_argument("--input", type=Path, required=True, help="the folder with the source's own files")
+    p.add_argument("--output", type=Path, required=True, help="folder of the prepared datasets")
     p.add_argument("--split", action="append", help="a split, repeatable [all that have files]")
-    p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the source, repeatable")
+    p.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the source, repeatable"
+    )
     add_engine(p)
 
 
