@@ -22,7 +22,8 @@ def names(room: str) -> list[str]:
     """The members of the package `room` that this project ships, sorted; nothing is imported."""
     top, *rest = room.split(".")
     package = importlib.util.find_spec(top)  # of the room itself, it would import the packages around it
-    folders = [str(Path(folder, *rest)) for folder in package.submodule_search_locations]
+    found = package.submodule_search_locations if package else None
+    folders = [str(Path(folder, *rest)) for folder in found or ()]
     return sorted(module.name for module in pkgutil.iter_modules(folders) if not module.name.startswith("_"))
 
 

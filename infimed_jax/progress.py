@@ -30,7 +30,7 @@ def gigabytes(done: int, total: int) -> str:
     return f"{done / 1e9:.1f} of {total / 1e9:.1f} GB"
 
 
-_FORMS = {
+_FORMS: dict[str, Callable[[Any], str]] = {
     "loss": lambda x: f"loss {x:.4f}",
     "reward": lambda x: f"reward {x:.4f}",
     "accuracy": lambda x: f"accuracy {x:.4f}",

@@ -86,7 +86,8 @@ class Group:
         cls._path = path
 
     def __post_init__(self) -> None:
-        for name, limits in _limits(type(self)).items():
+        group: Any = type(self)
+        for name, limits in _limits(group).items():
             for limit in limits:
                 limit.check(f"{self._path}.{name}", getattr(self, name))
 
@@ -130,7 +131,7 @@ class Setting:
 
 def settings_of(values: Any, path: str = "") -> Iterator[Setting]:
     """Every setting of the configuration or group `values`, in order of declaration."""
-    group = type(values)
+    group: Any = type(values)
     texts, limits = docstrings(group), _limits(group)
     for field in dataclasses.fields(group):
         name, value = f"{path}.{field.name}" if path else field.name, getattr(values, field.name)
@@ -180,7 +181,7 @@ def _type_name(kind: Any) -> str:
         return f"list of {_type_name(arguments[0])}"
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return " | ".join(_type_name(argument) for argument in arguments if argument is not type(None))
-    return kind.__name__
+    return str(kind.__name__)
 
 
 def nearest(name: object, known: Iterable[str], form: Callable[[str], str] = str) -> str:

@@ -8,6 +8,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -23,7 +24,7 @@ PACKAGE = Path(__file__).resolve().parents[2]
 T = TypeVar("T")
 
 
-def from_dict(kind: type[T], values: dict[str, Any], path: str = "") -> T:
+def from_dict(kind: Callable[..., T], values: dict[str, Any], path: str = "") -> T:
     """Build the dataclass `kind` from nested plain values; unknown keys and wrong types raise ConfigError."""
     known = types_of(kind)
     for key in values:
@@ -36,7 +37,7 @@ def from_dict(kind: type[T], values: dict[str, Any], path: str = "") -> T:
 def _typed(hint: Any, value: Any, path: str) -> Any:
     """`value` as the annotated type, or a ConfigError that names the field; never a lossy conversion."""
     origin = typing.get_origin(hint)
-    if dataclasses.is_dataclass(hint):
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         require(isinstance(value, dict), f"{path} must be a group of settings, not {value!r}")
         return from_dict(hint, value, path + ".")
     if origin is Literal:
@@ -62,7 +63,8 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain values that `from_dict` reads back to an equal config."""
-    return json.loads(to_json(dataclasses.asdict(config)))
+    values: dict[str, Any] = json.loads(to_json(dataclasses.asdict(config)))
+    return values
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
