@@ -30,18 +30,14 @@ from data_prep.steps import (
     refuse_other_files,
 )
 from infimed_jax import config
-from infimed_jax.data.chat import Tokenizer
 from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import Samples
 from infimed_jax.errors import UserError
 from infimed_jax.files import to_json, write_json
-from infimed_jax.models.compute import Compute
 from infimed_jax.rl.rewards import score
-from infimed_jax.rl.rollout import Questions, questions, render_prompts
+from infimed_jax.rl.rollout import Questions, questions
 from infimed_jax.rl.step import rollout_sampling
-from infimed_jax.runs.checksum import numpy_checksum
-from infimed_jax.sampling.generate import generate
-from infimed_jax.train.state import Params
+from infimed_jax.sampling.policy import Policy
 
 VERSION = 1
 CHUNK = 256
@@ -87,21 +83,19 @@ def measure(
     output: Path,
     plan: Plan,
     *,
-    cfg: config.Config,
-    weights: dict[str, Any],
+    policy: Policy,
     checkpoint: str,
-    tokenizer: Tokenizer,
     max_bad_records: float = MAX_BAD_RECORDS,
     on_progress: NotedProgress | None = None,
 ) -> dict[str, Any]:
     """Answer every candidate `plan.draws` times, write the dataset `output` of those kept, and return the report.
 
-    Runs under `jax.set_mesh` with weights from `sampler_weights`; answers are asked for and rewarded as in GRPO, at
-    `grpo.temperature`. `checkpoint` is `fingerprint(params)`: other weights are another measurement. Beside `output`:
+    Answers are asked for and rewarded as in GRPO, at `grpo.temperature`. `checkpoint` names the policy's weights: other
+    weights are another measurement. Beside `output`:
     `output.json` (the report), `output.png` (the histogram), and `output.parts/`, from which a stopped run goes on.
     UserError: nothing can be asked, or nothing is kept.
     """
-    dataset = open_for_training(folder)
+    dataset, cfg, tokenizer = open_for_training(folder), policy.config, policy.tokenizer
     unreadable: list[str] = []
     numbers = [number for number, _ in readable(dataset, range(len(dataset)), unreadable)]
     refuse_damage(unreadable, len(dataset), max_bad_records)
@@ -121,7 +115,7 @@ def measure(
     if finished is not None:
         return finished
     refuse_other_files(output, [folder])
-    right = _measure_all(dataset, found, output, plan, cfg, weights, tokenizer, measured, on_progress)
+    right = _measure_all(dataset, found, output, plan, policy, measured, on_progress)
     kept = choose(right, plan)
     report = {
         "from": str(folder),
@@ -153,21 +147,12 @@ def measure(
         raise UserError(f"none of {len(right)} questions is kept: raise --between or --extreme") from error
 
 
-def fingerprint(params: Params) -> str:
-    """16 hexadecimal digits of the weights' names and bits, wherever their folder stands."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    sums = sorted((jax.tree_util.keystr(path), int(numpy_checksum(np.asarray(leaf)))) for path, leaf in leaves)
-    return hashlib.sha256(to_json(sums).encode()).hexdigest()[:16]
-
-
 def _measure_all(
     dataset: Samples,
     found: Questions,
     output: Path,
     plan: Plan,
-    cfg: config.Config,
-    weights: dict[str, Any],
-    tokenizer: Tokenizer,
+    policy: Policy,
     measured: dict[str, Any],
     on_progress: NotedProgress | None,
 ) -> np.ndarray:
@@ -187,7 +172,7 @@ def _measure_all(
                     now = start + done / plan.draws
                     on_progress(int(now), len(found.numbers), f"{int(now):,}/{len(found.numbers):,} questions")
 
-            chunk = _answer(asked, start, found.longest, plan, cfg, weights, tokenizer, told)
+            chunk = _answer(asked, start, found.longest, plan, policy, told)
             if jax.process_index() == 0:
                 write_json(file, {"right": {sample.id: n for sample, n in zip(asked, chunk, strict=True)}})
         counts += chunk
@@ -207,29 +192,18 @@ def _answer(
     start: int,
     longest: int,
     plan: Plan,
-    cfg: config.Config,
-    weights: dict[str, Any],
-    tokenizer: Tokenizer,
+    policy: Policy,
     on_progress: Callable[[int, int, int], None],
 ) -> list[int]:
     """Right answers of each question. What is drawn depends on the seed and the chunk's place alone."""
-    prompts = [prompt for prompt in render_prompts(asked, tokenizer, cfg) for _ in range(plan.draws)]
-    completions = generate(
-        weights,
-        cfg.model,
-        prompts,
-        rollout_sampling(cfg),
-        stop_tokens=tokenizer.stop_tokens,
-        banned_tokens=(*tokenizer.banned_tokens, *range(len(tokenizer), cfg.model.text.vocab_size)),
-        key=jax.random.fold_in(jax.random.key(plan.seed), start),
-        compute=Compute.of(cfg.train),
-        max_prompt=longest,
-        on_progress=on_progress,
-    )
+    cfg = policy.config
+    prompts = [prompt for prompt in policy.prompts(asked, reasoning=True) for _ in range(plan.draws)]
+    key = jax.random.fold_in(jax.random.key(plan.seed), start)
+    completions = policy.answer(prompts, rollout_sampling(cfg), key, longest=longest, on_progress=on_progress)
     right = [0] * len(asked)
     for number, completion in enumerate(completions):
         place = number // plan.draws
-        reply = tokenizer.decode(completion.text_tokens)
+        reply = policy.tokenizer.decode(completion.text_tokens)
         right[place] += score(reply, completion.finish == "stop", asked[place], cfg.grpo).accuracy == 1.0
     return right
 

@@ -209,6 +209,15 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(place, batch)
 
 
+def place_params(params: Any, abstract: Any) -> Any:
+    """Every leaf (NumPy, a device's, or still on the disk) in the sharding of `abstract`, one by one; dtypes stay."""
+
+    def place(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.device_put(leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), like.sharding)
+
+    return jax.tree.map(place, params, abstract)
+
+
 def on_mesh(abstract: Any) -> Any:
     """`abstract` with the current mesh's own shardings: `eval_shape` gives abstract ones, a restore wants devices."""
     return jax.tree.map(_with_sharding, abstract)

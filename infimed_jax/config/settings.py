@@ -46,6 +46,7 @@ Scale = Annotated[float, Limit(_scales_logits, "must lie in [1e-6, 1e6]")]
 Temperature = Annotated[
     float, Limit(lambda value: value == 0 or _scales_logits(value), "must be 0 (greedy) or lie in [1e-6, 1e6]")
 ]
+Penalty = Annotated[float, Limit(lambda penalty: -2 <= penalty <= 2, "must lie in [-2, 2]")]
 Exploration = Annotated[float, Limit(_scales_logits, "must lie in [1e-6, 1e6]: greedy replies are all one")]
 
 
@@ -336,7 +337,13 @@ class Sampling(Group, path="sampling"):
     top_k: CountOrZero = 0
     """Sample from this many most likely tokens; 0: from all."""
     repetition_penalty: Scale = 1.0
-    """Divides positive logits of tokens that occurred already and multiplies negative ones; 1: off."""
+    """Divides positive logits of tokens that occurred already in prompt or reply, multiplies negative ones; 1: off.
+    The published evaluation used 1.1."""
+    presence_penalty: Penalty = 0.0
+    """Subtracted from the logit of every token that the reply holds already; 0: off. The published evaluation used
+    2.0."""
+    frequency_penalty: Penalty = 0.0
+    """Subtracted from a token's logit for each time that the reply holds it; 0: off."""
     max_tokens: Count = 512
     """Maximum number of new tokens."""
     slots: Count = 64

@@ -63,6 +63,10 @@ class Tokenizer:
     _plain: tokenizers.Tokenizer = field(repr=False)
     _fixed: dict[str, list[int]] = field(repr=False)
 
+    def unsampled(self, vocab_size: int) -> tuple[int, ...]:
+        """What a model of so many tokens must never produce: `banned_tokens`, and those that the tokenizer lacks."""
+        return (*self.banned_tokens, *range(len(self), vocab_size))
+
     def __len__(self) -> int:
         return self._full.get_vocab_size(with_added_tokens=True)
 

@@ -5,7 +5,10 @@ Equal to transformers' `load_image` and SigLIP processor up to the normalisation
 
 from __future__ import annotations
 
+import hashlib
 import io
+import threading
+from collections import OrderedDict
 from typing import Literal, get_args
 
 import numpy as np
@@ -48,6 +51,32 @@ def decode_image(data: bytes, size: int) -> np.ndarray:
         raise
     except Exception as error:
         raise ImageError("truncated or corrupt") from error
+
+
+class ImageCache:
+    """Decoded images by content and size, for many threads; beyond `limit` bytes the least recently used goes."""
+
+    def __init__(self, limit: int = 2**28) -> None:
+        self._limit, self._bytes = limit, 0
+        self._kept: OrderedDict[tuple[bytes, int], np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def decode(self, data: bytes, size: int) -> np.ndarray:
+        """As `decode_image`; the array is shared, so it must not be written to."""
+        name = (hashlib.sha256(data).digest(), size)
+        with self._lock:
+            if name in self._kept:
+                self._kept.move_to_end(name)
+                return self._kept[name]
+        image = decode_image(data, size)
+        with self._lock:
+            if name not in self._kept:
+                self._kept[name] = image
+                self._bytes += image.nbytes
+            image = self._kept[name]
+            while self._bytes > self._limit:
+                self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return image
 
 
 def decode_rgb(data: bytes) -> Image.Image:

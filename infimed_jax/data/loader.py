@@ -23,7 +23,7 @@ from absl import flags
 from infimed_jax import config as settings
 from infimed_jax.data.batch import Batch, Segment, build_row, stack_rows, unmask
 from infimed_jax.data.chat import Tokenizer, render
-from infimed_jax.data.images import ImageError, decode_image
+from infimed_jax.data.images import ImageCache, ImageError
 from infimed_jax.data.packing import PackingIndex, build_index
 from infimed_jax.data.storage import UNREADABLE, CorruptRecord, Samples, open_samples, record_name
 from infimed_jax.errors import UserError
@@ -34,9 +34,6 @@ EMPTY = -1
 """In a plan: a row of padding, where an epoch's last batch of a shape is not full."""
 _PATIENCE = 1000
 """Records read before the share of bad ones is taken as it stands."""
-_DECODED_BYTES = 2**28
-"""Decoded images kept. Decoding is the loader's main cost, and VQA-RAD asks about each image ten times: with the cache
-an epoch of it at 384 pixels took 9 s on two cores, without it 46."""
 
 
 log = logging.getLogger(__name__)
@@ -97,8 +94,9 @@ class RowReader:
         self.index = index
         self.visual_tokens = model.projector.visual_tokens
         self.image_size = model.vision.image_size
-        kept = max(1, _DECODED_BYTES // (self.image_size**2 * 3))
-        self._decode = functools.lru_cache(maxsize=kept)(functools.partial(decode_image, size=self.image_size))
+        # Decoding is the loader's main cost, and VQA-RAD asks about each image ten times: with the cache an epoch of it
+        # at 384 pixels took 9 s on two cores, without it 46.
+        self._images = ImageCache()
 
     def __call__(self, row: int, bucket: int) -> LoadedRow:
         """Row `row`, or padding for EMPTY. What cannot be read is left out and reported: no other row moves."""
@@ -114,7 +112,8 @@ class RowReader:
                 sample = self.samples[number]
                 name = sample.id
                 for data in sample.images:
-                    pixels[data] = pixels[data] if data in pixels else self._decode(data)
+                    if data not in pixels:
+                        pixels[data] = self._images.decode(data, self.image_size)
             except CorruptRecord:
                 bad.append((name, UNREADABLE))
                 continue

@@ -1,4 +1,4 @@
-"""Ask a model every question of a test set and grade its replies: prompts → generate → verdicts → one summary.
+"""Have every question of a test set answered and grade the replies: respondent → verdicts → one summary.
 
 No question is ever left out: an image that cannot be decoded ends the run by name.
 """
@@ -9,34 +9,26 @@ import hashlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
-from infimed_jax import config
-from infimed_jax.data.batch import Segment
-from infimed_jax.data.chat import Tokenizer, render_prompt
-from infimed_jax.data.images import ImageError, decode_image
-from infimed_jax.data.prompts import QUESTION_KINDS, prompt_for
+from infimed_jax.data.prompts import QUESTION_KINDS
 from infimed_jax.data.sample import Kind, Sample
 from infimed_jax.errors import UserError
 from infimed_jax.evaluation.answers import Status
 from infimed_jax.evaluation.contamination import GROUPING
 from infimed_jax.evaluation.protocols import PROTOCOLS, posed
+from infimed_jax.evaluation.respondents import Reply, Respondent, Terms
 from infimed_jax.evaluation.statistics import Accuracy, Comparison, accuracy, compare
 from infimed_jax.files import make_folder, to_json, write_json, write_text
-from infimed_jax.models.compute import Compute
-from infimed_jax.sampling.generate import Completion, generate
 
 GROUPS = ("kind", "source", "modality", "organ", "template", "question_type", "answer_type", "language", GROUPING)
 """What accuracy is broken down by, where the questions have it."""
-CHUNK = 2048
-"""Questions whose decoded images are in memory at once: 0.9 GB at 384 pixels."""
 NO_GROUP = "(none)"
 
 
@@ -67,11 +59,7 @@ class Record:
 @dataclass(frozen=True)
 class Evaluation:
     name: str
-    protocol: str
-    reasoning: bool
-    image: bool
-    """False: the blind control."""
-    sampling: config.Sampling
+    terms: Terms
     fingerprint: str
     """Of the questions, answers and images; runs with another one cannot be compared."""
     seconds: float
@@ -101,16 +89,16 @@ class Evaluation:
         """What `summary.json` holds: plain values, NaN as null."""
         return {
             "name": self.name,
-            "protocol": self.protocol,
-            "reasoning": self.reasoning,
-            "image": self.image,
+            "protocol": self.terms.protocol,
+            "reasoning": self.terms.reasoning,
+            "image": self.terms.image,
             **_plain(self.accuracy),
             "unparsed_rate": self.rate("unparsed"),
             "truncated_rate": self.rate("truncated"),
             "length_limit_rate": sum(record.finish == "length" for record in self.records) / len(self.records),
-            "max_tokens": self.sampling.max_tokens,
+            "max_tokens": self.terms.sampling.max_tokens,
             "mean_tokens": sum(record.tokens for record in self.records) / len(self.records),
-            "sampling": asdict(self.sampling),
+            "sampling": asdict(self.terms.sampling),
             "rules": sorted({record.rule for record in self.records}),
             "fingerprint": self.fingerprint,
             "seconds": self.seconds,
@@ -128,81 +116,22 @@ class Evaluation:
 
 
 def evaluate(
-    samples: Sequence[Sample],
-    *,
-    weights: dict[str, Any],
-    model: config.Model,
-    compute: Compute,
-    tokenizer: Tokenizer,
-    sampling: config.Sampling,
-    key: jax.Array,
-    protocol: str = "strict",
-    reasoning: bool = False,
-    image: bool = True,
-    decode_cache: dict[str, np.ndarray] | None = None,
-    folder: str | Path | None = None,
-    name: str = "",
-    on_progress: Callable[[int, int, int], None] | None = None,
+    samples: Sequence[Sample], respond: Respondent, terms: Terms, *, folder: str | Path | None = None, name: str = ""
 ) -> Evaluation:
-    """Answer and grade every sample. Runs under `jax.set_mesh`, with weights from `sampler_weights`.
+    """Have every sample answered and grade the replies; `respond` asks as `terms` says.
 
-    `reasoning` asks for thoughts and a boxed answer; `image=False` is the blind control. `decode_cache` (digest →
-    pixels) keeps decoded images from call to call; without it at most CHUNK questions' are held. With a `folder`,
-    `replies.jsonl` and `summary.json` are written there. `on_progress(answered, questions, tokens)` after each burst.
-
-    Raises UserError for an unknown protocol, samples without a gold answer, equal ids, unreadable images, and a folder
-    that cannot be written.
+    With a `folder`, `replies.jsonl` and `summary.json` are written there. Raises UserError for an unknown protocol,
+    samples without a gold answer, equal ids, and a folder that cannot be written.
     """
-    if protocol not in PROTOCOLS:
-        raise UserError(f"unknown protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
+    if terms.protocol not in PROTOCOLS:
+        raise UserError(f"unknown protocol {terms.protocol!r}; there are {', '.join(PROTOCOLS)}")
     _check(samples)
     if folder is not None and jax.process_index() == 0:
         make_folder(Path(folder))
     began = time.monotonic()
-    visual_tokens = model.projector.visual_tokens
-    prompts = [
-        render_prompt(
-            prompt_for(posed(sample, protocol), reasoning, image), tokenizer, visual_tokens, thinking=reasoning
-        )
-        for sample in samples
-    ]
-    longest = max(map(len, prompts))
-    banned = (*tokenizer.banned_tokens, *range(len(tokenizer), model.text.vocab_size))
-    completions: list[Completion] = []
-    generated = 0
-    for start in range(0, len(samples), CHUNK):
-        chunk = range(start, min(start + CHUNK, len(samples)))
-        cache = {} if decode_cache is None else decode_cache
-        replies = generate(
-            weights,
-            model,
-            [
-                _with_pixels(prompts[i], samples[i], model.vision.image_size, cache) if image else prompts[i]
-                for i in chunk
-            ],
-            sampling,
-            stop_tokens=tokenizer.stop_tokens,
-            banned_tokens=banned,
-            key=jax.random.fold_in(key, start),
-            compute=compute,
-            max_prompt=longest,
-            on_progress=_offset(on_progress, start, len(samples), generated),
-        )
-        completions += replies
-        generated += sum(len(reply.tokens) for reply in replies)
-    result = Evaluation(
-        name=name,
-        protocol=protocol,
-        reasoning=reasoning,
-        image=image,
-        sampling=sampling,
-        fingerprint=fingerprint(samples),
-        seconds=time.monotonic() - began,
-        records=tuple(
-            _grade(sample, completion, tokenizer, protocol)
-            for sample, completion in zip(samples, completions, strict=True)
-        ),
-    )
+    replies = respond([posed(sample, terms.protocol) for sample in samples])
+    records = tuple(_grade(sample, reply, terms.protocol) for sample, reply in zip(samples, replies, strict=True))
+    result = Evaluation(name, terms, fingerprint(samples), time.monotonic() - began, records)
     if folder is not None and jax.process_index() == 0:
         result.write(Path(folder))
     return result
@@ -212,14 +141,16 @@ def compare_runs(a: Evaluation, b: Evaluation) -> Comparison:
     """a minus b, paired by question. Raises UserError for other questions or another protocol."""
     if a.fingerprint != b.fingerprint:
         raise UserError(f"{a.name or 'a'} and {b.name or 'b'} answered different questions: evaluate both on one set")
-    if a.protocol != b.protocol:
-        raise UserError(f"scores of protocols {a.protocol} and {b.protocol} are not comparable: grade both by one")
+    if a.terms.protocol != b.terms.protocol:
+        raise UserError(
+            f"scores of protocols {a.terms.protocol} and {b.terms.protocol} are not comparable: grade both by one"
+        )
     return compare(a.records, b.records)
 
 
 def image_gain(seeing: Evaluation, blind: Evaluation) -> Comparison:
     """What the images are worth: a run that sees them against the blind control."""
-    if not seeing.image or blind.image:
+    if not seeing.terms.image or blind.terms.image:
         raise UserError("the gain of the images needs a run with them and the blind control, in this order")
     return compare_runs(seeing, blind)
 
@@ -249,36 +180,8 @@ def _check(samples: Sequence[Sample]) -> None:
         raise UserError(f"{len(samples) - len(ids)} of {len(samples)} questions repeat an id: each must be its own")
 
 
-def _with_pixels(prompt: Segment, sample: Sample, size: int, cache: dict[str, np.ndarray]) -> Segment:
-    """The prompt with its images, whose places are in the order of the sample's; equal files share one array."""
-    return replace(prompt, pixels=tuple(_pixels(sample, i, size, cache) for i in range(len(sample.images))))
-
-
-def _pixels(sample: Sample, number: int, size: int, cache: dict[str, np.ndarray]) -> np.ndarray:
-    data = sample.images[number]
-    name = f"{_digest(data)}-{size}"
-    if name not in cache:
-        try:
-            cache[name] = decode_image(data, size)
-        except ImageError as error:
-            raise UserError(
-                f"sample {sample.id}: image {number + 1} is unreadable ({error.reason}): mend it"
-            ) from error
-    return cache[name]
-
-
-def _offset(
-    on_progress: Callable[[int, int, int], None] | None, answered: int, questions: int, tokens: int
-) -> Callable[[int, int, int], None] | None:
-    """`on_progress` counting over all chunks."""
-    if on_progress is None:
-        return None
-    return lambda done, _, drawn: on_progress(answered + done, questions, tokens + drawn)
-
-
-def _grade(sample: Sample, completion: Completion, tokenizer: Tokenizer, protocol: str) -> Record:
-    reply = tokenizer.decode(completion.text_tokens)
-    verdict = PROTOCOLS[protocol](sample, reply, completion.finish == "stop")
+def _grade(sample: Sample, reply: Reply, protocol: str) -> Record:
+    verdict = PROTOCOLS[protocol](sample, reply.text, reply.finish == "stop")
     return Record(
         id=sample.id,
         image_id=image_id(sample),
@@ -290,9 +193,9 @@ def _grade(sample: Sample, completion: Completion, tokenizer: Tokenizer, protoco
         status=verdict.status,
         parsed=verdict.parsed,
         rule=verdict.rule,
-        reply=reply,
-        finish=completion.finish,
-        tokens=len(completion.text_tokens),
+        reply=reply.text,
+        finish=reply.finish,
+        tokens=reply.tokens,
         meta=dict(sample.meta),
     )
 

@@ -104,7 +104,7 @@ def to_hf(
         "card": dataclasses.asdict(card),
         "licence": licence(card),
     }
-    banned = (*tokenizer.banned_tokens, *range(len(tokenizer), model.text.vocab_size))
+    banned = tokenizer.unsampled(model.text.vocab_size)
     with _whole_or_nothing(output) as folder:
         write_processor(tokenizer_folder, model, folder)  # first: a tokenizer without a template costs no minutes
         stream = _stream(leaves, tensors, spares, read_spare)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from infimed_jax.errors import UserError
 from infimed_jax.models.compute import Compute
 from infimed_jax.ops.attention import shares_prefixes
 from infimed_jax.rl.loss import GrpoBatch
-from infimed_jax.sampling.generate import Completion
+from infimed_jax.sampling.engine import Completion
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ def _problem(sample: Sample, tokenizer: Tokenizer, cfg: config.Config, readable:
         return "more images than data.images_per_row", _NO_PROMPT
     if not readable:
         return "unreadable image", _NO_PROMPT
-    tokens = _render(sample, tokenizer, cfg).tokens
+    # As `Policy.prompts` asks it: the reward reads a boxed answer, so the prompt must ask for one.
+    asked = prompt_for(sample, reasoning=True)
+    tokens = render_prompt(asked, tokenizer, cfg.model.projector.visual_tokens, thinking=True).tokens
     return ("longer than grpo.max_prompt" if len(tokens) > cfg.grpo.max_prompt else ""), tokens
 
 
@@ -97,25 +99,6 @@ def prompt_order(count: int, prompts: int, seed: int, step: int) -> np.ndarray:
     places = np.arange(step * prompts, (step + 1) * prompts)
     epochs = {e: np.random.default_rng((seed, e)).permutation(count) for e in np.unique(places // count)}
     return np.array([epochs[place // count][place % count] for place in places])
-
-
-def render_prompts(samples: Sequence[Sample], tokenizer: Tokenizer, cfg: config.Config) -> list[Segment]:
-    """Prompts up to the place where the reply begins; equal images share one decoded array."""
-    decoded: dict[bytes, np.ndarray] = {}
-
-    def pixels(sample: Sample) -> Iterator[np.ndarray]:
-        for data in sample.images:
-            digest = hashlib.sha256(data).digest()
-            if digest not in decoded:
-                decoded[digest] = decode_image(data, cfg.model.vision.image_size)
-            yield decoded[digest]
-
-    return [_render(sample, tokenizer, cfg, tuple(pixels(sample))) for sample in samples]
-
-
-def _render(sample: Sample, tokenizer: Tokenizer, cfg: config.Config, pixels: tuple[np.ndarray, ...] = ()) -> Segment:
-    asked = prompt_for(sample, reasoning=True)  # the reward reads a boxed answer, so the prompt must ask for one
-    return render_prompt(asked, tokenizer, cfg.model.projector.visual_tokens, pixels, thinking=True)
 
 
 @dataclass(frozen=True)

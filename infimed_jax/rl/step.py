@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -13,17 +13,17 @@ import numpy as np
 
 from infimed_jax import config
 from infimed_jax.data.chat import Tokenizer
+from infimed_jax.data.images import ImageCache
 from infimed_jax.data.sample import Sample
-from infimed_jax.models.compute import Compute
 from infimed_jax.models.lora import merge_lora, scale_of
 from infimed_jax.rl.advantages import group_advantages, without_variance
 from infimed_jax.rl.loss import Scorer, on_policy
 from infimed_jax.rl.rewards import Reward
-from infimed_jax.rl.rollout import Layout, render_prompts, training_rows
+from infimed_jax.rl.rollout import Layout, training_rows
 from infimed_jax.runs.meter import batch_counts
 from infimed_jax.runs.metrics import Row
-from infimed_jax.sampling.generate import Completion, generate
-from infimed_jax.sampling.weights import sampler_weights
+from infimed_jax.sampling.engine import Completion
+from infimed_jax.sampling.policy import Policy
 from infimed_jax.sharding import local_rows, place_batch
 from infimed_jax.train.optimizer import learning_rate
 from infimed_jax.train.state import Params, TrainState
@@ -50,6 +50,7 @@ class Plan:
     logprobs: Scorer
     reference: Params | None
     """The frozen policy that the penalty holds on to; None where `kl_coefficient` is 0."""
+    images: ImageCache = field(default_factory=ImageCache)
 
 
 @dataclass(frozen=True)
@@ -74,22 +75,17 @@ def grpo_step(
 
     on_phase("rollout")
     # Rollout. A group is `group_size` times the same object, side by side: its prompt is prefilled once.
-    prompts = [p for p in render_prompts(asked, tokenizer, cfg) for _ in range(settings.group_size)]
-    dtype = cfg.train.compute_dtype
-    weights = sampler_weights(merge_lora(state.params, scale_of(cfg.train.lora), dtype), cfg.model, dtype)
-    completions = generate(
-        weights,
-        cfg.model,
+    params = merge_lora(state.params, scale_of(cfg.train.lora), cfg.train.compute_dtype)
+    policy = Policy.of(params, cfg, tokenizer, plan.images)
+    prompts = [p for p in policy.prompts(asked, reasoning=True) for _ in range(settings.group_size)]
+    completions = policy.answer(
         prompts,
         rollout_sampling(cfg),
-        stop_tokens=tokenizer.stop_tokens,
-        banned_tokens=(*tokenizer.banned_tokens, *range(len(tokenizer), cfg.model.text.vocab_size)),
-        key=jax.random.fold_in(jax.random.key(cfg.train.seed), step),
-        compute=Compute.of(cfg.train),
-        max_prompt=plan.longest_prompt,
+        jax.random.fold_in(jax.random.key(cfg.train.seed), step),
+        longest=plan.longest_prompt,
         on_progress=lambda done, total, _: on_phase(f"rollout, {done} of {total} completions"),
     )
-    del weights  # with the caches, which died with `generate`: the update gets the memory
+    del params, policy  # with the caches, which died with the engine: the update gets the memory
     clock.append(time.perf_counter())
 
     # Score.
@@ -145,6 +141,8 @@ def rollout_sampling(cfg: config.Config) -> config.Sampling:
         top_p=cfg.grpo.top_p,
         top_k=0,
         repetition_penalty=1.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
         max_tokens=cfg.grpo.max_response,
     )
 

@@ -85,7 +85,7 @@ def load_params(folder: str | Path, abstract: Mapping[str, Any] | None = None) -
         wanted |= _as_stored(stored, {_short(name): name for name in names if name not in adapters}, abstract)
         final |= flatten(abstract)
     params = nest({_short(name): _settle(leaf, final[_short(name)]) for name, leaf in stored.read_in_groups(wanted)})
-    metadata = stored.metadata | {"leaves_sha256": stored.sha256}
+    metadata = _metadata(stored)
     if adapters:
         params = lora.merge_lora(params, _lora_scale(metadata))
     return params, metadata
@@ -100,7 +100,11 @@ def open_params(folder: str | Path) -> tuple[dict[str, Any], Metadata]:
 def open_stored(folder: str | Path) -> tuple[dict[str, Any], Metadata]:
     """(parameters as StoredLeaf, metadata); a LoRA run's adapters are leaves beside the kernels that they adapt."""
     stored = open_checkpoint(folder)
-    return nest({_short(name): StoredLeaf(stored, name) for name in _parameter_names(stored)}), stored.metadata
+    return nest({_short(name): StoredLeaf(stored, name) for name in _parameter_names(stored)}), _metadata(stored)
+
+
+def _metadata(stored: Stored) -> Metadata:
+    return stored.metadata | {"leaves_sha256": stored.sha256}
 
 
 def _merged_when_read(params: Mapping[str, Any], metadata: Metadata) -> dict[str, Any]:

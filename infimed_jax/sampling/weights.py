@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
 from infimed_jax import config
+from infimed_jax.models.compute import Compute
+from infimed_jax.models.params import Params
 from infimed_jax.sharding import spec_of
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("weights",), meta_fields=("model", "compute"))
+@dataclass(frozen=True)
+class Decoder:
+    """A model ready to decode, as the compiled programs take it: the weights are data, the rest is static."""
+
+    weights: dict[str, Any]
+    """From `sampler_weights`."""
+    model: config.Model
+    compute: Compute
+
+
 @functools.partial(jax.jit, static_argnames=("model", "dtype"))
-def sampler_weights(params: dict[str, Any], model: config.Model, dtype: str) -> dict[str, Any]:
+def sampler_weights(params: Params, model: config.Model, dtype: str) -> dict[str, Any]:
     """The tree of `init_params` in `dtype`, off `fsdp`, its text layers a list of per-layer trees.
 
     Unstacked, because decoding a scanned stack copies the cache; off fsdp, because every token would gather the model.
     Norms stay float32, as the trainer computes them, so the casts are the trainer's own and change no number. The
-    embedding is whole on every device: a lookup would else gather it for every token.
+    embedding is whole on every device: otherwise a lookup would gather it for every token.
     """
     text = params["text"]
     layers = [jax.tree.map(lambda x, i=i: x[i], text["layers"]) for i in range(model.text.num_layers)]

@@ -14,7 +14,7 @@ from infimed_jax.runs.history import history_of, stage_entry
 from infimed_jax.runs.identity import check_same_run
 from infimed_jax.runs.loop import Run
 from infimed_jax.runs.parameters import load_params
-from infimed_jax.sharding import on_mesh
+from infimed_jax.sharding import on_mesh, place_params
 from infimed_jax.train.optimizer import make_optimizer
 from infimed_jax.train.state import Params, TrainState, abstract_state, init_state
 
@@ -33,7 +33,7 @@ def first_params(run: Run, params: Params | None) -> tuple[Params, Metadata]:
     cfg = run.cfg
     abstract = on_mesh(abstract_params(cfg.model))
     if params is not None:
-        return jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), params, abstract), {}
+        return place_params(params, abstract), {}
     if not cfg.train.init_from:
         return init_params(jax.random.key(cfg.train.seed), cfg.model), {}
     params, before = load_params(cfg.train.init_from, abstract)

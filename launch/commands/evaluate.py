@@ -35,48 +35,27 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError(f"--limit {args.limit} counts questions: it must not be negative")
     import jax
 
-    from infimed_jax.config import Config, from_dict, with_overrides
-    from infimed_jax.data.chat import load_tokenizer
     from infimed_jax.data.storage import open_samples
     from infimed_jax.evaluation.contamination import GROUPING, WORDS, mark
+    from infimed_jax.evaluation.respondents import Terms, ask_policy
     from infimed_jax.evaluation.run import evaluate
     from infimed_jax.evaluation.statistics import majority_baseline
-    from infimed_jax.hf.names import check_leaves
-    from infimed_jax.models.compute import Compute
     from infimed_jax.runs.history import history_of, learnt_from
-    from infimed_jax.runs.parameters import load_params
-    from infimed_jax.sampling.weights import sampler_weights
-    from infimed_jax.sharding import make_mesh
-    from infimed_jax.trees import flatten
+    from infimed_jax.sampling.policy import Policy
 
-    params, metadata = load_params(args.checkpoint)
-    config = from_dict(Config, with_overrides(metadata["config"], args.settings))
-    # A setting such as model.text.num_layers must fit the weights: a layer too many would be a copy of the last one.
-    check_leaves(flatten(dict(params), "/"), config.model)
+    policy = Policy.open(args.checkpoint, args.settings)
     dataset = open_samples(args.dataset)
     samples = [dataset[i] for i in range(min(len(dataset), args.limit or len(dataset)))]
     if args.contamination:
         samples = mark(samples, dataset, args.contamination)
-    if learnt := learnt_from(history_of(metadata), dataset.manifest["origins"]):
+    if learnt := learnt_from(history_of(policy.metadata), dataset.manifest["origins"]):
         told = f"{args.checkpoint} learnt from {', '.join(learnt)}, so it may answer by memory"
         print(f"warning: {told}", file=sys.stderr)
-    compute = Compute.of(config.train)
-    with jax.set_mesh(make_mesh(config.mesh)), progress_bar("evaluate", "questions") as bar:
-        result = evaluate(
-            samples,
-            weights=sampler_weights(params, config.model, compute.dtype),
-            model=config.model,
-            compute=compute,
-            tokenizer=load_tokenizer(config.data.tokenizer),
-            sampling=config.sampling,
-            key=jax.random.key(config.train.seed),
-            protocol=args.protocol,
-            reasoning=args.reasoning,
-            image=not args.blind,
-            folder=args.output,
-            name=str(args.checkpoint),
-            on_progress=lambda done, total, _: bar(done, total, ""),
-        )
+    terms = Terms(policy.config.sampling, args.protocol, args.reasoning, image=not args.blind)
+    key = jax.random.key(policy.config.train.seed)
+    with progress_bar("evaluate", "questions") as bar:
+        respond = ask_policy(policy, terms, key, lambda done, total, _: bar(done, total, ""))
+        result = evaluate(samples, respond, terms, folder=args.output, name=str(args.checkpoint))
     print(f"{args.protocol}: {_shown(result.accuracy)}; "
           f"majority answer per template {majority_baseline(samples).accuracy:.1%}")  # fmt: skip
     for what, share in result.groups().get(GROUPING, {}).items():

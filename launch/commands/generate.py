@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,58 +38,37 @@ def generate(args: argparse.Namespace) -> None:
     check_file("--output", args.output)
     images = [_read(file) for file in args.image]
     _keep_notes_off_stdout()
+    for file, data in zip(args.image, images, strict=True):
+        _check_image(file, data)
     import jax
 
-    from infimed_jax import config as configuration
-    from infimed_jax.data.chat import load_tokenizer, render_prompt
+    from infimed_jax.config import to_dict
     from infimed_jax.files import write_json
-    from infimed_jax.hf.names import check_leaves
-    from infimed_jax.models.compute import Compute
-    from infimed_jax.sampling.generate import generate
+    from infimed_jax.sampling.policy import Policy
     from infimed_jax.sampling.stream import TextStream
-    from infimed_jax.sampling.weights import sampler_weights
-    from infimed_jax.sharding import make_mesh
-    from infimed_jax.trees import flatten
+    from infimed_jax.sharding import row_shards
 
-    config, params, positions = _open(args)
-    # A setting such as model.text.num_layers must fit the weights: a layer too many would be a copy of the last one.
-    check_leaves(flatten(dict(params), "/"), config.model)
-    size = config.model.vision.image_size
-    pixels = [_decode(file, data, size) for file, data in zip(args.image, images, strict=True)]
-    tokenizer = load_tokenizer(args.tokenizer or config.data.tokenizer)
-    if len(tokenizer) > config.model.text.vocab_size:
+    policy = Policy.open(
+        args.hf or args.checkpoint,
+        args.settings,
+        defaults=_defaults(),
+        tokenizer=args.tokenizer,
+        export=args.hf is not None,
+    )
+    sampling = replace(policy.config.sampling, slots=row_shards(policy.mesh))  # one prompt needs no more
+    (segment,) = policy.prompts([_sample(args.prompt, images)], reasoning=args.reasoning)
+    if len(segment) + sampling.max_tokens > policy.context:
         raise UserError(
-            f"the tokenizer {tokenizer.folder} has {len(tokenizer)} tokens, the model's vocab_size is "
-            f"{config.model.text.vocab_size}: name the model's own by --tokenizer"
+            f"{len(segment)} tokens of prompt and sampling.max_tokens={sampling.max_tokens} exceed the model's "
+            f"context of {policy.context}: shorten the prompt, give fewer images or lower sampling.max_tokens"
         )
-    sample, visual_tokens = _sample(args.prompt, images), config.model.projector.visual_tokens
-    segment = render_prompt(sample, tokenizer, visual_tokens, pixels, thinking=args.reasoning)
-    if len(segment) + config.sampling.max_tokens > positions:
-        raise UserError(
-            f"{len(segment)} tokens of prompt and sampling.max_tokens={config.sampling.max_tokens} exceed the model's "
-            f"context of {positions}: shorten the prompt, give fewer images or lower sampling.max_tokens"
-        )
-    compute = Compute.of(config.train)
-    stream = TextStream(tokenizer, lambda piece: print(piece, end="", flush=True))
-    with jax.set_mesh(make_mesh(config.mesh)):
-        weights = sampler_weights(_place(params, config.model), config.model, compute.dtype)
-        del params
-        began = time.perf_counter()
-        (reply,) = generate(
-            weights,
-            config.model,
-            [segment],
-            config.sampling,
-            stop_tokens=tokenizer.stop_tokens,
-            banned_tokens=(*tokenizer.banned_tokens, *range(len(tokenizer), config.model.text.vocab_size)),
-            key=jax.random.key(config.train.seed),
-            compute=compute,
-            on_tokens=lambda _, tokens: stream.add(tokens),
-        )
+    stream = TextStream(policy.tokenizer, lambda piece: print(piece, end="", flush=True))
+    key, began = jax.random.key(policy.config.train.seed), time.perf_counter()
+    (reply,) = policy.answer([segment], sampling, key, on_tokens=lambda _, tokens: stream.add(tokens))
     seconds = time.perf_counter() - began
     text = stream.end()
     print()
-    end = "" if reply.finish == "stop" else f", cut at sampling.max_tokens={config.sampling.max_tokens}"
+    end = "" if reply.finish == "stop" else f", cut at sampling.max_tokens={sampling.max_tokens}"
     print(f"[{len(segment)} tokens of prompt, {len(reply.tokens)} of reply, {seconds:.1f} s{end}]", file=sys.stderr)
     if args.output:
         values = {
@@ -99,49 +79,30 @@ def generate(args: argparse.Namespace) -> None:
             "tokens": reply.tokens.tolist(),
             "logprobs": reply.logprobs.tolist(),
             "finish": reply.finish,
-            "sampling": configuration.to_dict(config.sampling),
+            "sampling": to_dict(sampling),
             "seconds": seconds,
         }
         write_json(args.output, values)
         print(f"Outputs: {args.output}", file=sys.stderr)
 
 
-def _open(args: argparse.Namespace) -> tuple[Any, Any, int]:
-    """(Config, parameters on the host or the disk, the context's tokens).
-
-    Over the checkpoint's settings lie this command's: this machine's devices and kernel, short bursts for the stream,
+def _defaults() -> dict[str, Any]:
+    """Settings of this command, over the model's own: this machine's devices and kernel, short bursts for the stream,
     plain greedy decoding (a run's own penalty would make it another reply than its export's), and float32 on a CPU,
-    where bfloat16 is no faster. The user's lie over these.
-    """
+    where bfloat16 is no faster."""
     import jax
 
-    from infimed_jax.config import Config, Data, Mesh, from_dict, merge, to_dict, with_overrides
-    from infimed_jax.hf.configuration import MAX_POSITIONS
-    from infimed_jax.hf.import_ import open_llava
-    from infimed_jax.hf.provenance import max_positions
-    from infimed_jax.hf.weights import read_json
-    from infimed_jax.runs.history import history_of
-    from infimed_jax.runs.parameters import open_params
-    from infimed_jax.sharding import make_mesh
+    from infimed_jax.config import Mesh, to_dict
 
-    if args.hf:
-        written = read_json(args.hf / "config.json")
-        narrow = "bfloat16" in (written.get("dtype"), written.get("torch_dtype"))
-        opened = open_llava(args.hf, dtype="bfloat16" if narrow else "float32")
-        params, values = opened.params(), to_dict(Config(model=opened.model, data=Data(tokenizer=str(args.hf))))
-        positions = opened.max_positions
-    else:
-        params, metadata = open_params(args.checkpoint)
-        values = metadata["config"]
-        positions = max_positions(history_of(metadata)) or MAX_POSITIONS
-    sampling = {"burst": 4, "temperature": 0.0, "repetition_penalty": 1.0}
-    ours: dict[str, Any] = {"mesh": to_dict(Mesh()), "sampling": sampling, "train": {"attention": "auto"}}
-    if jax.default_backend() == "cpu":
-        ours["train"] |= {"compute_dtype": "float32"}
-    values = merge(values, ours)
-    shards = make_mesh(from_dict(Config, with_overrides(values, args.settings)).mesh).shape
-    values = merge(values, {"sampling": {"slots": shards["data"] * shards["fsdp"]}})
-    return from_dict(Config, with_overrides(values, args.settings)), params, positions
+    sampling = {
+        "burst": 4,
+        "temperature": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+    }
+    train = {"attention": "auto"} | ({"compute_dtype": "float32"} if jax.default_backend() == "cpu" else {})
+    return {"mesh": to_dict(Mesh()), "sampling": sampling, "train": train}
 
 
 def _keep_notes_off_stdout() -> None:
@@ -151,21 +112,6 @@ def _keep_notes_off_stdout() -> None:
             handler.setStream(sys.stderr)
 
 
-def _place(params: Any, model: Any) -> Any:
-    """Every leaf on the current mesh, as stored: the sampler casts."""
-    import jax
-    import numpy as np
-
-    from infimed_jax.models.params import abstract_params
-
-    mesh = jax.sharding.get_mesh()
-    return jax.tree.map(
-        lambda leaf, like: jax.device_put(np.asarray(leaf), jax.sharding.NamedSharding(mesh, like.sharding.spec)),
-        params,
-        abstract_params(model),
-    )
-
-
 def _read(file: Path) -> bytes:
     try:
         return file.read_bytes()
@@ -173,11 +119,11 @@ def _read(file: Path) -> bytes:
         raise UserError(f"--image {file}: {error.strerror}") from error
 
 
-def _decode(file: Path, data: bytes, size: int) -> Any:
-    from infimed_jax.data.images import ImageError, decode_image
+def _check_image(file: Path, data: bytes) -> None:
+    from infimed_jax.data.images import ImageError, decode_rgb
 
     try:
-        return decode_image(data, size)
+        decode_rgb(data)
     except ImageError as error:
         raise UserError(f"--image {file}: {error.reason}") from error
 

@@ -7,15 +7,12 @@ from typing import Any
 
 import jax
 
-from infimed_jax.config import Config
-from infimed_jax.data.chat import load_tokenizer
-from infimed_jax.evaluation.run import Evaluation, evaluate
+from infimed_jax.evaluation.respondents import Terms, ask_policy
+from infimed_jax.evaluation.run import evaluate
 from infimed_jax.evaluation.statistics import majority_baseline
-from infimed_jax.models.compute import Compute
 from infimed_jax.models.params import param_count
 from infimed_jax.rl.grpo import grpo
-from infimed_jax.runs.parameters import load_params
-from infimed_jax.sampling.weights import sampler_weights
+from infimed_jax.sampling.policy import Policy
 from infimed_jax.sharding import make_mesh
 from infimed_jax.train.stage import train
 from launch.demo.chain import BLIND, LAST_DIRECT, LAST_SUPERVISED, REASONING, REINFORCED, SAMPLED, STAGES, Chain
@@ -120,29 +117,13 @@ def _score(chain: Chain, name: str, stage: str, samples: list[Any]) -> Scored:
     """Greedy replies; one sampled reply a question at GRPO's temperature for SAMPLED, no images for BLIND."""
 
     def work() -> Scored:
-        config = chain.stage_config("grpo" if stage in REINFORCED else stage)
+        policy = Policy.open(chain.run_folder(stage), chain.options.settings)
+        sampling = policy.config.sampling
         if name.endswith(SAMPLED):
-            temperature = chain.stage_config("grpo").grpo.temperature
-            config = replace(config, sampling=replace(config.sampling, temperature=temperature))
-        return Scored(_evaluate(chain, config, samples, name, stage).summary())
+            sampling = replace(sampling, temperature=chain.stage_config("grpo").grpo.temperature)
+        terms = Terms(sampling, reasoning=stage in REASONING, image=name != BLIND)
+        respond = ask_policy(policy, terms, jax.random.key(chain.options.seed), chain.report)
+        folder = chain.folder / "evaluation" / name
+        return Scored(evaluate(samples, respond, terms, folder=folder, name=name).summary())
 
     return chain.step(f"evaluation_{name}", Scored, work)
-
-
-def _evaluate(chain: Chain, config: Config, samples: list[Any], name: str, stage: str) -> Evaluation:
-    params, _ = load_params(chain.run_folder(stage))
-    compute = Compute.of(config.train)
-    return evaluate(
-        samples,
-        weights=sampler_weights(params, config.model, compute.dtype),
-        model=config.model,
-        compute=compute,
-        tokenizer=load_tokenizer(config.data.tokenizer),
-        sampling=config.sampling,
-        key=jax.random.key(chain.options.seed),
-        reasoning=stage in REASONING,
-        image=name != BLIND,
-        folder=chain.folder / "evaluation" / name,
-        name=name,
-        on_progress=lambda done, total, _: chain.report(done, total, f"{done}/{total} questions"),
-    )

@@ -16,7 +16,7 @@ from PIL import Image
 from infimed_jax.config import Config, Data, Mesh, Model, Projector, Text, Train, Vision
 from infimed_jax.data import loader
 from infimed_jax.data.chat import load_tokenizer
-from infimed_jax.data.images import decode_image
+from infimed_jax.data.images import ImageCache, decode_image
 from infimed_jax.data.loader import EMPTY, make_loader, plan_epoch
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import open_samples, write_samples
@@ -101,7 +101,7 @@ def assert_same(a, b):
 
 def test_samples_of_a_row_share_the_slot_of_their_image(tokenizer_folder, tmp_path, monkeypatch):
     """Also where nothing decoded is kept from row to row, so that a stream does not depend on the cache."""
-    monkeypatch.setattr(loader, "_DECODED_BYTES", 0)
+    monkeypatch.setattr(loader, "ImageCache", lambda: ImageCache(limit=0))
     samples = [question(0, 1, (png(1),)), question(1, 2, (png(2),)), question(2, 3, (png(1),))]
     write_samples(tmp_path / "set", samples, name="same")
     ((batch, ids),) = stream(make_config(tmp_path / "set", tokenizer_folder, batch=1, context=128))

@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep import difficulty
-from data_prep.difficulty import Plan, choose, fingerprint, histogram, measure
+from data_prep.difficulty import Plan, choose, histogram, measure
 from infimed_jax import config
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
-from infimed_jax.rl.rollout import render_prompts
 from infimed_jax.rl.step import rollout_sampling
-from infimed_jax.sampling.generate import Completion, generate
-from infimed_jax.sampling.weights import sampler_weights
+from infimed_jax.sampling.engine import Completion
+from infimed_jax.sampling.policy import Policy
 from infimed_jax.sharding import make_mesh
 from tests.data_prep.samples import caption, damage
 from tests.rl.conftest import make_tiny
@@ -49,7 +48,7 @@ def candidates(tmp_path, tiny, count=20):
 def script(monkeypatch, tiny, calls):
     """Question n gets n % 9 right answers of 8, some wrong ones, some without form or cut; `calls` counts prompts."""
 
-    def fake(weights, model, prompts, sampling, *, on_progress, **_):
+    def fake(policy, prompts, sampling, key, *, longest, on_progress):
         calls.append(len(prompts))
         completions = []
         for place, prompt in enumerate(prompts):
@@ -70,15 +69,14 @@ def script(monkeypatch, tiny, calls):
         return completions
 
     samples = [tiny.question(i) for i in range(20)]
-    prompts = render_prompts(samples, tiny.tokenizer, tiny.cfg)
+    prompts = tiny.prompts(samples)
     numbers = {(p.tokens.tobytes(), p.pixels[0].tobytes()): i for i, p in enumerate(prompts)}
     assert len(numbers) == 20
-    monkeypatch.setattr(difficulty, "generate", fake)
+    monkeypatch.setattr(Policy, "answer", fake)
 
 
 def run(folder, output, tiny, plan=None, **options):
-    arguments = {"cfg": tiny.cfg, "weights": {}, "checkpoint": "c", "tokenizer": tiny.tokenizer} | options
-    return measure(folder, output, plan or Plan(), **arguments)
+    return measure(folder, output, plan or Plan(), policy=tiny.policy, **({"checkpoint": "c"} | options))
 
 
 def test_questions_are_counted_kept_by_their_share_and_marked(tmp_path, tiny, monkeypatch):
@@ -113,7 +111,7 @@ def test_a_stopped_measurement_goes_on_and_another_share_measures_nothing(tmp_pa
     folder = candidates(tmp_path, tiny)
     monkeypatch.setattr(difficulty, "CHUNK", 8)
     script(monkeypatch, tiny, calls := [])
-    whole, counted = run(folder, tmp_path / "whole", tiny), difficulty.generate
+    whole, counted = run(folder, tmp_path / "whole", tiny), Policy.answer
     assert calls == [64, 64, 32]
 
     def failing(*args, **kwargs):
@@ -121,11 +119,11 @@ def test_a_stopped_measurement_goes_on_and_another_share_measures_nothing(tmp_pa
             raise RuntimeError("killed")
         return counted(*args, **kwargs)
 
-    monkeypatch.setattr(difficulty, "generate", failing)
+    monkeypatch.setattr(Policy, "answer", failing)
     with pytest.raises(RuntimeError):
         run(folder, tmp_path / "out", tiny)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.json").exists()
-    monkeypatch.setattr(difficulty, "generate", counted)
+    monkeypatch.setattr(Policy, "answer", counted)
     assert run(folder, tmp_path / "out", tiny)["right"] == whole["right"]
     assert calls[3:] == [64, 64, 32]  # the first chunk was kept
     assert run(folder, tmp_path / "out", tiny) == run(folder, tmp_path / "out", tiny)
@@ -168,9 +166,8 @@ def test_nothing_kept_and_nothing_to_ask_are_told(tmp_path, tiny, monkeypatch):
 
 
 def test_a_real_model_is_asked_as_in_grpo(tmp_path, tiny):
-    """A random model answers nothing right; the draws themselves are those of `generate` with the plan's seed."""
+    """A random model answers nothing right; the draws themselves are those of the policy with the plan's seed."""
     folder = candidates(tmp_path, tiny, 3)
-    weights = sampler_weights(tiny.params, tiny.cfg.model, "float32")
     said = []
 
     def listen(reply, finished, sample, grpo):
@@ -180,29 +177,16 @@ def test_a_real_model_is_asked_as_in_grpo(tmp_path, tiny):
     plan = Plan(draws=4, low=1, high=2, between=1.0, extreme=1.0, seed=5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(difficulty, "score", listen)
-        report = run(folder, tmp_path / "out", tiny, plan, weights=weights, checkpoint=fingerprint(tiny.params))
+        report = run(folder, tmp_path / "out", tiny, plan)
     samples = [tiny.question(i) for i in range(3)]
-    prompts = [p for p in render_prompts(samples, tiny.tokenizer, tiny.cfg) for _ in range(4)]
-    expected = generate(
-        weights, tiny.cfg.model, prompts, rollout_sampling(tiny.cfg), stop_tokens=tiny.tokenizer.stop_tokens,
-        banned_tokens=(*tiny.tokenizer.banned_tokens,
-                       *range(len(tiny.tokenizer), tiny.cfg.model.text.vocab_size)),
-        key=jax.random.fold_in(jax.random.key(5), 0), compute=difficulty.Compute.of(tiny.cfg.train),
-        max_prompt=max(map(len, prompts)),
-    )  # fmt: skip
+    prompts = [p for p in tiny.prompts(samples) for _ in range(4)]
+    key = jax.random.fold_in(jax.random.key(5), 0)
+    expected = tiny.policy.answer(prompts, rollout_sampling(tiny.cfg), key)
     assert [reply for _, reply, _ in said] == [tiny.tokenizer.decode(c.text_tokens) for c in expected]
     assert [finished for *_, finished in said] == [c.finish == "stop" for c in expected]
     assert Counter(id for id, *_ in said) == {sample.id: 4 for sample in samples}
     assert len({reply for _, reply, _ in said}) > 3  # temperature 1, not greedy
     assert report["questions"] == report["samples"] == 3
-
-
-def test_the_fingerprint_is_of_the_weights(tiny):
-    same = jax.tree.map(np.array, tiny.params)
-    assert fingerprint(tiny.params) == fingerprint(same)
-    leaf = same["text"]["norm"]["scale"]
-    leaf.flat[0] = np.nextafter(leaf.flat[0], 2)
-    assert fingerprint(tiny.params) != fingerprint(same)
 
 
 @settings(deadline=None, max_examples=60)

@@ -10,16 +10,17 @@ import pytest
 from PIL import Image
 
 from data_prep.tokenizer import make_tokenizer
-from infimed_jax.config import Mesh, Model, Projector, Sampling, Text, Vision
+from infimed_jax.config import Config, Mesh, Model, Projector, Sampling, Text, Train, Vision
 from infimed_jax.data.chat import load_tokenizer
+from infimed_jax.data.images import ImageCache
 from infimed_jax.data.prompts import question_sample
 from infimed_jax.errors import UserError
-from infimed_jax.evaluation import run
+from infimed_jax.evaluation import respondents
+from infimed_jax.evaluation.respondents import Terms, ask_policy
 from infimed_jax.evaluation.run import compare_runs, evaluate, fingerprint, image_gain, image_id
-from infimed_jax.models.compute import Compute
 from infimed_jax.models.params import init_params
-from infimed_jax.sampling.generate import Completion
-from infimed_jax.sampling.weights import sampler_weights
+from infimed_jax.sampling.engine import Completion
+from infimed_jax.sampling.policy import Policy
 from infimed_jax.sharding import make_mesh
 
 MODEL = Model(
@@ -27,7 +28,7 @@ MODEL = Model(
     Projector(visual_tokens=4),
     Text(vocab_size=320, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8),
 )
-COMPUTE = Compute("float32", "none", "xla", 16)
+TRAIN = Train(compute_dtype="float32", attention="xla")
 SAMPLING = Sampling(max_tokens=6, slots=4, burst=3)
 
 
@@ -74,34 +75,34 @@ def ask(tokenizer):
         params = init_params(jax.random.key(0), MODEL)
         # Larger weights than at initialisation: else the reply does not depend on the image.
         params = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
-        weights = sampler_weights(params, MODEL, "float32")
+        policy = Policy.of(params, Config(model=MODEL, train=TRAIN), tokenizer, ImageCache())
 
-        def run_it(samples=SAMPLES, **options):
-            fixed = {"weights": weights, "model": MODEL, "compute": COMPUTE, "tokenizer": tokenizer}
-            return evaluate(samples, **fixed, **({"sampling": SAMPLING, "key": jax.random.key(0)} | options))
+        def run_it(samples=SAMPLES, *, folder=None, name="", report=lambda *_: None, **terms):
+            asked = Terms(**({"sampling": SAMPLING} | terms))
+            respond = ask_policy(policy, asked, jax.random.key(0), report)
+            return evaluate(samples, respond, asked, folder=folder, name=name)
 
         yield run_it
 
 
 @pytest.fixture
 def script(monkeypatch, tokenizer):
-    """Make `generate` return given (reply, finish) pairs; returns the calls it had."""
+    """Make the policy answer with given (reply, finish) pairs; returns the calls it had."""
 
     def install(replies):
         calls = []
 
-        def generate(weights, model, prompts, sampling, *, on_progress=None, **options):
+        def answer(policy, prompts, sampling, key, *, longest, on_progress):
             first = sum(len(call["prompts"]) for call in calls)
-            calls.append({"prompts": prompts, **options})
+            calls.append({"prompts": prompts, "longest": longest})
             made = []
             for reply, finish in replies[first : first + len(prompts)]:
                 ids = [*tokenizer.encode(reply), *([tokenizer.im_end] if finish == "stop" else [])]
                 made.append(Completion(np.array(ids, np.int32), np.zeros(len(ids), np.float32), finish))
-            if on_progress:
-                on_progress(len(made), len(prompts), sum(len(reply.tokens) for reply in made))
+            on_progress(len(made), len(prompts), sum(len(reply.tokens) for reply in made))
             return made
 
-        monkeypatch.setattr(run, "generate", generate)
+        monkeypatch.setattr(Policy, "answer", answer)
         return calls
 
     return install
@@ -119,10 +120,9 @@ REPLIES = [
 
 def test_tiny_model_answers_every_question_and_leaves_files(ask, tmp_path):
     progress = []
-    result = ask(name="tiny", folder=tmp_path / "out", on_progress=lambda *state: progress.append(state))
+    result = ask(name="tiny", folder=tmp_path / "out", report=lambda *state: progress.append(state))
     assert [record.id for record in result.records] == [sample.id for sample in SAMPLES]
-    assert progress[-1][:2] == (6, 6)
-    assert progress[-1][2] == sum(r.tokens + (r.finish == "stop") for r in result.records)
+    assert progress[-1] == (6, 6, "6/6 questions")
     assert all(record.tokens <= 6 for record in result.records)
     lines = [json.loads(line) for line in (tmp_path / "out/replies.jsonl").read_text().splitlines()]
     assert lines == [json.loads(json.dumps(asdict(record))) for record in result.records]
@@ -134,13 +134,13 @@ def test_tiny_model_answers_every_question_and_leaves_files(ask, tmp_path):
 
 def test_chunks_change_nothing(ask, monkeypatch):
     whole = ask()
-    monkeypatch.setattr(run, "CHUNK", 4)
+    monkeypatch.setattr(respondents, "CHUNK", 4)
     assert ask().records == whole.records
 
 
 def test_chunks_draw_differently(ask, monkeypatch):
     """Sampled replies to one question, asked in two chunks."""
-    monkeypatch.setattr(run, "CHUNK", 1)
+    monkeypatch.setattr(respondents, "CHUNK", 1)
     twice = [SAMPLES[0], replace(SAMPLES[0], id="again")]
     first, second = ask(twice, sampling=replace(SAMPLING, temperature=1.0)).records
     assert first.reply != second.reply
@@ -157,11 +157,11 @@ def test_the_model_sees_the_image_and_the_blind_control_does_not(ask):
 
 
 def test_equal_files_are_decoded_once_into_one_array(ask, script):
-    calls, cache = script(REPLIES), {}
-    ask(decode_cache=cache)
+    calls = script(REPLIES)
+    ask()
     pixels = [prompt.pixels[0] for prompt in calls[0]["prompts"]]
     assert [id(image) for image in pixels[::2]] == [id(image) for image in pixels[1:4:2]] + [id(pixels[5])]
-    assert len(cache) == 3 and len({id(image) for image in pixels}) == 3
+    assert len({id(image) for image in pixels}) == 3
 
 
 def test_verdicts_and_summary_of_scripted_replies(ask, script):
@@ -205,12 +205,12 @@ def test_a_question_is_asked_as_its_protocol_knows_it(ask, script, tokenizer):
 
 
 def test_progress_counts_over_chunks(ask, script, monkeypatch):
-    monkeypatch.setattr(run, "CHUNK", 4)
+    monkeypatch.setattr(respondents, "CHUNK", 4)
     calls, seen = script(REPLIES), []
-    result = ask(on_progress=lambda *state: seen.append(state))
+    result = ask(report=lambda *state: seen.append(state))
     assert [len(call["prompts"]) for call in calls] == [4, 2]
-    assert [state[:2] for state in seen] == [(4, 6), (6, 6)] and seen[0][2] < seen[1][2]
-    assert {call["max_prompt"] for call in calls} == {max(len(p) for call in calls for p in call["prompts"])}
+    assert [state[:2] for state in seen] == [(4, 6), (6, 6)]
+    assert {call["longest"] for call in calls} == {max(len(p) for call in calls for p in call["prompts"])}
     assert [r.correct for r in result.records] == [True, False, True, False, True, False]
 
 
@@ -221,15 +221,6 @@ def test_reasoning_opens_no_empty_think_block(ask, script, tokenizer):
     assert thinking.endswith("<|im_start|>assistant\n") and "\\boxed" in thinking
     ask(reasoning=False)
     assert tokenizer.decode(calls[1]["prompts"][0].tokens).endswith("<think>\n\n</think>\n\n")
-
-
-def test_only_tokens_that_text_may_hold_are_sampled(ask, script, tokenizer):
-    calls = script(REPLIES)
-    ask()
-    banned = set(calls[0]["banned_tokens"])
-    assert tokenizer.image_pad in banned and set(range(len(tokenizer), 320)) <= banned
-    assert not banned & {tokenizer.im_end, tokenizer.think, tokenizer.end_think}
-    assert set(calls[0]["stop_tokens"]) == {tokenizer.im_end, tokenizer.endoftext}
 
 
 def test_comparisons_are_of_like_with_like(ask, script):

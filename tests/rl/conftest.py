@@ -10,11 +10,14 @@ from PIL import Image
 
 from data_prep.tokenizer import make_tokenizer
 from infimed_jax import config
+from infimed_jax.data.batch import Segment
 from infimed_jax.data.chat import Tokenizer, load_tokenizer
+from infimed_jax.data.images import ImageCache
 from infimed_jax.data.prompts import question_sample, question_text
 from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import write_samples
 from infimed_jax.models.params import init_params
+from infimed_jax.sampling.policy import Policy
 from infimed_jax.sharding import make_mesh
 
 SIDE = 12
@@ -33,6 +36,13 @@ class Tiny:
     params: dict
     tokenizer: Tokenizer
     samples: list[Sample]
+
+    @property
+    def policy(self) -> Policy:
+        return Policy.of(self.params, self.cfg, self.tokenizer, ImageCache())
+
+    def prompts(self, samples: list[Sample]) -> list[Segment]:
+        return Policy(self.cfg, None, self.tokenizer, None).prompts(samples, reasoning=True)  # needs no mesh
 
     @staticmethod
     def question(number: int, images: int = 1) -> Sample:

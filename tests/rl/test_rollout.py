@@ -24,10 +24,9 @@ from infimed_jax.rl.rollout import (
     plan_layout,
     prompt_order,
     questions,
-    render_prompts,
     training_rows,
 )
-from infimed_jax.sampling.generate import Completion
+from infimed_jax.sampling.engine import Completion
 
 COMPUTE = Compute("float32", "none", "xla", 16)
 
@@ -54,7 +53,7 @@ def test_questions_left_out_are_counted_by_reason(tiny):
         "more images than data.images_per_row": 1,
         "longer than grpo.max_prompt": 1,
     }
-    prompts = render_prompts(tiny.samples[:3], tiny.tokenizer, tiny.cfg)
+    prompts = tiny.prompts(tiny.samples[:3])
     assert (found.longest, found.images) == (max(map(len, prompts)), 1)
     broken = replace(tiny.samples[0], images=(tiny.samples[0].images[0][:40],))
     assert questions([broken, *tiny.samples[:3]], tiny.tokenizer, tiny.cfg).dropped == {"unreadable image": 1}
@@ -81,7 +80,7 @@ def test_the_fingerprint_is_of_what_is_asked_and_graded(tiny):
 
 
 def test_prompts_ask_for_reasoning_and_share_decoded_images(tiny):
-    prompts = render_prompts(tiny.samples[:4], tiny.tokenizer, tiny.cfg)
+    prompts = tiny.prompts(tiny.samples[:4])
     assert prompts[0].pixels[0] is prompts[1].pixels[0] and prompts[2].pixels[0] is prompts[3].pixels[0]
     assert prompts[0].pixels[0] is not prompts[2].pixels[0]
     for sample, prompt in zip(tiny.samples, prompts, strict=False):
@@ -152,7 +151,7 @@ def rollout(tiny, request):
     """(prompts, completions, advantages, layout, GrpoBatch): half the completions that the plan has room for."""
     cfg = replace(tiny.cfg, grpo=replace(tiny.cfg.grpo, share_prompts=request.param))
     group = tiny.cfg.grpo.group_size // 2
-    prompts = [p for p in render_prompts(tiny.samples[1:5], tiny.tokenizer, tiny.cfg) for _ in range(group)]
+    prompts = [p for p in tiny.prompts(tiny.samples[1:5]) for _ in range(group)]
     completions = list(replies(tiny, len(prompts)))
     advantages = np.random.default_rng(1).normal(size=len(prompts)).astype(np.float32)
     layout = plan_layout(questions(tiny.samples, tiny.tokenizer, cfg), cfg)
@@ -206,7 +205,7 @@ def test_a_group_shares_its_image_slot(rollout):
 
 def test_sharing_prompts_changes_the_places_but_not_the_gradient(tiny):
     """The same rollout with each prompt once a row, and with each completion bringing its own."""
-    prompts = [p for p in render_prompts(tiny.samples[1:5], tiny.tokenizer, tiny.cfg) for _ in range(4)]
+    prompts = [p for p in tiny.prompts(tiny.samples[1:5]) for _ in range(4)]
     completions, advantages = list(replies(tiny, 16, seed=5)), np.random.default_rng(4).normal(size=16)
     found, sizes = questions(tiny.samples, tiny.tokenizer, tiny.cfg), {}
     for shared in (True, False):

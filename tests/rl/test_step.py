@@ -11,7 +11,8 @@ from infimed_jax.rl import step
 from infimed_jax.rl.grpo import grpo
 from infimed_jax.rl.rewards import Reward
 from infimed_jax.rl.step import Reply, rollout_metrics, rollout_sampling, update_metrics
-from infimed_jax.sampling.generate import Completion
+from infimed_jax.sampling.engine import Completion
+from infimed_jax.sampling.policy import Policy
 
 
 def completion(*logprobs, finish="length"):
@@ -54,7 +55,17 @@ def test_update_metrics_are_over_tokens_and_leave_out_what_was_skipped():
 
 def test_a_rollout_samples_the_policy_itself(tiny):
     """Whatever generation is set to: a filter or a penalty would sample from another distribution."""
-    odd = Sampling(temperature=0.3, top_p=0.5, top_k=7, repetition_penalty=1.3, max_tokens=99, slots=8, burst=3)
+    odd = Sampling(
+        temperature=0.3,
+        top_p=0.5,
+        top_k=7,
+        repetition_penalty=1.3,
+        presence_penalty=2.0,
+        frequency_penalty=1.0,
+        max_tokens=99,
+        slots=8,
+        burst=3,
+    )
     grpo = replace(tiny.cfg.grpo, temperature=0.7, top_p=0.9)
     found = rollout_sampling(replace(tiny.cfg, sampling=odd, grpo=grpo))
     assert found == Sampling(temperature=0.7, top_p=0.9, max_tokens=grpo.max_response, slots=8, burst=3)
@@ -64,12 +75,14 @@ def test_each_reply_is_graded_for_its_own_question(tiny, tmp_path, monkeypatch):
     """Two steps, two updates each, seen from outside: the sampler's arguments, the rewards' and the updates'."""
     calls, graded, rates, credited = [], [], [], []
 
-    def generate(weights, model, prompts, sampling, **options):
-        made = real["generate"](weights, model, prompts, sampling, **options)
+    answer = Policy.answer
+
+    def halve(policy, prompts, sampling, key, **options):
+        made = answer(policy, prompts, sampling, key, **options)
         for i in range(1, len(made), 2):  # half of them end by themselves
             tokens = np.append(made[i].tokens[:-1], np.int32(tiny.tokenizer.im_end))
             made[i] = Completion(tokens, made[i].logprobs, "stop")
-        calls.append((prompts, made, options))
+        calls.append((prompts, made, key))
         return made
 
     def reward(reply, finished, sample, settings):
@@ -84,7 +97,8 @@ def test_each_reply_is_graded_for_its_own_question(tiny, tmp_path, monkeypatch):
         rates.append((number, total))
         return 0.0
 
-    fakes = {"generate": generate, "training_rows": training_rows, "learning_rate": learning_rate}
+    monkeypatch.setattr(Policy, "answer", halve)
+    fakes = {"training_rows": training_rows, "learning_rate": learning_rate}
     real = {name: getattr(step, name) for name in fakes}
     for name, fake in fakes.items():
         monkeypatch.setattr(step, name, fake)
@@ -102,10 +116,8 @@ def test_each_reply_is_graded_for_its_own_question(tiny, tmp_path, monkeypatch):
         assert reply == tiny.tokenizer.decode(c.text_tokens) and finished == (c.finish == "stop")
         assert sample.question in tiny.tokenizer.decode(prompt.tokens)
     assert {finished for _, finished, _ in graded} == {True, False}
-    keys = [jax.random.key_data(options["key"]).tolist() for _, _, options in calls]
+    keys = [jax.random.key_data(key).tolist() for *_, key in calls]
     assert keys[0] != keys[1]
-    unknown = set(range(len(tiny.tokenizer), tiny.cfg.model.text.vocab_size))
-    assert all(set(options["banned_tokens"]) >= unknown | {tiny.tokenizer.image_pad} for _, _, options in calls)
     assert rates == [(i, 4) for i in range(4)]
     for advantages in credited:  # groups that taught nothing stand last
         taught = advantages.reshape(-1, 8).any(axis=1)

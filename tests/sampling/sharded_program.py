@@ -12,8 +12,8 @@ from infimed_jax.errors import UserError
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.params import abstract_params, init_params
 from infimed_jax.sampling import decode
-from infimed_jax.sampling.generate import generate
-from infimed_jax.sampling.weights import sampler_weights
+from infimed_jax.sampling.engine import Engine, complete
+from infimed_jax.sampling.weights import Decoder, sampler_weights
 from infimed_jax.sharding import make_mesh
 
 MODEL = Model(
@@ -46,17 +46,14 @@ def run(mesh: jax.sharding.Mesh, asked: list[Segment], params: dict) -> list:
             params,
             abstract_params(MODEL),
         )
-        weights = sampler_weights(placed, MODEL, "float32")
-        return generate(
-            weights,
-            MODEL,
-            asked,
-            SAMPLING,
-            stop_tokens=STOPS,
-            banned_tokens=(IMAGE_TOKEN,),
-            key=jax.random.key(3),
-            compute=COMPUTE,
-        )
+        return complete(engine(placed, SAMPLING), asked, SAMPLING)
+
+
+def engine(params: dict, sampling: Sampling) -> Engine:
+    decoder = Decoder(sampler_weights(params, MODEL, "float32"), MODEL, COMPUTE)
+    return Engine(
+        decoder, sampling, stops=STOPS, banned=(IMAGE_TOKEN,), key=jax.random.key(3), longest=24, penalties=True
+    )
 
 
 def burst_text(mesh: jax.sharding.Mesh) -> str:
@@ -69,8 +66,7 @@ def burst_text(mesh: jax.sharding.Mesh) -> str:
         assert keys.sharding.shard_shape(keys.shape) == (2, 1, 64, 8)
         stops, banned = np.array(STOPS, np.int32), np.zeros(64, bool)
         lowered = decode.burst.lower(
-            weights, slots, banned, stops, jax.random.key(0), np.int32(0), MODEL, COMPUTE,
-            Sampling(temperature=1.0, slots=8, burst=4),
+            Decoder(weights, MODEL, COMPUTE), slots, banned, stops, jax.random.key(0), np.int32(0), 4,
         )  # fmt: skip
         return lowered.compile().as_text()
 
@@ -99,9 +95,7 @@ def main() -> None:
 
     try:
         with jax.set_mesh(eight):
-            weights = sampler_weights(init_params(jax.random.key(0), MODEL), MODEL, "float32")
-            options = {"stop_tokens": STOPS, "banned_tokens": (), "key": jax.random.key(0), "compute": COMPUTE}
-            generate(weights, MODEL, asked, Sampling(slots=6), **options)
+            engine(init_params(jax.random.key(0), MODEL), Sampling(slots=6))
     except UserError as error:
         assert "sampling.slots=6 must be a multiple" in str(error)
     else:

@@ -1,4 +1,4 @@
-"""`generate` on a (2, 2, 2) mesh of virtual devices equals one device; in a process of its own."""
+"""The engine on a (2, 2, 2) mesh of virtual devices equals one device; in a process of its own."""
 
 import os
 import subprocess

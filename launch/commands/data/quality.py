@@ -91,33 +91,20 @@ def reflect(args: argparse.Namespace) -> None:
 
 
 def difficulty(args: argparse.Namespace) -> None:
-    import jax
-
-    from data_prep.difficulty import Plan, fingerprint, measure
+    from data_prep.difficulty import Plan, measure
     from data_prep.steps import open_for_training
-    from infimed_jax.config import Config, from_dict, with_overrides
-    from infimed_jax.data.chat import load_tokenizer
-    from infimed_jax.hf.names import check_leaves
-    from infimed_jax.models.compute import Compute
-    from infimed_jax.runs.parameters import load_params
-    from infimed_jax.sampling.weights import sampler_weights
-    from infimed_jax.sharding import make_mesh
-    from infimed_jax.trees import flatten
+    from infimed_jax.sampling.policy import Policy
 
     plan = build(Plan, args)
     open_for_training(args.input)  # before gigabytes of weights are read
-    params, metadata = load_params(args.checkpoint)
-    config = from_dict(Config, with_overrides(metadata["config"], args.settings))
-    check_leaves(flatten(dict(params), "/"), config.model)  # a layer too many would be a copy of the last one
-    with jax.set_mesh(make_mesh(config.mesh)), progress_bar("difficulty") as bar:
+    policy = Policy.open(args.checkpoint, args.settings)
+    with progress_bar("difficulty") as bar:
         result = measure(
             args.input,
             args.output,
             plan,
-            cfg=config,
-            weights=sampler_weights(params, config.model, Compute.of(config.train).dtype),
-            checkpoint=fingerprint(params),
-            tokenizer=load_tokenizer(config.data.tokenizer),
+            policy=policy,
+            checkpoint=policy.metadata["leaves_sha256"][:16],
             max_bad_records=args.max_bad_records,
             on_progress=bar,
         )

@@ -1,8 +1,9 @@
-"""`generate` against the training graph, token by token, and its promises on batching, groups, bans and ends."""
+"""The engine against the training graph, token by token, and its promises on batching, groups, bans and ends."""
 
 from collections import defaultdict
 from dataclasses import replace
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from infimed_jax.config import Sampling
 from infimed_jax.data.batch import Segment
 from infimed_jax.errors import UserError
 from infimed_jax.sampling import decode
-from infimed_jax.sampling import generate as engine
-from infimed_jax.sampling.generate import generate
-from infimed_jax.sampling.weights import sampler_weights
+from infimed_jax.sampling.engine import Engine, complete
+from infimed_jax.sampling.sampler import penalizes
+from infimed_jax.sampling.weights import Decoder, sampler_weights
 from tests.models import reference
 
 IMAGE_TOKEN = 3
@@ -24,21 +25,14 @@ GREEDY = Sampling(max_tokens=12, slots=4, burst=5)
 DRAWN = replace(GREEDY, temperature=1.0)
 
 
-def _run(
-    tiny, prompts, sampling=GREEDY, stops=STOPS, banned=(IMAGE_TOKEN,), seed=0, weights=None, max_prompt=32, **options
-):
-    return generate(
-        weights or tiny.weights,
-        tiny.model,
-        prompts,
-        sampling,
-        stop_tokens=stops,
-        banned_tokens=banned,
-        key=jax.random.key(seed),
-        compute=tiny.compute,
-        max_prompt=max_prompt,
-        **options,
-    )
+def _engine(tiny, sampling=GREEDY, *, stops=STOPS, banned=(IMAGE_TOKEN,), seed=0, weights=None, longest=32):
+    decoder = Decoder(weights or tiny.weights, tiny.model, tiny.compute)
+    key, penalties = jax.random.key(seed), penalizes(sampling)
+    return Engine(decoder, sampling, stops=stops, banned=banned, key=key, longest=longest, penalties=penalties)
+
+
+def _run(tiny, prompts, sampling=GREEDY, on_progress=None, on_tokens=None, **options):
+    return complete(_engine(tiny, sampling, **options), prompts, sampling, on_progress, on_tokens)
 
 
 def _mixed_prompts(tiny):
@@ -91,15 +85,12 @@ def test_greedy_equals_hugging_face(tiny, penalty):
     ]
     params = tiny.params | {"text": reference.qwen3_params(module, text)}
     model = replace(tiny.model, text=text)
-    replies = generate(
-        sampler_weights(params, model, "float32"),
-        model,
+    replies = _run(
+        replace(tiny, model=model, weights=sampler_weights(params, model, "float32")),
         [Segment(p, np.zeros(len(p), np.float32), np.zeros(len(p), bool)) for p in prompts],
         Sampling(max_tokens=20, slots=2, burst=3, repetition_penalty=penalty),
-        stop_tokens=(stop,),
-        banned_tokens=(),
-        key=jax.random.key(0),
-        compute=tiny.compute,
+        stops=(stop,),
+        banned=(),
     )
     assert [reply.tokens.tolist() for reply in replies] == expected
     assert len({token for reply in expected for token in reply}) > 8
@@ -130,15 +121,18 @@ def test_group_is_prefilled_once_and_equals_separate_prompts(tiny, monkeypatch):
     other = tiny.prompt(2, 8, (image,))
     copies = [replace(group, tokens=group.tokens.copy(), pixels=(image.copy(),)) for _ in range(3)]
     rows, encoded = [], []
-    prefill, encode = engine._prefill, decode.encode
-    monkeypatch.setattr(
-        engine, "_prefill", lambda e, s, prompts, *rest: (rows.append(len(prompts)), prefill(e, s, prompts, *rest))[1]
-    )
-    monkeypatch.setattr(
-        decode,
-        "encode",
-        lambda w, t, pixels, *rest: (encoded.append(int(pixels.any((1, 2, 3)).sum())), encode(w, t, pixels, *rest))[1],
-    )
+    prefill, encode = decode.prefill, decode.encode
+
+    def count_rows(decoder, slots, batch, *rest):
+        rows.append(int(batch.segment_ids.any(1).sum()))
+        return prefill(decoder, slots, batch, *rest)
+
+    def count_images(decoder, table, pixels, first):
+        encoded.append(int(pixels.any((1, 2, 3)).sum()))
+        return encode(decoder, table, pixels, first)
+
+    monkeypatch.setattr(decode, "prefill", count_rows)
+    monkeypatch.setattr(decode, "encode", count_images)
     shared = _run(tiny, [group, other, group, group], DRAWN)
     assert (rows, encoded) == ([2], [1])
     separate = _run(tiny, [copies[0], other, copies[1], copies[2]], DRAWN)
@@ -224,6 +218,80 @@ def test_new_weights_keys_and_prompts_compile_nothing(tiny):
     other = [tiny.prompt(seed, 5 + seed % 5, (tiny.image(seed),)) for seed in range(9)]
     _run(tiny, other, DRAWN, weights=changed, seed=5)
     assert [program._cache_size() for program in programs] == before
+
+
+VALUES = [
+    {"temperature": 0.4},
+    {"temperature": 1.3, "top_p": 0.8},
+    {"temperature": 0.9, "top_k": 5},
+    {"repetition_penalty": 1.1, "presence_penalty": 2.0},
+    {"frequency_penalty": 0.5, "max_tokens": 7},
+]
+
+
+def test_no_value_of_a_setting_compiles_anything(tiny, monkeypatch):
+    """In one engine, one trace serves every mixture of settings; prefill has one a height."""
+    for name, traces, static in (("prefill", 2, ()), ("burst", 1, "tokens")):
+        counted = chex.assert_max_traces(getattr(decode, name).__wrapped__, n=traces)
+        monkeypatch.setattr(decode, name, jax.jit(counted, donate_argnames="slots", static_argnames=static))
+    chex.clear_trace_counter()
+    engine = _engine(tiny, replace(GREEDY, presence_penalty=1.0))
+    prompts = [tiny.prompt(seed, 8) for seed in range(9)]
+    plain = [reply.tokens.tolist() for reply in complete(engine, prompts, GREEDY)]
+    answered = set()
+    for number, prompt in enumerate(prompts):
+        engine.submit(prompt, replace(GREEDY, **VALUES[number % 5]) if number % 2 else GREEDY)
+    got = defaultdict(list)
+    while engine.busy:
+        for delta in engine.step():
+            got[delta.request - 9].extend(delta.tokens.tolist())
+            answered |= {delta.request} if delta.finish else set()
+    assert answered == set(range(9, 18))
+    assert [got[number] for number in range(0, 9, 2)] == plain[::2]  # neighbours change nothing
+
+
+def test_penalties_count_the_reply_as_the_reference_does(tiny):
+    """Greedy decoding under the published penalties, token by token, against NumPy on the training graph's logits."""
+    published = replace(GREEDY, repetition_penalty=1.1, presence_penalty=2.0, frequency_penalty=0.3, max_tokens=20)
+    prompts = [tiny.prompt(seed, 9) for seed in range(3)]
+    replies = _run(tiny, prompts, published, stops=())
+    for prompt, reply in zip(prompts, replies, strict=True):
+        logits = tiny.full_logits(prompt, reply.tokens).astype(np.float64)
+        for place, token in enumerate(reply.tokens):
+            said = reply.tokens[:place].tolist()
+            scores = logits[place]
+            for seen in {*prompt.tokens.tolist(), *said}:
+                scores[seen] *= 1.1 if scores[seen] < 0 else 1 / 1.1
+            for seen in set(said):
+                scores[seen] -= 2.0 + 0.3 * said.count(seen)
+            scores[IMAGE_TOKEN] = -np.inf
+            assert scores.argmax() == token
+    assert [r.tokens.tolist() for r in replies] != [r.tokens.tolist() for r in _run(tiny, prompts, stops=())]
+
+
+def test_requests_join_a_running_engine(tiny):
+    """A late request gets what it gets from the start, and a slot's new request forgets the old one's reply."""
+    sampling = replace(DRAWN, presence_penalty=1.5, slots=2)
+    prompts = [tiny.prompt(seed, 5 + seed) for seed in range(6)]
+    whole = _run(tiny, prompts, sampling)
+    engine = _engine(tiny, sampling)
+    got, waiting = defaultdict(list), list(prompts)
+    assert engine.step() == []
+    while waiting or engine.busy:
+        if waiting:
+            engine.submit(waiting.pop(0), sampling)
+        for delta in engine.step():
+            got[delta.request] += delta.tokens.tolist()
+    assert [got[number] for number in range(6)] == [reply.tokens.tolist() for reply in whole]
+
+
+def test_requests_that_do_not_fit_the_engine_are_named(tiny):
+    engine = _engine(tiny)
+    with pytest.raises(UserError, match="prompt 0 asks for a penalty"):
+        engine.submit(tiny.prompt(0), replace(GREEDY, frequency_penalty=0.1))
+    with pytest.raises(UserError, match=r"with sampling\.max_tokens=99 it exceeds 44"):
+        engine.submit(tiny.prompt(0), replace(GREEDY, max_tokens=99))
+    assert not engine.busy
 
 
 def test_callbacks_report_every_token_once(tiny):
