@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.engine import HERE, Engine, Progress
+from data_prep.engine import HERE, Engine
 from data_prep.hashes import (
     ALIKE,
     THRESHOLD,
@@ -41,6 +41,7 @@ from data_prep.steps import MAX_BAD_RECORDS, Slice, make_dataset, readable, remo
 from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import Samples, open_samples
 from infimed_jax.errors import UserError
+from infimed_jax.progress import Report
 
 VERSION = 3
 """Of what counts as a copy, and of the report."""
@@ -159,7 +160,7 @@ def decontaminate(
     *,
     engine: Engine = HERE,
     max_bad_records: float = MAX_BAD_RECORDS,
-    on_progress: Progress | None = None,
+    on_progress: Report | None = None,
 ) -> dict[str, Any]:
     """Write what no test set has to `output`, and `output.json`, which is returned.
 

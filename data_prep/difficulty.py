@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from data_prep.engine import NotedProgress
 from data_prep.steps import (
     MAX_BAD_RECORDS,
     UNREADABLE_RECORDS,
@@ -34,6 +33,7 @@ from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import Samples
 from infimed_jax.errors import UserError
 from infimed_jax.files import to_json, write_json
+from infimed_jax.progress import Report
 from infimed_jax.rl.rewards import score
 from infimed_jax.rl.rollout import Questions, questions
 from infimed_jax.rl.step import rollout_sampling
@@ -86,7 +86,7 @@ def measure(
     policy: Policy,
     checkpoint: str,
     max_bad_records: float = MAX_BAD_RECORDS,
-    on_progress: NotedProgress | None = None,
+    on_progress: Report | None = None,
 ) -> dict[str, Any]:
     """Answer every candidate `plan.draws` times, write the dataset `output` of those kept, and return the report.
 
@@ -154,7 +154,7 @@ def _measure_all(
     plan: Plan,
     policy: Policy,
     measured: dict[str, Any],
-    on_progress: NotedProgress | None,
+    on_progress: Report | None,
 ) -> np.ndarray:
     """i64[n]: right answers of each question; a chunk that an earlier run has measured is read back."""
     identity = hashlib.sha256(to_json([measured, found.fingerprint, CHUNK], sort_keys=True).encode()).hexdigest()

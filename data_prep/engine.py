@@ -28,10 +28,6 @@ from infimed_jax.files import write_json
 T = TypeVar("T")
 Work = Callable[[T, Path, str], dict[str, Any]]
 """(piece, folder, name) → the piece's facts, JSON values; it writes its shards into the folder, named `name…`."""
-Progress = Callable[[int, int], None]
-"""Called with the pieces that are done and all pieces."""
-NotedProgress = Callable[[int, int, str], None]
-"""The same of questions or samples, with a note."""
 Name = Literal["loky", "ray", "dask", "spark"]
 Call = Callable[..., None]
 """Calls its first argument on the others, in a worker of the cluster, and raises what that raises."""
@@ -71,7 +67,7 @@ HERE = Engine()
 
 
 def run_pieces(
-    work: Work[T], pieces: Sequence[T], folder: Path, engine: Engine, on_progress: Progress | None = None
+    work: Work[T], pieces: Sequence[T], folder: Path, engine: Engine, on_progress: Report | None = None
 ) -> list[dict[str, Any]]:
     """Run `work` on each piece that is not done yet, and return the facts of all, in order.
 
@@ -84,7 +80,7 @@ def run_pieces(
         for done, (name, piece) in enumerate(zip(names, pieces, strict=True), start=1):
             task(name, piece)
             if on_progress is not None:
-                on_progress(done, len(pieces))
+                on_progress(done, len(pieces), "")
     else:
         with _cluster(engine) as (options, call), _watch(folder, names, on_progress):
             _run_parallel(partial(call, task), list(zip(names, pieces, strict=True)), folder, options)
@@ -244,7 +240,7 @@ def _raised(function: Callable[..., None], args: tuple[Any, ...]) -> Exception |
 
 
 @contextlib.contextmanager
-def _watch(folder: Path, names: Sequence[str], on_progress: Progress | None) -> Iterator[None]:
+def _watch(folder: Path, names: Sequence[str], on_progress: Report | None) -> Iterator[None]:
     """Report progress by the facts that appear: not every backend says when a piece is done."""
     if on_progress is None:
         yield
@@ -253,13 +249,13 @@ def _watch(folder: Path, names: Sequence[str], on_progress: Progress | None) -> 
 
     def look() -> None:
         while not over.wait(_POLL):
-            on_progress(len(list(folder.glob("piece-*.json"))), len(names))
+            on_progress(len(list(folder.glob("piece-*.json"))), len(names), "")
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
     try:
         yield
-        on_progress(len(names), len(names))
+        on_progress(len(names), len(names), "")
     finally:
         over.set()
         thread.join()

@@ -15,13 +15,14 @@ from typing import Any
 
 from PIL import Image
 
-from data_prep.engine import HERE, Engine, Progress
+from data_prep.engine import HERE, Engine
 from data_prep.sources.rows import read_json
 from data_prep.steps import MAX_BAD_RECORDS, Slice, make_dataset, removed_report, slices, write_kept
 from infimed_jax.data.images import FORMATS
 from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import open_samples
 from infimed_jax.errors import UserError
+from infimed_jax.progress import Report
 
 VERSION = 2
 """Of the rules; raise it when they change, so that datasets are filtered again."""
@@ -222,7 +223,7 @@ def filter_dataset(
     *,
     engine: Engine = HERE,
     max_bad_records: float = MAX_BAD_RECORDS,
-    on_progress: Progress | None = None,
+    on_progress: Report | None = None,
 ) -> dict[str, Any]:
     """Write what stays of `input` to `output`, and `output.json`, which is returned. UserError: nothing stays.
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from data_prep.engine import HERE, Engine, Progress
+from data_prep.engine import HERE, Engine
 from data_prep.sources import SOURCES
 from data_prep.steps import (
     MAX_BAD_RECORDS,
@@ -25,6 +25,7 @@ from data_prep.steps import (
 )
 from infimed_jax.data.storage import MANIFEST, SHARD_SIZE, Samples, open_samples, write_shard
 from infimed_jax.errors import UserError
+from infimed_jax.progress import Report
 
 VERSION = 3
 """Of the way in which samples are drawn and ordered, and of the report."""
@@ -113,7 +114,7 @@ def mix(
     balance: Mapping[str, float] | None = None,
     engine: Engine = HERE,
     max_bad_records: float = MAX_BAD_RECORDS,
-    on_progress: Progress | None = None,
+    on_progress: Report | None = None,
 ) -> dict[str, Any]:
     """Write the mixture to `output` and return its report, which is also `output.json` beside it.
 

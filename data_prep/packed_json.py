@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from data_prep.engine import HERE, Engine, Progress
+from data_prep.engine import HERE, Engine
 from data_prep.faults import NOT_JSON, Unusable
 from data_prep.sources.rows import json_rows, read_json
 from data_prep.steps import MAX_BAD_RECORDS, make_dataset, readable, refuse_damage, write_stream
@@ -23,6 +23,7 @@ from infimed_jax.data.sample import Kind, Sample, Turn
 from infimed_jax.data.storage import Samples
 from infimed_jax.errors import UserError
 from infimed_jax.files import open_whole, to_json
+from infimed_jax.progress import Report
 
 VERSION = 1
 _LONGEST = 2**30
@@ -33,7 +34,7 @@ def export_json(
     samples: Samples,
     index: PackingIndex,
     file: Path,
-    on_progress: Progress | None = None,
+    on_progress: Report | None = None,
     max_bad_records: float = MAX_BAD_RECORDS,
 ) -> list[str]:
     """Write a packed dataset's rows; the file appears whole or not at all.
@@ -50,13 +51,13 @@ def export_json(
             value = {"data": [_to_json(sample) for _, sample in found], "lengths": [length_of[n] for n, _ in found]}
             out.write(to_json(value, ensure_ascii=False) + "\n")
             if on_progress is not None:
-                on_progress(row + 1, index.rows)
+                on_progress(row + 1, index.rows, "")
         refuse_damage(unreadable, len(index.samples), max_bad_records, "data.max_bad_records=")
     return unreadable
 
 
 def import_json(
-    files: Sequence[Path], output: Path, name: str, *, engine: Engine = HERE, on_progress: Progress | None = None
+    files: Sequence[Path], output: Path, name: str, *, engine: Engine = HERE, on_progress: Report | None = None
 ) -> dict[str, Any]:
     """Prepare the dataset `output` of such files, and return its report. One file is one stream, in this process.
 
@@ -82,12 +83,12 @@ def import_json(
     )
 
 
-def _import_piece(on_progress: Progress | None, file: Path, folder: Path, name: str) -> dict[str, Any]:
+def _import_piece(on_progress: Report | None, file: Path, folder: Path, name: str) -> dict[str, Any]:
     def samples() -> Iterator[Sample]:
         for number, row in enumerate(read_rows(file), start=1):
             yield from row
             if on_progress is not None:
-                on_progress(number, 0)
+                on_progress(number, 0, "")
 
     write_stream(folder, name, samples())
     return {}

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,14 +24,12 @@ from infimed_jax.data.sample import Sample, Skipped
 from infimed_jax.data.storage import SHARD_SIZE, write_shard
 from infimed_jax.errors import UserError
 from infimed_jax.files import write_json
+from infimed_jax.progress import Report
 
 VERSION = 6
 """Of what adapters make of the same files; raise it when that changes, so that datasets are prepared again."""
 _REMEMBERED = 100_000
 """Images whose verdict is kept, in case they come again."""
-
-Progress = Callable[[str, int, int], None]
-"""(split, shards done, shards); of a source without shards (split, records read, 0), after each."""
 
 
 def ingest(
@@ -41,7 +39,7 @@ def ingest(
     splits: Sequence[str] = (),
     *,
     options: Mapping[str, str] | None = None,
-    on_progress: Progress | None = None,
+    on_progress: Report | None = None,
     limit: int | None = None,
     engine: Engine = HERE,
 ) -> dict[str, Any]:
@@ -117,7 +115,7 @@ def _ingest_split(
     output: Path,
     split: str,
     inputs: str,
-    on_progress: Progress | None,
+    on_progress: Report | None,
     limit: int | None,
     engine: Engine,
 ) -> dict[str, Any]:
@@ -142,7 +140,7 @@ def _ingest_split(
             report=partial(_report, adapter, recorded, split, limit),
             engine=engine,
             inputs=[input],
-            on_progress=None if on_progress is None or len(pieces) == 1 else partial(on_progress, split),
+            on_progress=None if len(pieces) == 1 else on_progress,
         )
     except NoSamples as error:
         skipped = [record for facts in error.facts for record in facts["skipped"]]
@@ -195,7 +193,7 @@ def _ingest_piece(
     input: Path,
     split: str,
     limit: int | None,
-    on_progress: Progress | None,
+    on_progress: Report | None,
     shard: tuple[Any, ...],
     folder: Path,
     name: str,
@@ -230,7 +228,7 @@ def _kept(
     place: dict[str, Any],
     seen: dict[bytes, Kept],
     split: str,
-    on_progress: Progress | None,
+    on_progress: Report | None,
 ) -> Iterator[Sample]:
     """The usable samples, their images without metadata; `place` counts along."""
     metadata = place["images_with_metadata"]
@@ -248,7 +246,7 @@ def _kept(
                         metadata[image.metadata] = metadata.get(image.metadata, 0) + 1
         place["read"] = number
         if on_progress is not None:
-            on_progress(split, number, 0)
+            on_progress(number, 0, f"{split}: {number:,} records")
         if isinstance(record, Skipped):
             place["skipped"].append(vars(record))
         else:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_prep.engine import HERE, Engine, Progress, Work, run_pieces
+from data_prep.engine import HERE, Engine, Work, run_pieces
 from data_prep.sources import evaluation_only
 from infimed_jax.config import Data
 from infimed_jax.data.sample import Sample
@@ -37,6 +37,7 @@ from infimed_jax.data.storage import (
 )
 from infimed_jax.errors import UserError
 from infimed_jax.files import to_json, write_json
+from infimed_jax.progress import Report
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -165,7 +166,7 @@ def make_dataset(
     inputs: Sequence[Path] = (),
     records: int = 0,
     max_bad_records: float = MAX_BAD_RECORDS,
-    on_progress: Progress | None = None,
+    on_progress: Report | None = None,
 ) -> dict[str, Any]:
     """Make the dataset `output` of the pieces' shards, and `output.json`, which is returned: samples, fingerprint, and
     `report(manifest, facts)`.

@@ -56,7 +56,7 @@ class ChainProgress:
         self.current, self.share, self.last_line = title, 0.0, time.monotonic()
         self._draw("")
 
-    def update(self, share: float, note: str = "") -> None:
+    def update(self, share: float, note: str) -> None:
         """`share` of the current step is done."""
         self.share = min(max(share, 0.0), 1.0)
         self._draw(note)
@@ -98,7 +98,7 @@ def progress_bar(title: str, what: str = "shards") -> Iterator[Report]:
     """One step's bar; a report with an empty note shows `done/total what`."""
     last = 0.0
 
-    def report(done: int, total: int, note: str = "") -> None:
+    def report(done: int, total: int, note: str) -> None:
         nonlocal last
         now = time.monotonic()
         if now - last >= DRAW_EVERY or done == total:

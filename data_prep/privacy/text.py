@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.engine import HERE, Engine, Progress
+from data_prep.engine import HERE, Engine
 from data_prep.privacy.patterns import KINDS, PATTERNS
 from data_prep.steps import (
     MAX_BAD_RECORDS,
@@ -24,6 +24,7 @@ from data_prep.steps import (
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import open_samples, write_shard
 from infimed_jax.errors import UserError
+from infimed_jax.progress import Report
 
 VERSION = 5
 """Of the patterns; raise it when they change, so that datasets are scrubbed again."""
@@ -81,7 +82,7 @@ def scrub(
     *,
     engine: Engine = HERE,
     max_bad_records: float = MAX_BAD_RECORDS,
-    on_progress: Progress | None = None,
+    on_progress: Report | None = None,
 ) -> dict[str, Any]:
     """Write the dataset `output` with identifiers flagged or masked, and the report `output.json`, which is returned.
 

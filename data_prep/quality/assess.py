@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.endpoint import CallFailed, ChatClient, Endpoint, check_sources, parts, run_jobs, speech
-from data_prep.engine import NotedProgress
 from data_prep.quality.parse import BadReply, Rating, parse_rating
 from data_prep.quality.report import summarise, write_page
 from data_prep.quality.rubric import instructions
@@ -18,6 +17,7 @@ from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import UNREADABLE, CorruptRecord, Samples, open_samples, record_name
 from infimed_jax.errors import UserError
 from infimed_jax.files import to_json, write_json, write_text
+from infimed_jax.progress import Report
 
 TRIES = 3
 """Replies asked for until one is a rating; each further one is shown what was wrong."""
@@ -72,7 +72,7 @@ def assess(
     plan: Plan,
     *,
     cache: Path | None = None,
-    on_progress: NotedProgress | None = None,
+    on_progress: Report | None = None,
 ) -> dict[str, Any]:
     """Rate the datasets' sources; `output` gets assessment.json, ratings.jsonl, report.html, and decision.json.
 

@@ -19,7 +19,6 @@ from statistics import median
 from typing import Any
 
 from data_prep.endpoint import CallFailed, ChatClient, Endpoint, Message, Reply, check_sources, parts, run_jobs, speech
-from data_prep.engine import NotedProgress
 from data_prep.reflection.chains import (
     REFLECTIVE,
     Chain,
@@ -48,6 +47,7 @@ from infimed_jax.data.prompts import LETTERS, QUESTION_KINDS, prompt_for
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import Samples
 from infimed_jax.errors import UserError
+from infimed_jax.progress import Report
 from infimed_jax.rl.rewards import well_formed
 
 VERSION = 2
@@ -117,7 +117,7 @@ def reflect(
     *,
     cache: Path | None = None,
     max_bad_records: float = MAX_BAD_RECORDS,
-    on_progress: NotedProgress | None = None,
+    on_progress: Report | None = None,
 ) -> dict[str, Any]:
     """Write the dataset `output` of questions with reasoning and the report `output.json`, which is returned.
 

@@ -13,7 +13,6 @@ import json
 import os
 import uuid
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from infimed_jax.data.chat import RENDERING, Tokenizer, render
 from infimed_jax.data.storage import UNREADABLE, CorruptRecord, Samples, record_name
 from infimed_jax.errors import UserError
 from infimed_jax.files import to_json
+from infimed_jax.progress import Report
 
 TOO_LONG = "too long"
 TOO_MANY_IMAGES = "too many images"
@@ -101,11 +101,11 @@ def build_index(
     data: config.Data,
     model: config.Model,
     folder: str | Path,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Report | None = None,
 ) -> PackingIndex:
     """The packing of a dataset under the given settings; loaded from `folder` where it was built before.
 
-    `on_progress(done, samples)` follows the rendering. UserError: nothing is left to train on, or more records are
+    `on_progress` follows the rendering. UserError: nothing is left to train on, or more records are
     unreadable than `data.max_bad_records` allows.
     """
     folder = Path(folder)
@@ -185,7 +185,7 @@ def _name(samples: Samples, number: int) -> str:
 
 
 def _rendered(
-    samples: Samples, tokenizer: Tokenizer, folder: Path, on_progress: Callable[[int, int], None] | None
+    samples: Samples, tokenizer: Tokenizer, folder: Path, on_progress: Report | None
 ) -> dict[str, np.ndarray]:
     """Per sample: text tokens, image spans, distinct images, status; kept in `folder`, one rendering of everything."""
     key = {"dataset": samples.fingerprint, "tokenizer": tokenizer.fingerprint, "rendering": RENDERING}
@@ -195,7 +195,7 @@ def _rendered(
     table = np.zeros((len(samples), 4), np.int32)
     for number in range(len(samples)):
         if on_progress is not None:
-            on_progress(number, len(samples))
+            on_progress(number, len(samples), "")
         try:
             sample = samples[number]
         except CorruptRecord:

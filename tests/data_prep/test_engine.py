@@ -60,7 +60,7 @@ def test_a_worker_killed_in_the_middle_of_a_shard_loses_and_doubles_nothing(name
     assert report == here
     assert tries[2] == 2
     assert list(open_samples(tmp_path / name / "set")) == [sample(number) for number in range(180)]
-    assert seen[-1] == (6, 6) and seen == sorted(seen)
+    assert seen[-1] == (6, 6, "") and seen == sorted(seen)
     files = sorted(file.name for file in (tmp_path / "here" / "set").iterdir())
     assert sorted(file.name for file in (tmp_path / name / "set").iterdir()) == files
 

@@ -96,7 +96,10 @@ def test_every_record_is_kept_or_counted(hostile, tmp_path, capfd):
     }
     assert report["samples"] == len(USABLE)
     assert report["samples"] + sum(report["skipped"].values()) == len(USABLE) + len(UNUSABLE) + 3
-    assert seen == [("train", n, 0) for n in range(1, len(seen) + 1)] and len(seen) == len(USABLE) + len(UNUSABLE) + 3
+    assert (
+        seen == [(n, 0, f"train: {n} records") for n in range(1, len(seen) + 1)]
+        and len(seen) == len(USABLE) + len(UNUSABLE) + 3
+    )
     of_image = {record["detail"]: record["reason"] for record in report["skipped_records"]}
     for name, (_, reason) in UNUSABLE.items():
         assert of_image[f"vqa_rad/{name}"] == reason
@@ -217,7 +220,7 @@ def test_a_stopped_ingest_leaves_nothing_that_looks_whole(hostile, tmp_path, mon
     before = ingest("vqa_rad", hostile, out, ["train"], limit=1) if earlier else None
     stopped = []
 
-    def stop(split: str, number: int, _: int) -> None:
+    def stop(number: int, *_: object) -> None:
         stopped.append(number)
         if number == 4:
             raise KeyboardInterrupt
@@ -266,7 +269,7 @@ def test_a_stopped_stream_goes_on_behind_its_last_whole_shard(hostile, tmp_path,
     keep = pipeline._keep
     monkeypatch.setattr(pipeline, "_keep", lambda data, seen: judged.append(data) or keep(data, seen))
 
-    def stop(_: str, number: int, __: int) -> None:
+    def stop(number: int, *_: object) -> None:
         if number == 6:
             raise KeyboardInterrupt
 

@@ -109,7 +109,7 @@ def ingest(args: argparse.Namespace) -> None:
             args.split or (),
             options=_options(args.option),
             engine=engine_of(args),
-            on_progress=lambda split, done, total: bar(done, total, f"{split}: {done:,} records" * (not total)),
+            on_progress=bar,
         )
     for split, report in reports.items():
         print(f"{split}: {report['samples']:,} samples, {report['licence']}")
