@@ -23,7 +23,6 @@ from data_prep.steps import (
     counted,
     finished_report,
     make_from_stream,
-    open_for_training,
     readable,
     refuse_damage,
     refuse_other_files,
@@ -31,6 +30,7 @@ from data_prep.steps import (
 from infimed_jax import config
 from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import Samples
+from infimed_jax.data.training import open_for_training
 from infimed_jax.errors import UserError
 from infimed_jax.files import to_json, write_json
 from infimed_jax.progress import Report

@@ -17,13 +17,12 @@ from data_prep.engine import HERE, Engine
 from data_prep.sources import SOURCES
 from data_prep.steps import (
     MAX_BAD_RECORDS,
-    held_out,
     make_dataset,
-    open_for_training,
     readable,
     unreadable_report,
 )
 from infimed_jax.data.storage import MANIFEST, SHARD_SIZE, Samples, open_samples, write_shard
+from infimed_jax.data.training import held_out, open_for_training
 from infimed_jax.errors import UserError
 from infimed_jax.progress import Report
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import itertools
 import json
-import logging
 import os
 import re
 import shutil
@@ -21,7 +19,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_prep.engine import HERE, Engine, Work, run_pieces
-from data_prep.sources import evaluation_only
 from infimed_jax.config import Data
 from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import (
@@ -39,14 +36,11 @@ from infimed_jax.errors import UserError
 from infimed_jax.files import to_json, write_json
 from infimed_jax.progress import Report
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 MAX_BAD_RECORDS = Data.max_bad_records
 """Share of the records that may be damaged, as in packing: with more the disk or the copy is at fault."""
 UNREADABLE_RECORDS = "unreadable_records"
 """Key of a report under which damaged records are named."""
-HELD_OUT = ("validation", "test", "dev")
-"""Splits by which models are compared, and those whose names go on from there: `test_v1`."""
 _RECIPE = "recipe.json"
 _TFDS_FILES = ("dataset_info.json", "features.json")
 
@@ -71,35 +65,6 @@ class Slice:
         """Its samples; the names of damaged records join `unreadable`."""
         found = readable(open_samples(self.folder), range(self.start, self.stop), unreadable)
         return (sample for _, sample in found)
-
-
-def open_for_training(folder: str | Path) -> Samples:
-    """The one door to data that is learnt from; a held-out split passes it, but not in silence.
-
-    UserError: no prepared dataset, or one of a source that is for evaluation only.
-    """
-    samples = open_samples(folder)
-    if only := evaluation_only(samples.manifest["origins"]):
-        raise UserError(f"{folder} holds {', '.join(only)}, for evaluation only: train on a dataset without it")
-    if held := held_out(samples.manifest["origins"]):
-        _warn(str(folder), ", ".join(held))
-    return samples
-
-
-def held_out(origins: Iterable[str]) -> list[str]:
-    """Of a dataset's origins (`source/split`), as its manifest lists them, those that are held out for evaluation."""
-    return [origin for origin in origins if origin.partition("/")[2].partition("_")[0] in HELD_OUT]
-
-
-@functools.cache
-def _warn(folder: str, held: str) -> None:
-    """Once, though a command opens a dataset again."""
-    log.warning(
-        "warning: %s holds %s, held out for evaluation: what is trained on it scores there by memory; leave it out, "
-        "unless you never evaluate on it",
-        folder,
-        held,
-    )
 
 
 def slices(samples: Samples) -> list[Slice]:

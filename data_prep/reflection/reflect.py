@@ -37,7 +37,6 @@ from data_prep.steps import (
     counted,
     finished_report,
     make_from_stream,
-    open_for_training,
     readable,
     refuse_damage,
     refuse_other_files,
@@ -46,6 +45,7 @@ from infimed_jax.data.images import ImageError
 from infimed_jax.data.prompts import LETTERS, QUESTION_KINDS, prompt_for
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import Samples
+from infimed_jax.data.training import open_for_training
 from infimed_jax.errors import UserError
 from infimed_jax.progress import Report
 from infimed_jax.rl.rewards import well_formed

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from data_prep.sources import (
     captions,
     choices,
@@ -45,8 +43,3 @@ SOURCES: dict[str, Source] = {
 
 COMMERCIAL_USE: dict[str, bool] = {name: source.commercial_use for name, source in SOURCES.items()}
 """What a model card says of each source where the licence's text alone would have to."""
-
-
-def evaluation_only(origins: Iterable[str]) -> list[str]:
-    """Of a dataset's origins (`source/split`), as its manifest lists them, those that may never be trained on."""
-    return [o for o in origins if (source := SOURCES.get(o.partition("/")[0])) and not source.training_allowed]

@@ -25,7 +25,7 @@ from infimed_jax.data.batch import Batch, Segment, build_row, stack_rows, unmask
 from infimed_jax.data.chat import Tokenizer, render
 from infimed_jax.data.images import ImageCache, ImageError
 from infimed_jax.data.packing import PackingIndex, build_index
-from infimed_jax.data.storage import UNREADABLE, CorruptRecord, Samples, open_samples, record_name
+from infimed_jax.data.storage import UNREADABLE, CorruptRecord, Samples, record_name
 from infimed_jax.errors import UserError
 from infimed_jax.processes import process_prefix
 from infimed_jax.sharding import local_rows, place_batch
@@ -256,17 +256,17 @@ class Loader:
 def make_loader(
     config: settings.Config,
     *,
+    samples: Samples,
     tokenizer: Tokenizer,
     mesh: jax.sharding.Mesh,
     start_step: int = 0,
     steps: int | None = None,
 ) -> Loader:
-    """Open `data.dataset`, pack it (or load its index), and return the stream from `start_step`.
+    """Pack the samples of a dataset (or load their index), and return the stream from `start_step`.
 
-    `steps` is the length of the whole run; None takes `train.steps`, or as many as `train.epochs` need. UserError: no
-    such dataset, a vocabulary too small for it, or rows that do not split over the mesh.
+    `steps` is the length of the whole run; None takes `train.steps`, or as many as `train.epochs` need. UserError: a
+    vocabulary too small for it, or rows that do not split over the mesh.
     """
-    samples = open_samples(config.data.dataset)
     if len(tokenizer) > config.model.text.vocab_size:
         raise UserError(
             f"model.text.vocab_size={config.model.text.vocab_size} has no room for the {len(tokenizer)} tokens of "

@@ -20,7 +20,7 @@ import numpy as np
 
 from infimed_jax import config
 from infimed_jax.cost.chips import GIB
-from infimed_jax.data.storage import open_samples
+from infimed_jax.data.training import open_for_training
 from infimed_jax.errors import UserError
 from infimed_jax.files import to_json, write_text
 from infimed_jax.models.compute import Compute
@@ -72,13 +72,14 @@ def grpo(
 
     A stopped run is continued. The reference of the KL penalty is what the run starts from, also on resume. Raises
     Interrupted after Ctrl-C or SIGTERM, with the state saved; UserError where there is no start, the folder holds
-    another run, nothing can be asked, a completion fits no row, or updates stay non-finite.
+    another run, the data is for evaluation only, nothing of it can be asked, a completion fits no row, or updates stay
+    non-finite.
     """
     check_start(cfg, params)
     if params is None and not cfg.train.init_from:
         raise UserError("grpo starts from a tuned model: give --init-from RUN (train.init_from)")
+    samples = open_for_training(cfg.data.dataset)
     with open_run(cfg, on_step) as run:
-        samples = open_samples(cfg.data.dataset)
         pool = questions(samples, run.tokenizer, cfg)
         plan, state, metadata = _open(run, params, pool, reward)
         _announce(run, plan, pool)

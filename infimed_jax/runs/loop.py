@@ -91,9 +91,9 @@ def open_run(cfg: config.Config, on_step: OnStep | None = None) -> Iterator[Run]
         raise config.ConfigError("train.output is empty: name the run's folder")
     mesh = run_mesh(cfg)
     pieces = micro_batches(cfg.train, mesh)  # refuses what does not split, before anything is written
+    tokenizer = load_tokenizer(cfg.data.tokenizer)
     folder = Path(cfg.train.output)
     make_folder(folder)
-    tokenizer = load_tokenizer(cfg.data.tokenizer)
     checkpoints = Checkpoints(folder / CHECKPOINTS, cfg.train.keep_checkpoints)
     try:
         with jax.set_mesh(mesh):

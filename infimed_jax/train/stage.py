@@ -23,6 +23,7 @@ from infimed_jax.data.batch import NO_IMAGE, Batch
 from infimed_jax.data.chat import Tokenizer
 from infimed_jax.data.loader import Loader, make_loader
 from infimed_jax.data.packing import TOO_LONG, TOO_MANY_IMAGES
+from infimed_jax.data.training import open_for_training
 from infimed_jax.errors import UserError
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.lora import merge_lora, scale_of
@@ -75,11 +76,12 @@ def train(
     Starts from `params`, or `train.init_from`, or random values; a checkpoint in the output folder goes before all
     three. A finished run is not run again. `profile_steps` steps are traced, after the first two. Raises Interrupted
     after Ctrl-C or SIGTERM, with the state saved; UserError where the folder holds another run, a batch has nothing to
-    learn, or updates stay non-finite.
+    learn, the data is for evaluation only, or updates stay non-finite.
     """
     check_start(cfg, params)
+    samples = open_for_training(cfg.data.dataset)
     with open_run(cfg, on_step) as run:
-        loader = make_loader(cfg, tokenizer=run.tokenizer, mesh=run.mesh, start_step=run.start)
+        loader = make_loader(cfg, samples=samples, tokenizer=run.tokenizer, mesh=run.mesh, start_step=run.start)
         content = {"tokenizer_sha256": run.tokenizer.fingerprint, "batches_sha256": loader.fingerprint}
         state, metadata = open_state(run, content, lambda: first_params(run, params))
         if run.finished(loader.steps):

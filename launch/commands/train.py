@@ -50,10 +50,8 @@ def train(args: argparse.Namespace) -> None:
     if args.profile < 0:
         raise UserError("--profile counts steps: it must not be negative")
     accelerator.start(args)
-    from data_prep.steps import open_for_training
     from infimed_jax.train.stage import train
 
-    open_for_training(config.data.dataset)
     with progress_bar(config.train.stage) as bar:
         result = train(config, on_step=step_reports(bar), profile_steps=args.profile)
     skipped = f", {result.skipped_updates} updates skipped as not finite" if result.skipped_updates else ""
@@ -70,10 +68,8 @@ def grpo(args: argparse.Namespace) -> None:
         raise UserError("grpo starts from a tuned model: give --init-from RUN (train.init_from)")
     _check_data(config)
     accelerator.start(args)
-    from data_prep.steps import open_for_training
     from infimed_jax.rl.grpo import grpo
 
-    open_for_training(config.data.dataset)
     with progress_bar("grpo") as bar:
         result = grpo(config, on_step=step_reports(bar))
     rewards = [row["reward"] for row in result.history]

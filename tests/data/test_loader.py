@@ -76,7 +76,8 @@ def make_config(dataset, tokenizer_folder, *, batch=4, seed=0, epochs=1, **data)
 
 
 def open_loader(config, **options):
-    return make_loader(config, tokenizer=load_tokenizer(config.data.tokenizer), **options)
+    samples, tokenizer = open_samples(config.data.dataset), load_tokenizer(config.data.tokenizer)
+    return make_loader(config, samples=samples, tokenizer=tokenizer, **options)
 
 
 def stream(config, start=0, steps=None):
@@ -295,13 +296,14 @@ def test_a_plain_script_needs_no_flags_tensorflow_or_torch(dataset, tokenizer_fo
     program = (
         "import sys; from infimed_jax.config import *; from infimed_jax.data.loader import make_loader\n"
         "from infimed_jax.data.chat import load_tokenizer\n"
+        "from infimed_jax.data.storage import open_samples\n"
         "from infimed_jax.sharding import make_mesh\n"
         "config = from_dict(Config, {'model': {'vision': {'image_size': 16, 'patch_size': 4}, "
         "'projector': {'visual_tokens': 4}}, 'train': {'global_batch': 4}, 'data': {"
         f"'dataset': {str(dataset)!r}, 'tokenizer': {str(tokenizer_folder)!r}, 'context': 64, "
         "'images_per_row': 3}})\n"
-        "tokenizer = load_tokenizer(config.data.tokenizer)\n"
-        "assert len(list(make_loader(config, tokenizer=tokenizer, mesh=make_mesh(config.mesh)))) > 0\n"
+        "samples, tokenizer = open_samples(config.data.dataset), load_tokenizer(config.data.tokenizer)\n"
+        "assert len(list(make_loader(config, samples=samples, tokenizer=tokenizer, mesh=make_mesh(config.mesh)))) > 0\n"
         "sys.exit(sum(m in sys.modules for m in ('tensorflow', 'torch')))"
     )
     root = Path(__file__).resolve().parents[2]
@@ -312,13 +314,15 @@ def test_eight_devices_split_the_rows(dataset, tokenizer_folder):
     program = (
         "import jax, numpy as np; from infimed_jax.config import *; from infimed_jax.data.loader import make_loader\n"
         "from infimed_jax.data.chat import load_tokenizer\n"
+        "from infimed_jax.data.storage import open_samples\n"
         "from infimed_jax.sharding import make_mesh\n"
         "config = from_dict(Config, {'model': {'vision': {'image_size': 16, 'patch_size': 4}, "
         "'projector': {'visual_tokens': 4}}, 'mesh': {'data': 2, 'fsdp': 2, 'tensor': 2}, 'train': {'global_batch': 4},"
         f"'data': {{'dataset': {str(dataset)!r}, 'tokenizer': {str(tokenizer_folder)!r}, 'context': 64, "
         "'images_per_row': 3}})\n"
-        "tokenizer = load_tokenizer(config.data.tokenizer)\n"
-        "batch, bad, ids = next(iter(make_loader(config, tokenizer=tokenizer, mesh=make_mesh(config.mesh))))\n"
+        "samples, tokenizer = open_samples(config.data.dataset), load_tokenizer(config.data.tokenizer)\n"
+        "loader = make_loader(config, samples=samples, tokenizer=tokenizer, mesh=make_mesh(config.mesh))\n"
+        "batch, bad, ids = next(iter(loader))\n"
         "assert {s.data.shape[0] for s in batch.tokens.addressable_shards} == {1}, batch.tokens.sharding\n"
         "print(','.join(ids)); print(np.asarray(batch.tokens).tolist(), np.asarray(batch.pixels).sum())"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,19 +11,19 @@ import yaml
 
 from data_prep.mixture import Part, load_mixture, mix
 from data_prep.sources import SOURCES
-from data_prep.steps import held_out, open_for_training
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import open_samples, write_samples
+from infimed_jax.data.training import held_out, open_for_training
 from infimed_jax.errors import UserError
 from tests.data_prep.samples import damage
 
 
-def dataset(folder: Path, source: str, count: int, split: str = "train") -> Path:
+def dataset(folder: Path, source: str, count: int, split: str = "train", info: dict | None = None) -> Path:
     samples = [
         Sample(f"{source}/{split}/{i}", source, split, "document", (), (Turn("document", (f"{source} {i}",)),))
         for i in range(count)
     ]
-    write_samples(folder, samples, name=source)
+    write_samples(folder, samples, name=source, info=info)
     return folder
 
 
@@ -116,10 +115,13 @@ def test_groups_are_balanced_by_the_scarcer_one(parts, tmp_path):
         mix(specs, tmp_path / "bad", 0, balance={"general": 1, "medical": 1, "text": 1})
 
 
-def test_a_test_set_is_no_part(parts, tmp_path, monkeypatch):
-    monkeypatch.setitem(SOURCES, "mine", replace(SOURCES["vqa_rad"], name="mine", training_allowed=False))
-    with pytest.raises(UserError, match="b holds mine/train, for evaluation only"):
-        mix([Part(folder) for folder in parts], tmp_path / "mix", 0)
+def test_a_test_set_is_no_part(parts, tmp_path):
+    """Neither as ingestion writes it, nor behind a step that only removes samples."""
+    refused = {"training_allowed": False}
+    for name, info in (("c", refused), ("d", {"derived_from": {"derived_from": refused}})):
+        only = dataset(tmp_path / name, "mine", 3, info=info)
+        with pytest.raises(UserError, match=f"{name} holds mine/train, for evaluation only"):
+            mix([Part(folder) for folder in (*parts, only)], tmp_path / "mix", 0)
 
 
 def test_a_held_out_split_is_told_once_and_named_in_the_report(parts, tmp_path, caplog):

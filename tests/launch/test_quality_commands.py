@@ -153,7 +153,7 @@ def test_what_is_no_dataset_is_told(tmp_path, step):
 def test_a_test_set_is_never_learnt_from(tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(accelerator, "start", lambda args: None)
-    write_samples(tmp_path / "in", [question(0), question(1, "medxpertqa_mm")], name="d")
+    write_samples(tmp_path / "in", [question(0, "medxpertqa_mm")], name="d", info={"training_allowed": False})
     assert run.main(list(command)) == 2
     error = capsys.readouterr().err
     assert "in holds medxpertqa_mm/train, for evaluation only" in error and error.count("\n") == 1

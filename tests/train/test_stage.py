@@ -23,6 +23,7 @@ from infimed_jax.data.loader import Loader, make_loader
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.models.params import init_params
+from infimed_jax.rl.grpo import grpo
 from infimed_jax.runs import checkpoint
 from infimed_jax.runs.checkpoint import keep_tokenizer
 from infimed_jax.runs.metrics import read_metrics
@@ -39,7 +40,8 @@ def _losses(folder: str | Path) -> list[tuple[int, float, float]]:
 
 
 def _loader(cfg: Config) -> Loader:
-    return make_loader(cfg, tokenizer=load_tokenizer(cfg.data.tokenizer), mesh=make_mesh(cfg.mesh))
+    samples, tokenizer = open_samples(cfg.data.dataset), load_tokenizer(cfg.data.tokenizer)
+    return make_loader(cfg, samples=samples, tokenizer=tokenizer, mesh=make_mesh(cfg.mesh))
 
 
 def _assert_same(left, right) -> None:
@@ -392,6 +394,17 @@ def test_a_batch_with_nothing_to_learn_is_an_error_not_a_loss_of_zero(stage, dat
     data = dataclasses.replace(cfg.data, dataset=str(tmp_path / "damaged"), max_bad_records=1.0)
     with pytest.raises(UserError, match="step 1: no token of the batch carries loss"):
         train(dataclasses.replace(cfg, data=data))
+
+
+@pytest.mark.parametrize("info", [{"training_allowed": False}, {"derived_from": {"training_allowed": False}}])
+def test_data_for_evaluation_only_is_refused_before_anything_is_written(stage, dataset, tmp_path: Path, info):
+    write_samples(tmp_path / "only", list(open_samples(dataset())), name="toy", info=info)
+    cfg = stage()
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, dataset=str(tmp_path / "only")))
+    for learn in (train, lambda cfg: grpo(cfg, params=_random_params(cfg))):
+        with pytest.raises(UserError, match="only holds toy/train, for evaluation only: train on a dataset without it"):
+            learn(cfg)
+    assert [path.name for path in tmp_path.iterdir()] == ["only"]
 
 
 def test_settings_that_cannot_be_are_refused_before_anything_is_written(stage, tmp_path: Path):

@@ -89,11 +89,11 @@ def _packed(args: argparse.Namespace, training: bool = False):
     from infimed_jax.config import load
 
     config = load(args.config, args.settings)
-    from data_prep.steps import open_for_training
     from infimed_jax.data.chat import load_tokenizer
     from infimed_jax.data.loader import index_folder
     from infimed_jax.data.packing import build_index
     from infimed_jax.data.storage import open_samples
+    from infimed_jax.data.training import open_for_training
 
     samples = (open_for_training if training else open_samples)(config.data.dataset)
     tokenizer = load_tokenizer(config.data.tokenizer)

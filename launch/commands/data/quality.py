@@ -92,7 +92,7 @@ def reflect(args: argparse.Namespace) -> None:
 
 def difficulty(args: argparse.Namespace) -> None:
     from data_prep.difficulty import Plan, measure
-    from data_prep.steps import open_for_training
+    from infimed_jax.data.training import open_for_training
     from infimed_jax.sampling.policy import Policy
 
     plan = build(Plan, args)
