@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from infimed_jax.errors import UserError
 from infimed_jax.files import write_json
+from infimed_jax.progress import Report
 
 T = TypeVar("T")
 Work = Callable[[T, Path, str], dict[str, Any]]

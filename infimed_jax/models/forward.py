@@ -20,6 +20,7 @@ from infimed_jax import config, sharding
 from infimed_jax.data.batch import Batch
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.layers import RMSNorm
+from infimed_jax.models.params import Params
 from infimed_jax.models.projector import Projector
 from infimed_jax.models.qwen3 import Attend, Block, Qwen3
 from infimed_jax.models.siglip import SiglipTower

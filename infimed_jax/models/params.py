@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from infimed_jax.models.qwen3 import Qwen3
 from infimed_jax.models.siglip import SiglipTower
 from infimed_jax.ops.attention import Mask
 
-Params = dict[str, Any]
+Params = Mapping[str, Any]
 
 
 def init_params(key: jax.Array, model: config.Model) -> Params:

@@ -25,6 +25,7 @@ from infimed_jax.errors import UserError
 from infimed_jax.files import to_json, write_text
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.lora import merge_lora, scale_of
+from infimed_jax.models.params import Params
 from infimed_jax.rl.loss import grpo_loss, make_scorer
 from infimed_jax.rl.rewards import score
 from infimed_jax.rl.rollout import Questions, plan_layout, prompt_order, questions
@@ -35,7 +36,7 @@ from infimed_jax.runs.meter import memory_bytes
 from infimed_jax.runs.metrics import Row
 from infimed_jax.train.optimizer import make_optimizer
 from infimed_jax.train.start import check_start, first_params, open_state
-from infimed_jax.train.state import Params, TrainState, split_params
+from infimed_jax.train.state import TrainState, split_params
 from infimed_jax.train.step import make_train_step
 
 REPLIES = "replies.jsonl"

@@ -16,6 +16,7 @@ from infimed_jax.data.chat import Tokenizer
 from infimed_jax.data.images import ImageCache
 from infimed_jax.data.sample import Sample
 from infimed_jax.models.lora import merge_lora, scale_of
+from infimed_jax.models.params import Params
 from infimed_jax.rl.advantages import group_advantages, without_variance
 from infimed_jax.rl.loss import Scorer, on_policy
 from infimed_jax.rl.rewards import Reward
@@ -26,7 +27,7 @@ from infimed_jax.sampling.engine import Completion
 from infimed_jax.sampling.policy import Policy
 from infimed_jax.sharding import local_rows, place_batch
 from infimed_jax.train.optimizer import learning_rate
-from infimed_jax.train.state import Params, TrainState
+from infimed_jax.train.state import TrainState
 from infimed_jax.train.step import TrainStep
 
 OF_COMPUTED = ("ratio", "clip_fraction", "kl", "logprob_gap")

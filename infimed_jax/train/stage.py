@@ -27,6 +27,7 @@ from infimed_jax.data.training import open_for_training
 from infimed_jax.errors import UserError
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.lora import merge_lora, scale_of
+from infimed_jax.models.params import Params
 from infimed_jax.processes import gather, process_prefix
 from infimed_jax.runs.loop import Beat, OnStep, Run, Stepped, few, open_run, read_result, run_steps, write_result
 from infimed_jax.runs.meter import Meter, Trace, batch_counts
@@ -34,7 +35,7 @@ from infimed_jax.runs.metrics import Row
 from infimed_jax.sharding import row_shards
 from infimed_jax.train.optimizer import learning_rate, make_optimizer
 from infimed_jax.train.start import check_start, first_params, open_state
-from infimed_jax.train.state import Params, TrainState
+from infimed_jax.train.state import TrainState
 from infimed_jax.train.step import Metrics, TrainStep, make_train_step, next_token_loss
 
 log = logging.getLogger(__name__)

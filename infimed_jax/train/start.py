@@ -8,7 +8,7 @@ import jax
 
 from infimed_jax import config
 from infimed_jax.errors import UserError
-from infimed_jax.models.params import abstract_params, init_params
+from infimed_jax.models.params import Params, abstract_params, init_params
 from infimed_jax.runs.checkpoint import Metadata
 from infimed_jax.runs.history import history_of, stage_entry
 from infimed_jax.runs.identity import check_same_run
@@ -16,7 +16,7 @@ from infimed_jax.runs.loop import Run
 from infimed_jax.runs.parameters import load_params
 from infimed_jax.sharding import on_mesh, place_params
 from infimed_jax.train.optimizer import make_optimizer
-from infimed_jax.train.state import Params, TrainState, abstract_state, init_state
+from infimed_jax.train.state import TrainState, abstract_state, init_state
 
 
 def check_start(cfg: config.Config, params: Params | None) -> None:

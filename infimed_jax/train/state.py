@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +13,8 @@ from jax.sharding import PartitionSpec
 from infimed_jax import config
 from infimed_jax.errors import UserError
 from infimed_jax.models.lora import init_lora
-from infimed_jax.models.params import init_params
+from infimed_jax.models.params import Params, init_params
 from infimed_jax.sharding import on_mesh
-
-Params = Mapping[str, Any]
 
 
 @jax.tree_util.register_dataclass

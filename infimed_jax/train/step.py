@@ -16,7 +16,8 @@ from infimed_jax import config
 from infimed_jax.data.batch import Batch
 from infimed_jax.models import forward
 from infimed_jax.models.compute import Compute
-from infimed_jax.train.state import Params, TrainState, merge_params
+from infimed_jax.models.params import Params
+from infimed_jax.train.state import TrainState, merge_params
 
 LossFn = Callable[[Params, Any], tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]
 """`(params, batch) -> (loss_sum, aux)`: everything a SUM over the rows, `aux["weight"]` the divisor of all of them."""
