@@ -55,7 +55,7 @@ def model():
 
 
 def losses(shape: tuple[int, int, int], steps: int) -> list[float]:
-    """Of `steps` steps on the first devices that `shape` needs."""
+    """Losses of `steps` steps on the first devices that `shape` needs."""
     import jax
 
     from infimed_jax import config, sharding

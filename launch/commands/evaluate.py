@@ -1,4 +1,4 @@
-"""`evaluate`: a checkpoint's replies to a prepared test set, graded."""
+"""`evaluate`: grade a checkpoint's replies to a prepared test set."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--reasoning", action="store_true", help="ask for reasoning and a boxed answer")
     p.add_argument("--blind", action="store_true", help="the control: the same questions without their images")
     p.add_argument("--contamination", type=Path, action="append", default=[], metavar="REPORT",
-                   help="of `data decontaminate`, whose input the checkpoint was trained on; repeatable: "
-                   "accuracy apart on the questions that it touches")  # fmt: skip
-    p.add_argument("--limit", type=int, default=0, help="questions at most, the first ones [all]")
+                   help="a report of `data decontaminate` on the checkpoint's training data, repeatable: "
+                   "also print the accuracy of the questions that it lists")  # fmt: skip
+    p.add_argument("--limit", type=int, default=0, help="ask only the first LIMIT questions [all]")
     add_settings(p, files=False)
 
 
@@ -49,8 +49,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.contamination:
         samples = mark(samples, dataset, args.contamination)
     if learnt := learnt_from(history_of(policy.metadata), dataset.manifest["origins"]):
-        told = f"{args.checkpoint} learnt from {', '.join(learnt)}, so it may answer by memory"
-        print(f"warning: {told}", file=sys.stderr)
+        sources = ", ".join(learnt)
+        print(f"warning: {args.checkpoint} learnt from {sources}, so it may answer by memory", file=sys.stderr)
     terms = Terms(policy.config.sampling, args.protocol, args.reasoning, image=not args.blind)
     key = jax.random.key(policy.config.train.seed)
     with progress_bar("evaluate", "questions") as bar:

@@ -16,7 +16,7 @@ from launch.commands.arguments import add_command, add_settings, check_file
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    p = add_command(commands, "generate", generate, "Answer a prompt with images; greedy unless told otherwise.")
+    p = add_command(commands, "generate", generate, "Answer a prompt with images; greedy unless set otherwise.")
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=Path, help="a run's folder, or one checkpoint")
     source.add_argument("--hf", type=Path, metavar="DIR", help="a LLaVA folder, as `convert to-hf` writes it")
