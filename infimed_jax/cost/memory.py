@@ -9,7 +9,7 @@ import logging
 import math
 import os
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -18,7 +18,6 @@ from infimed_jax import config
 from infimed_jax.cost.chips import GIB
 from infimed_jax.cost.flops import attention_backend
 from infimed_jax.ops.attention import platform_backend
-from infimed_jax.train.state import TrainState
 
 F32 = 4
 _USABLE = 0.8
@@ -27,9 +26,22 @@ _USABLE = 0.8
 log = logging.getLogger(__name__)
 
 
+class State(Protocol):
+    """The parts of a training state whose bytes are counted: arrays, or their abstract values."""
+
+    @property
+    def trainable(self) -> Any: ...
+
+    @property
+    def frozen(self) -> Any: ...
+
+    @property
+    def opt(self) -> Any: ...
+
+
 def choose_remat(
     cfg: config.Config,
-    state: TrainState,
+    state: State,
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
     rows: int,
     shape: tuple[int, int],
@@ -67,7 +79,7 @@ def choose_remat(
     return choice
 
 
-def state_bytes(state: TrainState, batch: Any) -> dict[str, int]:
+def state_bytes(state: State, batch: Any) -> dict[str, int]:
     """Exact, a device: `parameters` (float32 masters and the frozen rest), `moments`, `batch`, and `gradients`.
 
     Gradients are as large as the masters; they live only inside the step, so a compiler's temporaries hold them.
