@@ -1,7 +1,8 @@
 """Things that users add in one file: a model family, an attention backend, a reward, a benchmark, a data source.
 
-Each kind has a room, a package whose modules are its members. A member is named by its module there (`splash`), by a
-module anywhere on the path (`my_package.my_kernel`), or by a file (`./my_kernel.py`).
+Each kind has a room, a package whose modules are its members, or only its folders where it has any. A member is named
+by its module there (`splash`), by a module anywhere on the path (`my_package.my_kernel`), or by a file
+(`./my_kernel.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def names(room: str) -> list[str]:
     package = importlib.util.find_spec(top)  # of the room itself, it would import the packages around it
     found = package.submodule_search_locations if package else None
     folders = [str(Path(folder, *rest)) for folder in found or ()]
-    return sorted(module.name for module in pkgutil.iter_modules(folders) if not module.name.startswith("_"))
+    modules = [module for module in pkgutil.iter_modules(folders) if not module.name.startswith("_")]
+    return sorted(module.name for module in [m for m in modules if m.ispkg] or modules)
 
 
 def load(room: str, name: str, setting: str) -> ModuleType:

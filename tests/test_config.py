@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from infimed_jax import config
 from infimed_jax.config import Config, ConfigError, from_dict, load, to_dict
 from infimed_jax.config.fields import settings_of
+from infimed_jax.models.infimed import config as infimed
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,7 +23,7 @@ def test_later_files_and_overrides_win(tmp_path):
     settings = load([tmp_path / "a.yaml", tmp_path / "b.yaml"], ["train.seed=7", "optimizer.learning_rate=1e-3"])
     assert (settings.train.steps, settings.train.stage, settings.train.seed) == (2, "a", 7)
     assert settings.model.text.num_layers == 2 and settings.optimizer.learning_rate == 1e-3
-    assert settings.model.vision == config.Vision()
+    assert settings.model.vision == infimed.Vision()
 
 
 @settings_of_hypothesis(deadline=None)  # reading YAML is slow on a busy machine
@@ -163,7 +164,7 @@ def test_every_file_of_configs_is_valid():
 
 @pytest.mark.parametrize("feature_layer, blocks", [(-1, 27), (-2, 26), (-28, 0), (0, 0), (26, 26), (27, 27)])
 def test_the_tower_holds_the_blocks_that_the_feature_needs(feature_layer, blocks):
-    assert config.Vision(feature_layer=feature_layer).num_blocks == blocks
+    assert infimed.Vision(feature_layer=feature_layer).num_blocks == blocks
 
 
 def leaves(values, path=""):
@@ -190,3 +191,28 @@ def test_a_subclass_inherits_fields_with_their_docstrings_and_limits():
     assert [s.text for s in settings_of(Wider())] == [s.text for s in settings_of(config.Lora())]
     with pytest.raises(ConfigError, match=r"mine\.alpha must be positive"):
         Wider(alpha=0.0)
+
+
+def test_a_familys_settings_come_from_its_own_module(tmp_path):
+    (tmp_path / "outsider.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from infimed_jax.config import Model\n"
+        "@dataclass(frozen=True)\n"
+        "class MODEL(Model):\n"
+        "    PARTS = ('eye', 'mouth')\n"
+        "    width: int = 3\n"
+    )
+    family = f"model.family={tmp_path / 'outsider.py'}"
+    cfg = load([], [family, "model.width=5", "train.train=[mouth]"])
+    assert (type(cfg.model).__name__, cfg.model.width) == ("MODEL", 5)
+    assert from_dict(Config, to_dict(cfg)) == cfg
+    with pytest.raises(ConfigError, match=r"model\.widht; did you mean model\.width"):
+        load([], [family, "model.widht=5"])
+    with pytest.raises(ConfigError, match=r"train\.train must be one of eye, mouth, not 'projector'"):
+        load([], [family])
+
+
+def test_a_module_without_settings_is_no_family(tmp_path):
+    (tmp_path / "stranger.py").write_text("")
+    with pytest.raises(ConfigError, match="its module must define MODEL"):
+        load([], [f"model.family={tmp_path / 'stranger.py'}"])

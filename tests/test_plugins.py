@@ -15,13 +15,19 @@ def _own_path(monkeypatch, tmp_path):
 
 
 def test_shipped_members_are_named_without_importing_them():
-    assert "attention" in plugins.names("infimed_jax.ops")
-    assert plugins.load("infimed_jax.ops", "rope", "x").__name__ == "infimed_jax.ops.rope"
+    assert "rows" in plugins.names("infimed_jax.ops.attention.backends")
+    assert plugins.load("infimed_jax.config", "fields", "x").__name__ == "infimed_jax.config.fields"
+
+
+def test_members_are_the_folders_of_a_room_that_has_any():
+    assert plugins.names("infimed_jax.models") == ["infimed"]
+    with pytest.raises(UserError, match=r"model\.family must be one of infimed, not 'layers'"):
+        plugins.load("infimed_jax.models", "layers", "model.family")
 
 
 def test_unknown_member_is_refused_with_the_nearest_one():
-    with pytest.raises(UserError, match=r"grpo\.reward must be one of .*'ropes'; did you mean 'rope'"):
-        plugins.load("infimed_jax.ops", "ropes", "grpo.reward")
+    with pytest.raises(UserError, match=r"grpo\.reward must be one of .*'field'; did you mean 'fields'"):
+        plugins.load("infimed_jax.config", "field", "grpo.reward")
 
 
 def test_dotted_name_is_found_in_the_working_folder(tmp_path):

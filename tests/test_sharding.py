@@ -12,6 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from infimed_jax import config, sharding
 from infimed_jax.errors import UserError
+from infimed_jax.models.infimed import config as infimed
 
 
 def one_device_mesh():
@@ -70,9 +71,9 @@ def test_weights_are_stored_over_fsdp_and_used_whole():
 
 
 def test_a_tensor_axis_must_divide_the_model():
-    sharding.check_fits(config.Model(), sharding.abstract_mesh(1, 1, 8))
+    sharding.check_fits(infimed.Model(), sharding.abstract_mesh(1, 1, 8))
     with pytest.raises(UserError, match=r"mesh.tensor=16 does not divide .*num_kv_heads=8: choose a divisor of 8, and"):
-        sharding.check_fits(config.Model(), sharding.abstract_mesh(1, 1, 16))
+        sharding.check_fits(infimed.Model(), sharding.abstract_mesh(1, 1, 16))
 
 
 def _config(rows: int, **train) -> config.Config:

@@ -10,11 +10,9 @@ from infimed_jax.config.settings import (
     Mesh,
     Model,
     Optimizer,
-    Projector,
     Sampling,
-    Text,
     Train,
-    Vision,
+    model_class,
 )
 
 __all__ = [
@@ -26,14 +24,12 @@ __all__ = [
     "Mesh",
     "Model",
     "Optimizer",
-    "Projector",
     "Sampling",
-    "Text",
     "Train",
-    "Vision",
     "from_dict",
     "load",
     "merge",
+    "model_class",
     "to_dict",
     "with_overrides",
 ]

@@ -82,8 +82,8 @@ class Group:
 
     _path: ClassVar[str] = ""
 
-    def __init_subclass__(cls, path: str) -> None:
-        cls._path = path
+    def __init_subclass__(cls, path: str = "") -> None:
+        cls._path = path or cls._path
 
     def __post_init__(self) -> None:
         group: Any = type(self)

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from infimed_jax.config.fields import ConfigError, nearest, require, types_of
-from infimed_jax.config.settings import Config
+from infimed_jax.config.settings import Config, Model, model_class
 from infimed_jax.errors import one_line
 from infimed_jax.files import to_json
 
@@ -39,6 +39,8 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
     origin = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         require(isinstance(value, dict), f"{path} must be a group of settings, not {value!r}")
+        if hint is Model:
+            hint = model_class(_typed(str, value.get("family", Model.family), f"{path}.family"))
         return from_dict(hint, value, path + ".")
     if origin is Literal:
         allowed = typing.get_args(hint)

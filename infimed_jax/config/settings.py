@@ -7,10 +7,10 @@ known ("recipe" is arXiv 2509.22261, "ancestor" is Open-Qwen2VL, arXiv 2504.0059
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
+from infimed_jax import plugins
 from infimed_jax.config.fields import (
     AtLeast,
     Count,
@@ -23,6 +23,7 @@ from infimed_jax.config.fields import (
     Positive,
     Probability,
     Share,
+    nearest,
     require,
 )
 
@@ -50,117 +51,56 @@ Penalty = Annotated[float, Limit(lambda penalty: -2 <= penalty <= 2, "must lie i
 Exploration = Annotated[float, Limit(_scales_logits, "must lie in [1e-6, 1e6]: greedy replies are all one")]
 
 
-@dataclass(frozen=True)
-class Vision(Group, path="model.vision"):
-    """SigLIP's vision tower. The defaults are so400m-patch14-384."""
-
-    image_size: Count = 384
-    """Side of the square input image, pixels."""
-    patch_size: Count = 14
-    """Side of a patch, pixels; a remainder at the image's edge is cut off (384 = 27 * 14 + 6)."""
-    hidden_size: Count = 1152
-    """Width of the residual stream."""
-    intermediate_size: Count = 4304
-    """Width inside the feed-forward block."""
-    num_layers: Count = 27
-    """Blocks of the source model; the tower holds only those that `feature_layer` needs."""
-    num_heads: Count = 16
-    """Attention heads; their width is hidden_size / num_heads."""
-    feature_layer: int = -2
-    """The feature is Hugging Face's `hidden_states[feature_layer]`: 0 is the embeddings, -1 the last block's output."""
-    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
-    """Hugging Face's SigLIP has the tanh approximation; the ancestor's vision library has exact GELU."""
-    norm_eps: float = 1e-6
-    """Added to the variance in layer normalisation."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.hidden_size % self.num_heads == 0, "vision.hidden_size must be a multiple of vision.num_heads")
-        require(self.image_size >= self.patch_size, "vision.image_size must hold at least one patch")
-        require(
-            -self.num_layers - 1 <= self.feature_layer <= self.num_layers,
-            f"vision.feature_layer must lie in [-{self.num_layers + 1}, {self.num_layers}]",
-        )
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.image_size // self.patch_size
-
-    @property
-    def num_patches(self) -> int:
-        return self.grid**2
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks that run, so blocks that the tower holds."""
-        return self.feature_layer if self.feature_layer >= 0 else self.num_layers + 1 + self.feature_layer
+FAMILIES = "infimed_jax.models"
+"""The room of the families."""
 
 
 @dataclass(frozen=True)
-class Projector(Group, path="model.projector"):
-    """Adaptive average pooling and the two-layer MLP (Linear, exact GELU, Linear)."""
+class Model(Group, path="model"):
+    """The model's shape: each family declares its own settings, and answers what the rest of the package asks."""
 
-    visual_tokens: int = 729
-    """Tokens of one image after pooling, a square number. Recipe: 144 in pretraining, 729 (no pooling) in SFT."""
+    PARTS: ClassVar[tuple[str, ...]] = ()
+    """First names of the family's weights, which `train.train` may list; the last one is the language model."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.visual_tokens > 0 and math.isqrt(self.visual_tokens) ** 2 == self.visual_tokens,
-            f"projector.visual_tokens must be a square number, not {self.visual_tokens}",
-        )
+    family: Annotated[str, Member(FAMILIES)] = field(default="infimed", kw_only=True)
+    """The model's kind. A module of your own defines `MODEL`, its settings, and `FAMILY`, what it computes."""
 
     @property
-    def grid(self) -> int:
-        return math.isqrt(self.visual_tokens)
+    def vocab_size(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the language model's residual stream."""
+        raise NotImplementedError
+
+    @property
+    def num_layers(self) -> int:
+        """Of the language model."""
+        raise NotImplementedError
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads of the language model."""
+        raise NotImplementedError
+
+    @property
+    def num_kv_heads(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def head_dim(self) -> int:
+        raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class Text(Group, path="model.text"):
-    """Qwen3, dense. The defaults are Qwen3-4B."""
-
-    vocab_size: Count = 151_936
-    """Rows of the embedding; at least the tokenizer's length (Qwen3 keeps 267 free rows)."""
-    hidden_size: Count = 2560
-    """Width of the residual stream."""
-    intermediate_size: Count = 9728
-    """Width inside the feed-forward block."""
-    num_layers: Count = 36
-    """Number of blocks."""
-    num_heads: Count = 32
-    """Query heads."""
-    num_kv_heads: Count = 8
-    """Key-value heads (grouped-query attention); divides num_heads."""
-    head_dim: Count = 128
-    """Width of a head; even, for the rotary embedding."""
-    rope_theta: float = 1_000_000.0
-    """Base of the rotary embedding; 5e6 in Qwen3-4B-Instruct-2507."""
-    norm_eps: float = 1e-6
-    """Added to the mean square in RMS normalisation."""
-    tie_embeddings: bool = True
-    """Whether the output layer is the transposed embedding."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.num_heads % self.num_kv_heads == 0, "text.num_heads must be a multiple of text.num_kv_heads")
-        require(self.head_dim % 2 == 0, "text.head_dim must be even (rotary embedding)")
-
-
-@dataclass(frozen=True)
-class Model:
-    """The model's shape: vision tower, projector and language model."""
-
-    vision: Vision = field(default_factory=Vision)
-    projector: Projector = field(default_factory=Projector)
-    text: Text = field(default_factory=Text)
-
-    def __post_init__(self) -> None:
-        require(
-            self.projector.grid <= self.vision.grid,
-            f"model.projector.visual_tokens={self.projector.visual_tokens} exceeds the {self.vision.num_patches} "
-            "patches of an image: set a square number up to that",
-        )
+def model_class(family: str) -> type[Model]:
+    """The settings that `family` declares; ConfigError where its module has none."""
+    kind = getattr(plugins.load(FAMILIES, family, "model.family"), "MODEL", None)
+    require(
+        isinstance(kind, type) and issubclass(kind, Model),
+        f"model.family={family}: its module must define MODEL, a dataclass that extends infimed_jax.config.Model",
+    )
+    return kind
 
 
 @dataclass(frozen=True)
@@ -276,7 +216,7 @@ class Train(Group, path="train"):
     """Gradient accumulation: number of pieces of a global batch that are computed one after the other."""
     rows_per_device: CountOrZero = 0
     """Maximum rows that a device computes at once, from which `micro_batches` then follows; 0: off."""
-    train: tuple[Literal["vision", "projector", "text"], ...] = ("projector", "text")
+    train: tuple[str, ...] = ("projector", "text")
     """Parts that learn; the rest is frozen (no gradient, no moments). Recipe: vision always frozen."""
     lora: Lora = field(default_factory=Lora)
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -315,10 +255,6 @@ class Train(Group, path="train"):
             f"train.global_batch {self.global_batch} must be a multiple of train.micro_batches {self.micro_batches}",
         )
         require(bool(self.train), "train.train names no part: nothing would learn")
-        require(
-            not self.lora.rank or "text" in self.train,
-            "train.lora.rank is set but train.train does not name text, whose linears the adapters are for",
-        )
         require(
             not self.rows_per_device or self.micro_batches == 1,
             f"train.micro_batches={self.micro_batches} and train.rows_per_device={self.rows_per_device} are both set: "
@@ -407,10 +343,20 @@ class Grpo(Group, path="grpo"):
 class Config:
     """All settings of a run."""
 
-    model: Model = field(default_factory=Model)
+    model: Model = field(default_factory=lambda: model_class("infimed")())
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
     mesh: Mesh = field(default_factory=Mesh)
     train: Train = field(default_factory=Train)
     sampling: Sampling = field(default_factory=Sampling)
     grpo: Grpo = field(default_factory=Grpo)
+
+    def __post_init__(self) -> None:
+        parts = self.model.PARTS
+        for part in self.train.train:
+            hint = nearest(part, parts, repr)
+            require(part in parts, f"train.train must be one of {', '.join(parts)}, not {part!r}{hint}")
+        require(
+            not self.train.lora.rank or parts[-1] in self.train.train,
+            f"train.lora.rank is set but train.train does not name {parts[-1]}, whose linears the adapters are for",
+        )

@@ -267,9 +267,9 @@ def make_loader(
     `steps` is the length of the whole run; None takes `train.steps`, or as many as `train.epochs` need. UserError: a
     vocabulary too small for it, or rows that do not split over the mesh.
     """
-    if len(tokenizer) > config.model.text.vocab_size:
+    if len(tokenizer) > config.model.vocab_size:
         raise UserError(
-            f"model.text.vocab_size={config.model.text.vocab_size} has no room for the {len(tokenizer)} tokens of "
+            f"model.text.vocab_size={config.model.vocab_size} has no room for the {len(tokenizer)} tokens of "
             f"{tokenizer.folder}: raise it, or give the model's own tokenizer"
         )
     local_rows(config.train.global_batch, mesh)

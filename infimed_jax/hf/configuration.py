@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from infimed_jax import config
 from infimed_jax.errors import UserError
 from infimed_jax.hf.weights import read_json
+from infimed_jax.models.infimed import config as infimed
 
 N = TypeVar("N", int, float)
 
@@ -38,7 +39,7 @@ def read_architecture(folder: str | Path, allowed: tuple[str, ...]) -> tuple[str
     raise UserError(f"{path} is of {said}; this reads {' or '.join(allowed)}")
 
 
-def text_from_hf(values: dict[str, Any], where: str, *, tied: bool | None = None) -> config.Text:
+def text_from_hf(values: dict[str, Any], where: str, *, tied: bool | None = None) -> infimed.Text:
     """Our Text from a Qwen3 configuration; `tied` overrides its `tie_word_embeddings` (LLaVA's outer one counts)."""
     _expect(values, where, "model_type", ("qwen3",), absent_is_fine=False)
     _expect(values, where, "hidden_act", ("silu",))
@@ -49,7 +50,7 @@ def text_from_hf(values: dict[str, Any], where: str, *, tied: bool | None = None
         raise UserError(f"{where}: layer_types other than full_attention are not supported")
     if tied is None:
         tied = _tied(values, where)
-    return config.Text(
+    return infimed.Text(
         vocab_size=_number(values, where, "vocab_size", int),
         hidden_size=_number(values, where, "hidden_size", int),
         intermediate_size=_number(values, where, "intermediate_size", int),
@@ -63,7 +64,7 @@ def text_from_hf(values: dict[str, Any], where: str, *, tied: bool | None = None
     )
 
 
-def vision_from_hf(values: dict[str, Any], where: str, feature_layer: int) -> config.Vision:
+def vision_from_hf(values: dict[str, Any], where: str, feature_layer: int) -> infimed.Vision:
     """Our Vision from a SigLIP vision configuration.
 
     The published so400m file leaves out `hidden_act`, `layer_norm_eps` and `num_channels`: SigLIP's own values
@@ -72,7 +73,7 @@ def vision_from_hf(values: dict[str, Any], where: str, feature_layer: int) -> co
     _expect(values, where, "model_type", ("siglip_vision_model",), absent_is_fine=False)
     _expect(values, where, "num_channels", (3,))
     _expect(values, where, "hidden_act", tuple(ACTIVATIONS))
-    return config.Vision(
+    return infimed.Vision(
         image_size=_number(values, where, "image_size", int),
         patch_size=_number(values, where, "patch_size", int),
         hidden_size=_number(values, where, "hidden_size", int),
@@ -105,9 +106,9 @@ def llava_from_hf(values: dict[str, Any], where: str) -> config.Model:
             f"{where}: image_seq_length {length!r} is not the tower's {vision_part.num_patches} patches; "
             "a pooled model is not plain LLaVA"
         )
-    return config.Model(
+    return infimed.Model(
         vision_part,
-        config.Projector(visual_tokens=vision_part.num_patches),
+        infimed.Projector(visual_tokens=vision_part.num_patches),
         text_from_hf(text, f"{where} text_config", tied=tied),
     )
 

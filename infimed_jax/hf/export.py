@@ -104,7 +104,7 @@ def to_hf(
         "card": dataclasses.asdict(card),
         "licence": licence(card),
     }
-    banned = tokenizer.unsampled(model.text.vocab_size)
+    banned = tokenizer.unsampled(model.vocab_size)
     with _whole_or_nothing(output) as folder:
         write_processor(tokenizer_folder, model, folder)  # first: a tokenizer without a template costs no minutes
         stream = _stream(leaves, tensors, spares, read_spare)
@@ -157,9 +157,9 @@ def _check_resolution(model: Model, visual_tokens: int | None) -> None:
 
 def _tokenizer(folder: str | Path, model: Model) -> Tokenizer:
     tokenizer = load_tokenizer(folder)
-    if len(tokenizer) > model.text.vocab_size:
+    if len(tokenizer) > model.vocab_size:
         raise UserError(
-            f"the tokenizer {folder} has {len(tokenizer)} tokens, the model's vocab_size is {model.text.vocab_size}"
+            f"the tokenizer {folder} has {len(tokenizer)} tokens, the model's vocab_size is {model.vocab_size}"
         )
     return tokenizer
 

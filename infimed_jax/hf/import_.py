@@ -32,6 +32,7 @@ from infimed_jax.hf.configuration import (
     vision_from_hf,
 )
 from infimed_jax.hf.weights import ADAPTER, WeightsFolder
+from infimed_jax.models.infimed import config as infimed
 from infimed_jax.trees import nest
 
 log = logging.getLogger(__name__)
@@ -100,9 +101,9 @@ def open_parts(
     vision_architecture, vision_values = read_architecture(vision, VISION)
     whole = vision_architecture == "SiglipModel"
     tower = section(vision_values, f"{vision}/config.json", "vision_config") if whole else vision_values
-    model = config.Model(
+    model = infimed.Model(
         vision_from_hf(tower, f"{vision}/config.json", feature_layer),
-        config.Projector(visual_tokens=visual_tokens),
+        infimed.Projector(visual_tokens=visual_tokens),
         text_from_hf(text_values, f"{text}/config.json"),
     )
     asked = ((vision, vision_architecture, ("vision",)), (text, text_architecture, ("text",)))
@@ -131,7 +132,7 @@ def open_llava(folder: str | Path, *, visual_tokens: int | None = None, dtype: D
         )
     model = llava_from_hf(values, f"{folder}/config.json")
     if visual_tokens is not None:
-        model = dataclasses.replace(model, projector=config.Projector(visual_tokens=visual_tokens))
+        model = dataclasses.replace(model, projector=infimed.Projector(visual_tokens=visual_tokens))
     positions = positions_from_hf(values["text_config"], f"{folder}/config.json text_config")
     source = _Source(folder, architecture, model, ("vision", "projector", "text"))
     return Import(model, positions, dtype, 0, (source,))

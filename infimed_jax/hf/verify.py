@@ -34,6 +34,7 @@ from infimed_jax.hf.configuration import LLAVA, llava_from_hf, read_architecture
 from infimed_jax.hf.weights import ADAPTER, DTYPES
 from infimed_jax.models import forward, lora
 from infimed_jax.models.compute import Compute
+from infimed_jax.models.infimed import config as infimed
 from infimed_jax.models.params import Params
 from infimed_jax.ops.attention import Mask, attention
 
@@ -74,7 +75,7 @@ def verify(
     dtype = str(values.get("dtype") or values.get("torch_dtype"))
     if dtype not in DTYPES:
         raise UserError(f"{folder}/config.json: dtype {dtype} is not {' or '.join(DTYPES)}")
-    model = dataclasses.replace(model, projector=config.Projector(visual_tokens=model.vision.num_patches))
+    model = dataclasses.replace(model, projector=infimed.Projector(visual_tokens=model.vision.num_patches))
     result: dict[str, Any] = {
         "status": "failed",
         "failures": _config_faults(model, exported),
@@ -196,7 +197,7 @@ def _cases(
             # images of a row that repeat share a slot of ours, and are encoded again by theirs
             first_uses = _first_uses(segment.pixels)
             case |= {name: _difference(ours, answer.array(name)[first_uses]) for name, ours in features.items()}
-            pairs = zip(_logits(head, hidden, model), answer.logits(model.text.vocab_size), strict=True)
+            pairs = zip(_logits(head, hidden, model), answer.logits(model.vocab_size), strict=True)
             case["logits"] = _summary([_difference(*pair) | _distributions(*pair) for pair in pairs], hidden)
         cases.append(case)
     if dtype == "bfloat16" and any(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params)):
@@ -229,7 +230,7 @@ def _run(
     states = [_embed(part, batch, visual[1], model, compute) for batch, visual in zip(batches, encoded, strict=True)]
     del part
     stacks = _rounded(params["text"]["layers"], dtype)
-    for number in range(model.text.num_layers):
+    for number in range(model.num_layers):
         layer = jax.device_put(_wide(jax.tree.map(lambda leaf, number=number: leaf[number], stacks)))
         states = [_block(layer, x, batch, model, compute) for x, batch in zip(states, batches, strict=True)]
     norm = {"text": {"norm": _wide(_rounded(params["text"]["norm"], dtype))}}
@@ -271,7 +272,7 @@ _jit = functools.partial(jax.jit, static_argnames=("model", "compute"))
 @_jit
 def _encode(params: Params, pixels: jax.Array, model: config.Model, compute: Compute) -> tuple[jax.Array, jax.Array]:
     if pixels.shape[1] == 0:
-        return jnp.zeros((0, 0, 0)), jnp.zeros((0, 0, model.text.hidden_size))
+        return jnp.zeros((0, 0, 0)), jnp.zeros((0, 0, model.hidden_size))
     features = forward.vision_features(params, pixels, model, compute)
     return features, forward.project(params, features, model, compute)
 

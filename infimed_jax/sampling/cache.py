@@ -26,14 +26,14 @@ LayerCache = tuple[Float[Array, "slots K S H"], Float[Array, "slots K S H"]]
 Cache = tuple[LayerCache, ...]
 
 
-def empty_cache(slots: int, length: int, text: config.Text, dtype: str) -> Cache:
+def empty_cache(slots: int, length: int, model: config.Model, dtype: str) -> Cache:
     """Zeros for `length` positions a slot; slots over data and fsdp, key heads over tensor."""
-    shape = (slots, text.num_kv_heads, length, text.head_dim)
+    shape = (slots, model.num_kv_heads, length, model.head_dim)
 
     def zeros() -> Array:
         return jnp.zeros(shape, dtype, out_sharding=_CACHE)
 
-    return tuple((zeros(), zeros()) for _ in range(text.num_layers))
+    return tuple((zeros(), zeros()) for _ in range(model.num_layers))
 
 
 def append_and_attend(

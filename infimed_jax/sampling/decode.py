@@ -71,15 +71,15 @@ class Admission:
     """bool[slots, V]: the prompt's tokens; None in an engine without penalties."""
 
 
-@functools.partial(jax.jit, static_argnames=("slots", "length", "text", "dtype", "penalties"))
-def empty_slots(slots: int, length: int, text: config.Text, dtype: str, penalties: bool) -> Slots:
+@functools.partial(jax.jit, static_argnames=("slots", "length", "model", "dtype", "penalties"))
+def empty_slots(slots: int, length: int, model: config.Model, dtype: str, penalties: bool) -> Slots:
     """No sequence yet, room for `length` positions each; `penalties` makes room for a History."""
 
     def zeros(dtype: Any, *shape: int) -> Array:
         return jnp.zeros((slots, *shape), dtype, out_sharding=ROWS)
 
     return Slots(
-        cache=empty_cache(slots, length, text, dtype),
+        cache=empty_cache(slots, length, model, dtype),
         token=zeros(jnp.int32),
         length=zeros(jnp.int32),
         count=zeros(jnp.int32),
@@ -87,14 +87,14 @@ def empty_slots(slots: int, length: int, text: config.Text, dtype: str, penaltie
         request=zeros(jnp.int32),
         active=zeros(bool),
         settings=Settings.filled(lambda name: zeros(Settings.dtype(name))),
-        history=History(zeros(bool, text.vocab_size), zeros(jnp.int32, text.vocab_size)) if penalties else None,
+        history=History(zeros(bool, model.vocab_size), zeros(jnp.int32, model.vocab_size)) if penalties else None,
     )
 
 
 @functools.partial(jax.jit, static_argnames=("images", "model", "dtype"))
 def empty_table(images: int, model: config.Model, dtype: str) -> Float[Array, "images P D"]:
     """Room for the visual tokens of a prefill batch's distinct images, whole on every device."""
-    shape = (images, model.projector.visual_tokens, model.text.hidden_size)
+    shape = (images, model.projector.visual_tokens, model.hidden_size)
     return jnp.zeros(shape, dtype, out_sharding=WHOLE)
 
 
@@ -244,7 +244,7 @@ def decode_logits(decoder: Decoder, slots: Slots) -> tuple[Float[Array, "slots V
     """Raw float32 logits after `slots.token`, and the cache that holds its keys and values."""
     weights, model, compute = decoder.weights, decoder.model, decoder.compute
     no_image = jnp.full_like(slots.token, -1)[:, None]
-    nothing = jnp.zeros((len(slots.token), 0, model.text.hidden_size), compute.dtype, out_sharding=ROWS)
+    nothing = jnp.zeros((len(slots.token), 0, model.hidden_size), compute.dtype, out_sharding=ROWS)
     x = forward.embed(weights, slots.token[:, None], no_image, nothing, model, compute)
     cache = []
     for layer, old in zip(weights["text"]["layers"], slots.cache, strict=True):

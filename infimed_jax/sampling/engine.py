@@ -82,9 +82,9 @@ class Engine:
                 f"sampling.slots={settings.slots} must be a multiple of mesh.data * mesh.fsdp = {self._shards}"
             )
         model = decoder.model
-        self._banned, self._stops = _token_arrays(model.text.vocab_size, banned, stops)
+        self._banned, self._stops = _token_arrays(model.vocab_size, banned, stops)
         self._room = bucket(longest) + settings.max_tokens
-        self._slots = decode.empty_slots(settings.slots, self._room, model.text, decoder.compute.dtype, penalties)
+        self._slots = decode.empty_slots(settings.slots, self._room, model, decoder.compute.dtype, penalties)
         self._submitted = 0
         self._arrived: list[Request] = []
         self._queue: deque[Request] = deque()
@@ -229,7 +229,7 @@ def _token_arrays(vocab: int, banned: Sequence[int], stops: Sequence[int]) -> tu
 
 def _problem(prompt: Segment, model: config.Model) -> str:
     """Why the prompt cannot be completed, or ""."""
-    side, visual_tokens, vocab = model.vision.image_size, model.projector.visual_tokens, model.text.vocab_size
+    side, visual_tokens, vocab = model.vision.image_size, model.projector.visual_tokens, model.vocab_size
     if not len(prompt):
         return "is empty: give it at least one token"
     if prompt.visual[-1]:

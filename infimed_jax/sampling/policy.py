@@ -79,10 +79,10 @@ class Policy:
         # A setting such as model.text.num_layers must fit: a layer too many would be a copy of the last one.
         check_leaves(flatten(dict(params), "/"), cfg.model)
         loaded = load_tokenizer(tokenizer or cfg.data.tokenizer)
-        if len(loaded) > cfg.model.text.vocab_size:
+        if len(loaded) > cfg.model.vocab_size:
             raise UserError(
                 f"the tokenizer {loaded.folder} has {len(loaded)} tokens, the model's vocab_size is "
-                f"{cfg.model.text.vocab_size}: name the model's own by data.tokenizer or --tokenizer"
+                f"{cfg.model.vocab_size}: name the model's own by data.tokenizer or --tokenizer"
             )
         mesh = make_mesh(cfg.mesh)
         with jax.set_mesh(mesh):
@@ -147,7 +147,7 @@ class Policy:
                 self.decoder,
                 sampling,
                 stops=self.tokenizer.stop_tokens,
-                banned=self.tokenizer.unsampled(self.config.model.text.vocab_size),
+                banned=self.tokenizer.unsampled(self.config.model.vocab_size),
                 key=key,
                 longest=longest or max(map(len, prompts)),
                 penalties=penalizes(sampling),

@@ -35,7 +35,7 @@ def sampler_weights(params: Params, model: config.Model, dtype: str) -> dict[str
     embedding is whole on every device: otherwise a lookup would gather it for every token.
     """
     text = params["text"]
-    layers = [jax.tree.map(lambda x, i=i: x[i], text["layers"]) for i in range(model.text.num_layers)]
+    layers = [jax.tree.map(lambda x, i=i: x[i], text["layers"]) for i in range(model.num_layers)]
     moved = _move(params | {"text": text | {"layers": layers}}, dtype)
     moved["text"]["embed_tokens"] = jax.sharding.reshard(moved["text"]["embed_tokens"], PartitionSpec())
     return moved

@@ -75,7 +75,7 @@ def from_hf(args: argparse.Namespace) -> None:
         tokens = 144 if args.visual_tokens is None else args.visual_tokens
         opened = open_parts(text=args.text, vision=args.vision, visual_tokens=tokens, seed=seed, dtype=args.dtype)
         folders = {"text weights": args.text, "vision weights": args.vision}
-    tokenizer = _tokenizer(args.tokenizer or args.llava or args.text, opened.model.text.vocab_size)
+    tokenizer = _tokenizer(args.tokenizer or args.llava or args.text, opened.model.vocab_size)
     entry = provenance.import_entry(opened, folders)
     config = Config(model=opened.model, data=Data(tokenizer=str(tokenizer)), train=Train(stage=provenance.IMPORT))
     with progress_bar("from-hf") as bar:

@@ -140,7 +140,7 @@ class Chain:
         dataset = str(self.folder / "data/mixtures" / stage)
         data = replace(config.data, dataset=dataset, tokenizer=str(self.tokenizer_folder))
         train = replace(config.train, seed=self.options.seed, output=str(self.run_folder(stage)))
-        text = replace(config.model.text, vocab_size=max(config.model.text.vocab_size, self.vocabulary))
+        text = replace(config.model.text, vocab_size=max(config.model.vocab_size, self.vocabulary))
         return replace(config, data=data, train=train, model=replace(config.model, text=text))
 
     def run_folder(self, stage: str) -> Path:

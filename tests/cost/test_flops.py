@@ -14,6 +14,7 @@ from infimed_jax.cost.flops import step_flops
 from infimed_jax.data.batch import Batch
 from infimed_jax.models import forward
 from infimed_jax.models.compute import Compute
+from infimed_jax.models.infimed import config as infimed
 from infimed_jax.ops.attention import Mask, attention
 from infimed_jax.train.optimizer import make_optimizer
 from infimed_jax.train.state import abstract_state, merge_params
@@ -102,7 +103,7 @@ def test_a_loss_token_costs_its_logits(model):
 
 def test_the_4b_model_costs_six_flops_a_parameter_and_token():
     """The rule of thumb, on the text model's matrices: 36 layers of 100.9M parameters and a 389M head."""
-    flops = step_flops(config.Model(), config.Train())
+    flops = step_flops(infimed.Model(), config.Train())
     layers = 36 * (2560 * 128 * (32 + 16) + 32 * 128 * 2560 + 3 * 2560 * 9728)
     np.testing.assert_allclose(flops.token + flops.loss_token, 6 * (layers + 151_936 * 2560))
 

@@ -11,6 +11,7 @@ from infimed_jax import config, sharding
 from infimed_jax.cost import memory
 from infimed_jax.data.batch import Batch
 from infimed_jax.models.compute import Compute
+from infimed_jax.models.infimed import config as infimed
 from infimed_jax.train.optimizer import make_optimizer
 from infimed_jax.train.state import abstract_state, merge_params
 from infimed_jax.train.step import next_token_loss
@@ -50,9 +51,9 @@ def test_a_frozen_tower_leaves_nothing_for_the_backward_pass(model, remat):
 
 def test_a_tower_of_many_images_is_the_peak_of_a_small_text_model():
     """Its dense scores, float32 and bfloat16, exist for all images of a device at once."""
-    text = config.Text(vocab_size=128, hidden_size=64, intermediate_size=64, num_layers=1, num_heads=1, num_kv_heads=1)
+    text = infimed.Text(vocab_size=128, hidden_size=64, intermediate_size=64, num_layers=1, num_heads=1, num_kv_heads=1)
     cfg = config.Config(
-        model=config.Model(text=text), data=config.Data(images_per_row=24), train=config.Train(remat="full")
+        model=infimed.Model(text=text), data=config.Data(images_per_row=24), train=config.Train(remat="full")
     )
     scores = 24 * 16 * 729**2 * (4 + 2)
     assert scores < memory.activation_estimate(cfg, 1, {"data": 1, "fsdp": 1, "tensor": 1}) < 1.5 * scores

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from infimed_jax.config import Config, Data, Mesh, Model, Projector, Text, Train, Vision
+from infimed_jax.config import Config, Data, Mesh, Train
 from infimed_jax.data import loader
 from infimed_jax.data.chat import load_tokenizer
 from infimed_jax.data.images import ImageCache, decode_image
@@ -21,6 +21,7 @@ from infimed_jax.data.loader import EMPTY, make_loader, plan_epoch
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
+from infimed_jax.models.infimed.config import Model, Projector, Text, Vision
 from infimed_jax.sharding import make_mesh
 
 MODEL = Model(

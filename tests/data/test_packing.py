@@ -16,6 +16,7 @@ from infimed_jax.data.packing import build_index, load_index, row_shapes
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
+from infimed_jax.models.infimed import config as infimed
 
 
 @settings(max_examples=100, deadline=None)
@@ -40,9 +41,9 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(make_tokenizer(words, tmp_path_factory.mktemp("tok"), vocab_size=330))
 
 
-MODEL = config.Model(
-    vision=config.Vision(image_size=16, patch_size=4, hidden_size=8, num_heads=2),
-    projector=config.Projector(visual_tokens=4),
+MODEL = infimed.Model(
+    vision=infimed.Vision(image_size=16, patch_size=4, hidden_size=8, num_heads=2),
+    projector=infimed.Projector(visual_tokens=4),
 )
 
 
@@ -161,7 +162,7 @@ def test_a_second_call_only_loads_and_other_settings_do_not_render_again(samples
 
 def test_the_fingerprint_binds_what_shapes_the_rows(samples, tokenizer, tmp_path):
     write_samples(tmp_path / "other", [question(0, 3)], name="toy")
-    pooled = dataclasses.replace(MODEL, projector=config.Projector(visual_tokens=1))
+    pooled = dataclasses.replace(MODEL, projector=infimed.Projector(visual_tokens=1))
     prints = [
         build_index(source, tokenizer, settings, model, tmp_path / "p").fingerprint
         for source, settings, model in [
@@ -172,7 +173,7 @@ def test_the_fingerprint_binds_what_shapes_the_rows(samples, tokenizer, tmp_path
             (samples, data(packing="none", buckets=2), MODEL),
             (samples, data(), pooled),
             (open_samples(tmp_path / "other"), data(), MODEL),
-            (samples, data(), dataclasses.replace(MODEL, text=config.Text(num_layers=1))),
+            (samples, data(), dataclasses.replace(MODEL, text=infimed.Text(num_layers=1))),
             (samples, data(prefetch=1, buckets=1), MODEL),
         ]
     ]

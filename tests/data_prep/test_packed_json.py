@@ -15,11 +15,12 @@ from infimed_jax.data.packing import build_index
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
+from infimed_jax.models.infimed import config as infimed
 from tests.data_prep.samples import damage
 
-MODEL = config.Model(
-    vision=config.Vision(image_size=16, patch_size=4, hidden_size=8, num_heads=2),
-    projector=config.Projector(visual_tokens=4),
+MODEL = infimed.Model(
+    vision=infimed.Vision(image_size=16, patch_size=4, hidden_size=8, num_heads=2),
+    projector=infimed.Projector(visual_tokens=4),
 )
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data_prep.tokenizer import make_tokenizer
-from infimed_jax.config import Config, Mesh, Model, Projector, Sampling, Text, Train, Vision
+from infimed_jax.config import Config, Mesh, Sampling, Train
 from infimed_jax.data.chat import load_tokenizer
 from infimed_jax.data.images import ImageCache
 from infimed_jax.data.prompts import question_sample
@@ -18,6 +18,7 @@ from infimed_jax.errors import UserError
 from infimed_jax.evaluation import respondents
 from infimed_jax.evaluation.respondents import Terms, ask_policy
 from infimed_jax.evaluation.run import compare_runs, evaluate, fingerprint, image_gain, image_id
+from infimed_jax.models.infimed.config import Model, Projector, Text, Vision
 from infimed_jax.models.params import init_params
 from infimed_jax.sampling.engine import Completion
 from infimed_jax.sampling.policy import Policy

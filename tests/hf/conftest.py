@@ -6,14 +6,15 @@ import pytest
 
 from data_prep.tokenizer import make_tokenizer
 from infimed_jax import config, sharding
+from infimed_jax.models.infimed import config as infimed
 from infimed_jax.models.params import abstract_params
 
-MODEL = config.Model(
-    vision=config.Vision(
+MODEL = infimed.Model(
+    vision=infimed.Vision(
         image_size=30, patch_size=7, hidden_size=24, intermediate_size=40, num_layers=3, num_heads=2, feature_layer=-2
     ),
-    projector=config.Projector(visual_tokens=16),
-    text=config.Text(
+    projector=infimed.Projector(visual_tokens=16),
+    text=infimed.Text(
         vocab_size=400,
         hidden_size=32,
         intermediate_size=48,

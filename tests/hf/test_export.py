@@ -15,11 +15,11 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration, SiglipVisionConfig, SiglipVisionModel
 
-from infimed_jax import config
 from infimed_jax.errors import UserError
 from infimed_jax.hf import export, names
 from infimed_jax.hf.card import Card, DataSource
 from infimed_jax.hf.export import to_hf
+from infimed_jax.models.infimed import config as infimed
 from tests.hf.reading import from_llava
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,7 +141,7 @@ def test_without_a_source_the_made_up_tensors_are_named(model, make_params, toke
 
 
 def test_a_pooled_model_is_no_llava(model, make_params, tokenizer_folder, tmp_path):
-    pooled = dataclasses.replace(model, projector=config.Projector(visual_tokens=4))
+    pooled = dataclasses.replace(model, projector=infimed.Projector(visual_tokens=4))
     params = make_params(pooled)
     with pytest.raises(UserError, match=r"pools to 4 visual tokens is not plain LLaVA.*visual_tokens=16"):
         to_hf(params, pooled, tokenizer_folder, tmp_path / "out")

@@ -12,6 +12,7 @@ from infimed_jax import config, sharding
 from infimed_jax.errors import UserError
 from infimed_jax.hf import names
 from infimed_jax.hf.configuration import LLAVA, llava_config, text_from_hf, vision_from_hf
+from infimed_jax.models.infimed import config as infimed
 from infimed_jax.models.params import abstract_params
 
 HF_CONFIGS = Path(__file__).resolve().parents[3] / "shared/data/hf_configs"
@@ -23,7 +24,7 @@ def models(draw) -> config.Model:
     number = st.integers(1, 4)
     vision_heads, kv_heads, patch = draw(number), draw(number), draw(st.integers(1, 3))
     layers = draw(number)
-    vision = config.Vision(
+    vision = infimed.Vision(
         image_size=patch * draw(st.integers(1, 3)) + draw(st.integers(0, patch - 1)),
         patch_size=patch,
         hidden_size=vision_heads * draw(number),
@@ -32,7 +33,7 @@ def models(draw) -> config.Model:
         num_heads=vision_heads,
         feature_layer=draw(st.integers(-layers - 1, layers)),
     )
-    text = config.Text(
+    text = infimed.Text(
         vocab_size=draw(number),
         hidden_size=draw(number),
         intermediate_size=draw(number),
@@ -42,7 +43,7 @@ def models(draw) -> config.Model:
         head_dim=2 + 2 * draw(number),  # JAX >= 0.11 drops the sharding of slices of one element: half a head of two
         tie_embeddings=draw(st.booleans()),
     )
-    return config.Model(vision, config.Projector(vision.num_patches), text)
+    return infimed.Model(vision, infimed.Projector(vision.num_patches), text)
 
 
 def respell(key: str, choice: int) -> str:
@@ -99,9 +100,9 @@ def test_published_shapes_match_completely(text):
 
     text_values = json.loads((HF_CONFIGS / f"{text}.config.json").read_text())
     siglip = json.loads((HF_CONFIGS / "siglip-so400m-patch14-384.config.json").read_text())
-    model = config.Model(
+    model = infimed.Model(
         vision_from_hf(siglip["vision_config"], "siglip", -2),
-        config.Projector(729),
+        infimed.Projector(729),
         text_from_hf(text_values, text),
     )
     assert model.text.rope_theta == 1e6

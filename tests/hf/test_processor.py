@@ -6,12 +6,12 @@ import pytest
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
-from infimed_jax import config
 from infimed_jax.data.chat import load_tokenizer, render_prompt
 from infimed_jax.data.images import decode_image
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.errors import UserError
 from infimed_jax.hf.processor import write_processor
+from infimed_jax.models.infimed import config as infimed
 
 QWEN3 = Path(__file__).resolve().parents[3] / "shared/data/tokenizers/qwen3"
 
@@ -142,7 +142,7 @@ def test_pixels_are_those_of_training(processor, model, seed):
 
 def test_so400m_expands_to_729(tokenizer_folder, tmp_path):
     """384 is no multiple of 14: the remainder is not counted."""
-    write_processor(tokenizer_folder, config.Model(), tmp_path)
+    write_processor(tokenizer_folder, infimed.Model(), tmp_path)
     processor = AutoProcessor.from_pretrained(tmp_path)
     out = processor(images=[picture()], text=["<|image_pad|>"])
     assert list(out["input_ids"][0]) == [processor.image_token_id] * 729

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from infimed_jax import config
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.hf import reference
 from infimed_jax.hf.export import to_hf
 from infimed_jax.hf.verify import builtin_samples, verify
+from infimed_jax.models.infimed import config as infimed
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +151,7 @@ def test_own_samples_and_a_repeated_image(model, make_params, tokenizer_folder, 
 
 
 def test_a_pooled_model_is_verified_at_full_resolution(model, make_params, tokenizer_folder, tmp_path):
-    pooled = dataclasses.replace(model, projector=config.Projector(visual_tokens=4))
+    pooled = dataclasses.replace(model, projector=infimed.Projector(visual_tokens=4))
     params = make_params(pooled)
     folder = to_hf(params, pooled, tokenizer_folder, tmp_path / "out", visual_tokens=16)
     assert verify(params, pooled, folder, tokenizer_folder)["status"] == "passed"

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from infimed_jax import config
+from infimed_jax.models.infimed import config as infimed
 
 EPS = 1e-2
 """Of the norms: the published 1e-6 is too small to be seen in a comparison of this size."""
 
-VISION = config.Vision(
+VISION = infimed.Vision(
     image_size=30,
     patch_size=7,
     hidden_size=24,
@@ -21,7 +21,7 @@ VISION = config.Vision(
     feature_layer=-1,
     norm_eps=EPS,
 )
-TEXT = config.Text(
+TEXT = infimed.Text(
     vocab_size=97,
     hidden_size=32,
     intermediate_size=48,
@@ -32,7 +32,7 @@ TEXT = config.Text(
     rope_theta=10_000.0,
     norm_eps=EPS,
 )
-MODEL = config.Model(vision=VISION, projector=config.Projector(visual_tokens=4), text=TEXT)
+MODEL = infimed.Model(vision=VISION, projector=infimed.Projector(visual_tokens=4), text=TEXT)
 
 
 def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -45,7 +45,7 @@ def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     return module.eval()
 
 
-def torch_siglip_config(vision: config.Vision, head: bool = True) -> SiglipVisionConfig:
+def torch_siglip_config(vision: infimed.Vision, head: bool = True) -> SiglipVisionConfig:
     return SiglipVisionConfig(
         hidden_size=vision.hidden_size,
         intermediate_size=vision.intermediate_size,
@@ -60,11 +60,11 @@ def torch_siglip_config(vision: config.Vision, head: bool = True) -> SiglipVisio
     )
 
 
-def torch_siglip(vision: config.Vision, seed: int = 0) -> SiglipVisionModel:
+def torch_siglip(vision: infimed.Vision, seed: int = 0) -> SiglipVisionModel:
     return randomise(SiglipVisionModel(torch_siglip_config(vision)), seed)
 
 
-def torch_qwen3(text: config.Text, seed: int = 0) -> Qwen3ForCausalLM:
+def torch_qwen3(text: infimed.Text, seed: int = 0) -> Qwen3ForCausalLM:
     settings = Qwen3Config(
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,
@@ -88,7 +88,7 @@ def arrays(module: torch.nn.Module) -> dict[str, np.ndarray]:
     return {name: tensor.detach().numpy().copy() for name, tensor in module.state_dict().items()}
 
 
-def siglip_params(module: SiglipVisionModel, vision: config.Vision) -> dict:
+def siglip_params(module: SiglipVisionModel, vision: infimed.Vision) -> dict:
     """Our vision subtree; the blocks that `vision.feature_layer` does not need are left out."""
     w = {name.removeprefix("vision_model."): value for name, value in arrays(module).items()}
     d, n, h = vision.hidden_size, vision.num_heads, vision.hidden_size // vision.num_heads
@@ -129,7 +129,7 @@ def siglip_params(module: SiglipVisionModel, vision: config.Vision) -> dict:
     return tree
 
 
-def qwen3_params(module: Qwen3ForCausalLM, text: config.Text) -> dict:
+def qwen3_params(module: Qwen3ForCausalLM, text: infimed.Text) -> dict:
     """Our text subtree."""
     w = arrays(module)
     d, n, k, h = text.hidden_size, text.num_heads, text.num_kv_heads, text.head_dim

@@ -12,13 +12,14 @@ from infimed_jax import config, sharding
 from infimed_jax.models import lora
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.forward import text_block
+from infimed_jax.models.infimed import config as infimed
 from infimed_jax.models.params import init_params
 from infimed_jax.train.state import merge_params
 
-MODEL = config.Model(
-    vision=config.Vision(image_size=8, patch_size=4, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2),
-    projector=config.Projector(visual_tokens=4),
-    text=config.Text(
+MODEL = infimed.Model(
+    vision=infimed.Vision(image_size=8, patch_size=4, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2),
+    projector=infimed.Projector(visual_tokens=4),
+    text=infimed.Text(
         vocab_size=40, hidden_size=12, intermediate_size=20, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6
     ),
 )

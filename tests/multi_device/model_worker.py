@@ -12,14 +12,15 @@ import numpy as np
 from infimed_jax import config, sharding
 from infimed_jax.data.batch import Segment, build_row, stack_rows
 from infimed_jax.models import forward
+from infimed_jax.models.infimed import config as infimed
 from infimed_jax.models.params import abstract_params, init_params
 
-MODEL = config.Model(
-    vision=config.Vision(
+MODEL = infimed.Model(
+    vision=infimed.Vision(
         image_size=16, patch_size=4, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=8, feature_layer=-1
     ),
-    projector=config.Projector(visual_tokens=4),
-    text=config.Text(
+    projector=infimed.Projector(visual_tokens=4),
+    text=infimed.Text(
         vocab_size=96, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=16, num_kv_heads=8, head_dim=4
     ),
 )

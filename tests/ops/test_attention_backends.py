@@ -14,6 +14,7 @@ from infimed_jax.cost.flops import products
 from infimed_jax.data.batch import Segment, build_row, stack_rows
 from infimed_jax.errors import UserError
 from infimed_jax.models.compute import Compute
+from infimed_jax.models.infimed import config as infimed
 from infimed_jax.models.params import init_params
 from infimed_jax.ops.attention import Mask, attention, backend
 from infimed_jax.train.step import next_token_loss
@@ -49,10 +50,12 @@ def kernel(tmp_path, monkeypatch):
 
 
 def test_it_is_used_by_the_entry_and_by_a_train_step(kernel):
-    model = config.Model(
-        vision=config.Vision(image_size=8, patch_size=4, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1),
-        projector=config.Projector(visual_tokens=4),
-        text=config.Text(
+    model = infimed.Model(
+        vision=infimed.Vision(
+            image_size=8, patch_size=4, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1
+        ),
+        projector=infimed.Projector(visual_tokens=4),
+        text=infimed.Text(
             vocab_size=32, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8
         ),
     )

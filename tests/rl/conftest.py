@@ -16,6 +16,7 @@ from infimed_jax.data.images import ImageCache
 from infimed_jax.data.prompts import question_sample, question_text
 from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import write_samples
+from infimed_jax.models.infimed import config as infimed
 from infimed_jax.models.params import init_params
 from infimed_jax.sampling.policy import Policy
 from infimed_jax.sharding import make_mesh
@@ -64,10 +65,10 @@ def make_tiny(folder) -> Tiny:
     samples = [Tiny.question(i) for i in range(10)]
     write_samples(folder / "data", samples, name="tiny")
     cfg = config.Config(
-        model=config.Model(
-            config.Vision(SIDE, 3, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2),
-            config.Projector(visual_tokens=4),
-            config.Text(len(tokenizer) + 4, 32, 48, 2, num_heads=4, num_kv_heads=2, head_dim=8, rope_theta=1e4),
+        model=infimed.Model(
+            infimed.Vision(SIDE, 3, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2),
+            infimed.Projector(visual_tokens=4),
+            infimed.Text(len(tokenizer) + 4, 32, 48, 2, num_heads=4, num_kv_heads=2, head_dim=8, rope_theta=1e4),
         ),
         data=config.Data(str(folder / "data"), str(folder / "tokenizer"), context=160, images_per_row=4),
         optimizer=config.Optimizer(3e-2, warmup_fraction=0.0, schedule="constant", weight_decay=0.0),

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from infimed_jax import config
-from infimed_jax.config import Model, Projector, Text, Vision
 from infimed_jax.data.batch import Segment, build_row, stack_rows
 from infimed_jax.models import forward
 from infimed_jax.models.compute import Compute
+from infimed_jax.models.infimed.config import Model, Projector, Text, Vision
 from infimed_jax.models.params import init_params
 from infimed_jax.sampling.weights import sampler_weights
 from infimed_jax.sharding import make_mesh

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 
 from infimed_jax import config
-from infimed_jax.config import Model, Projector, Sampling, Text, Vision
+from infimed_jax.config import Sampling
 from infimed_jax.data.batch import Segment
 from infimed_jax.errors import UserError
 from infimed_jax.models.compute import Compute
+from infimed_jax.models.infimed.config import Model, Projector, Text, Vision
 from infimed_jax.models.params import abstract_params, init_params
 from infimed_jax.sampling import decode
 from infimed_jax.sampling.engine import Engine, complete
@@ -61,7 +62,7 @@ def burst_text(mesh: jax.sharding.Mesh) -> str:
     with jax.set_mesh(mesh):
         weights = sampler_weights(init_params(jax.random.key(0), MODEL), MODEL, "float32")
         assert not any("fsdp" in str(x.sharding.spec) for x in jax.tree.leaves(weights))
-        slots = decode.empty_slots(8, 64, MODEL.text, "float32", False)
+        slots = decode.empty_slots(8, 64, MODEL, "float32", False)
         keys = slots.cache[0][0]
         assert keys.sharding.shard_shape(keys.shape) == (2, 1, 64, 8)
         stops, banned = np.array(STOPS, np.int32), np.zeros(64, bool)

@@ -6,12 +6,12 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from infimed_jax import config
-from infimed_jax.config import Text
+from infimed_jax.models.infimed.config import Model, Text
 from infimed_jax.ops.attention import Mask, attention
 from infimed_jax.sampling import cache
 from infimed_jax.sharding import BATCH, make_mesh
 
-TEXT = Text(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=4)
+MODEL = Model(text=Text(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=4))
 
 
 def _normal(seed, *shape):
@@ -49,7 +49,7 @@ def test_each_appended_token_attends_like_the_last_row_of_full_attention():
 
 def test_prompts_go_to_the_slots_that_ask_for_them():
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
-        old = cache.empty_cache(5, 7, TEXT, "float32")[0]
+        old = cache.empty_cache(5, 7, MODEL, "float32")[0]
         new = _normal(0, 3, 4, 2, 4), _normal(1, 3, 4, 2, 4)
         source = _place(np.array([2, -1, 0, 0, -1], np.int32))
         filled = cache.insert(old, tuple(map(jnp.asarray, new)), source)

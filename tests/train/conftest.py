@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from data_prep.tokenizer import make_tokenizer
-from infimed_jax.config import Config, Data, Model, Optimizer, Projector, Text, Train, Vision
+from infimed_jax.config import Config, Data, Optimizer, Train
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import write_samples
+from infimed_jax.models.infimed.config import Model, Projector, Text, Vision
 
 MODEL = Model(
     vision=Vision(image_size=16, patch_size=4, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2),
