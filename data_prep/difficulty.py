@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -167,12 +167,12 @@ def _measure_all(
         chunk = _finished(file, asked)
         if chunk is None:
 
-            def told(done: int, total: int, tokens: int, start: int = start) -> None:
+            def report(done: int, total: int, note: str, start: int = start) -> None:
                 if on_progress is not None:
                     now = start + done / plan.draws
                     on_progress(int(now), len(found.numbers), f"{int(now):,}/{len(found.numbers):,} questions")
 
-            chunk = _answer(asked, start, found.longest, plan, policy, told)
+            chunk = _answer(asked, start, found.longest, plan, policy, report)
             if jax.process_index() == 0:
                 write_json(file, {"right": {sample.id: n for sample, n in zip(asked, chunk, strict=True)}})
         counts += chunk
@@ -193,7 +193,7 @@ def _answer(
     longest: int,
     plan: Plan,
     policy: Policy,
-    on_progress: Callable[[int, int, int], None],
+    on_progress: Report,
 ) -> list[int]:
     """Right answers of each question. What is drawn depends on the seed and the chunk's place alone."""
     cfg = policy.config

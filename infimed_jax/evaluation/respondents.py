@@ -52,7 +52,7 @@ def ask_policy(
         longest = max(map(len, policy.prompts(samples, **asked, pixels=False)), default=0)
         for start in range(0, len(samples), CHUNK):
 
-            def on_progress(answered: int, _: int, tokens: int, start: int = start) -> None:
+            def on_progress(answered: int, _: int, note: str, start: int = start) -> None:
                 done = start + answered
                 report(done, len(samples), f"{done}/{len(samples)} questions")
 

@@ -18,6 +18,7 @@ import numpy as np
 from infimed_jax import config
 from infimed_jax.data.batch import Segment
 from infimed_jax.errors import UserError
+from infimed_jax.progress import Report
 from infimed_jax.sampling import decode
 from infimed_jax.sampling.admission import Request, bucket, in_order, lay_out, prefill_rows
 from infimed_jax.sampling.sampler import penalizes
@@ -173,13 +174,13 @@ def complete(
     engine: Engine,
     prompts: Sequence[Segment],
     sampling: config.Sampling,
-    on_progress: Callable[[int, int, int], None] | None = None,
+    on_progress: Report | None = None,
     on_tokens: Callable[[int, np.ndarray], None] | None = None,
 ) -> list[Completion]:
     """Answer every prompt on a new engine; the replies come in the prompts' order.
 
-    After each burst `on_tokens(number, tokens)` is called for every running request, and
-    `on_progress(replies, prompts, tokens)`.
+    After each burst `on_tokens(number, tokens)` is called for every running request, and `on_progress` with the
+    replies that are finished, all prompts, and a note on the tokens.
     """
     pieces: list[list[Delta]] = [[] for _ in prompts]
     for prompt in prompts:
@@ -193,7 +194,7 @@ def complete(
             if on_tokens:
                 on_tokens(delta.request, delta.tokens)
         if on_progress:
-            on_progress(replies, len(prompts), generated)
+            on_progress(replies, len(prompts), f"{generated:,} tokens")
     return [_join(deltas) for deltas in pieces]
 
 

@@ -27,6 +27,7 @@ from infimed_jax.hf.provenance import max_positions
 from infimed_jax.hf.weights import read_json
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.params import Params, abstract_params
+from infimed_jax.progress import Report
 from infimed_jax.runs.checkpoint import Metadata
 from infimed_jax.runs.history import history_of
 from infimed_jax.runs.parameters import open_params
@@ -131,7 +132,7 @@ class Policy:
         key: jax.Array,
         *,
         longest: int = 0,
-        on_progress: Callable[[int, int, int], None] | None = None,
+        on_progress: Report | None = None,
         on_tokens: Callable[[int, np.ndarray], None] | None = None,
     ) -> list[Completion]:
         """Complete every prompt; the replies come in the prompts' order.

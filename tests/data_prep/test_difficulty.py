@@ -65,7 +65,7 @@ def script(monkeypatch, tiny, calls):
             if finish == "stop":
                 tokens = np.append(tokens, tiny.tokenizer.stop_tokens[0]).astype(np.int32)
             completions.append(Completion(tokens, np.zeros(len(tokens), np.float32), finish))
-        on_progress(len(prompts), len(prompts), 1)
+        on_progress(len(prompts), len(prompts), "")
         return completions
 
     samples = [tiny.question(i) for i in range(20)]

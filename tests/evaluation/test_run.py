@@ -100,7 +100,7 @@ def script(monkeypatch, tokenizer):
             for reply, finish in replies[first : first + len(prompts)]:
                 ids = [*tokenizer.encode(reply), *([tokenizer.im_end] if finish == "stop" else [])]
                 made.append(Completion(np.array(ids, np.int32), np.zeros(len(ids), np.float32), finish))
-            on_progress(len(made), len(prompts), sum(len(reply.tokens) for reply in made))
+            on_progress(len(made), len(prompts), "")
             return made
 
         monkeypatch.setattr(Policy, "answer", answer)

@@ -305,7 +305,8 @@ def test_callbacks_report_every_token_once(tiny):
         on_progress=lambda *state: progress.append(state),
     )
     assert [pieces[number] for number in range(len(prompts))] == [reply.tokens.tolist() for reply in replies]
-    assert progress[-1] == (len(prompts), len(prompts), sum(len(reply.tokens) for reply in replies))
+    tokens = sum(len(reply.tokens) for reply in replies)
+    assert progress[-1] == (len(prompts), len(prompts), f"{tokens:,} tokens")
     assert _run(tiny, []) == []
 
 
