@@ -9,6 +9,7 @@ from pathlib import Path
 from infimed_jax.config import load
 from infimed_jax.errors import UserError
 from launch import accelerator, distributed
+from launch.commands.help import render
 
 Run = Callable[[argparse.Namespace], None]
 
@@ -19,8 +20,6 @@ class Help(argparse.Action):
     def __call__(self, parser, namespace, values, option=None) -> None:
         parser.print_help()
         if groups := getattr(namespace, "setting_groups", ()):
-            from launch.commands.settings import render
-
             try:
                 shown = render(groups, load(namespace.config, namespace.settings))
             except UserError as error:
