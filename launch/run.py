@@ -76,6 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def report_error(error: BaseException, args: argparse.Namespace) -> int | None:
     """Print one line for the error that ended a command and return the exit code; None if it needs a traceback."""
+    if isinstance(error, BrokenPipeError):
+        return None
     if isinstance(error, KeyboardInterrupt):
         # Wherever it was: a run may have saved nothing yet, and an answer keeps nothing.
         print("\nInterrupted: the same command goes on from what is saved, or else from the start.", file=sys.stderr)
@@ -118,7 +120,11 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argpa
 def start() -> NoReturn:
     """The console command: as Ctrl-C, SIGTERM means "resume me" too, also while a run starts and no step runs yet."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # the reader left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(EXIT_FAULT)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Every setting of the package (`settings`), and how they are read, composed and checked (`reading`)."""
 
 from infimed_jax.config.fields import ConfigError
-from infimed_jax.config.reading import from_dict, load, merge, to_dict, with_overrides
+from infimed_jax.config.reading import from_dict, load, load_groups, merge, to_dict, with_overrides
 from infimed_jax.config.settings import (
     Config,
     Data,
@@ -28,6 +28,7 @@ __all__ = [
     "Train",
     "from_dict",
     "load",
+    "load_groups",
     "merge",
     "model_class",
     "to_dict",

@@ -166,9 +166,10 @@ def classes_of(module: str) -> dict[str, list[ast.stmt]]:
     """Statements of each top-level class of a module, from its source text: the module is not imported."""
     top, *inner = module.split(".")
     spec = importlib.util.find_spec(top) if top != "__main__" else None
-    folders = spec.submodule_search_locations if spec else None  # of a nested module find_spec would import the parents
-    place = Path(folders[0], *inner) if folders else None
-    files = [place.with_suffix(".py"), place / "__init__.py"] if place else []
+    files = [Path(spec.origin or "")] if spec else []
+    if spec and spec.submodule_search_locations:  # of a nested module find_spec would import the parents
+        place = Path(spec.submodule_search_locations[0], *inner)
+        files = [place.with_suffix(".py"), place / "__init__.py"]
     source = next((file.read_text(encoding="utf-8") for file in files if file.is_file()), "")
     return {node.name: node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
 

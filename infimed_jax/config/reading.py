@@ -26,12 +26,16 @@ T = TypeVar("T")
 
 def from_dict(kind: Callable[..., T], values: dict[str, Any], path: str = "") -> T:
     """Build the dataclass `kind` from nested plain values; unknown keys and wrong types raise ConfigError."""
+    return kind(**_fields(kind, values, path))
+
+
+def _fields(kind: Any, values: dict[str, Any], path: str) -> dict[str, Any]:
     known = types_of(kind)
     for key in values:
         if key not in known:
             hint = nearest(key, known, lambda name: path + name) or f"; known here: {', '.join(sorted(known))}"
             raise ConfigError(f"unknown setting {path}{key}{hint}")
-    return kind(**{key: _typed(known[key], value, f"{path}{key}") for key, value in values.items()})
+    return {key: _typed(known[key], value, f"{path}{key}") for key, value in values.items()}
 
 
 def _typed(hint: Any, value: Any, path: str) -> Any:
@@ -83,6 +87,16 @@ def load(files: typing.Sequence[str | Path], overrides: typing.Sequence[str] = (
 
     A name such as `configs/models/tiny.yaml` that is no file here is one that the package brings.
     """
+    return from_dict(Config, _compose(files, overrides))
+
+
+def load_groups(files: typing.Sequence[str | Path], overrides: typing.Sequence[str] = ()) -> dict[str, Any]:
+    """The groups of `load` by name, each checked by itself: for help, before they agree with each other."""
+    empty: dict[str, Any] = {name: {} for name in types_of(Config)}
+    return _fields(Config, empty | _compose(files, overrides), "")
+
+
+def _compose(files: typing.Sequence[str | Path], overrides: typing.Sequence[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for file in files:
         try:
@@ -95,7 +109,7 @@ def load(files: typing.Sequence[str | Path], overrides: typing.Sequence[str] = (
             raise ConfigError(f"config {file} is not valid YAML: {one_line(error)}") from error
         require(isinstance(loaded or {}, dict), f"config {file} must hold groups of settings")
         values = merge(values, loaded or {})
-    return from_dict(Config, with_overrides(values, overrides))
+    return with_overrides(values, overrides)
 
 
 def with_overrides(values: dict[str, Any], overrides: typing.Sequence[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 from infimed_jax import plugins
 from infimed_jax.config.fields import (
     AtLeast,
+    ConfigError,
     Count,
     CountOrZero,
     Decay,
@@ -96,11 +97,11 @@ class Model(Group, path="model"):
 def model_class(family: str) -> type[Model]:
     """The settings that `family` declares; ConfigError where its module has none."""
     kind = getattr(plugins.load(FAMILIES, family, "model.family"), "MODEL", None)
-    require(
-        isinstance(kind, type) and issubclass(kind, Model),
-        f"model.family={family}: its module must define MODEL, a dataclass that extends infimed_jax.config.Model",
+    if isinstance(kind, type) and issubclass(kind, Model):
+        return kind
+    raise ConfigError(
+        f"model.family={family}: its module must define MODEL, a dataclass that extends infimed_jax.config.Model"
     )
-    return kind
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from infimed_jax.config import load
+from infimed_jax.config import load_groups
 from infimed_jax.errors import UserError
 from launch import accelerator, distributed
 from launch.commands.help import render
@@ -21,7 +21,7 @@ class Help(argparse.Action):
         parser.print_help()
         if groups := getattr(namespace, "setting_groups", ()):
             try:
-                shown = render(groups, load(namespace.config, namespace.settings))
+                shown = render(groups, load_groups(namespace.config, namespace.settings))
             except UserError as error:
                 parser.exit(2, f"error: {error}\n")
             print(f"\nsettings:\n\n{shown}")

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from infimed_jax.config import Config
 from infimed_jax.config.fields import Setting, nearest, settings_of
 from infimed_jax.errors import UserError
 
 
-def render(names: Sequence[str], config: Config) -> str:
-    """The groups or settings `names` as text, or all of them. UserError names the nearest one to an unknown name."""
-    known = list(settings_of(config))
-    groups = dict.fromkeys(group for setting in known for group in _parents(setting.name))
+def render(names: Sequence[str], groups: Mapping[str, Any]) -> str:
+    """The groups or settings `names` of `groups` (name -> values) as text, or all; UserError for an unknown name."""
+    known = [setting for name, values in groups.items() for setting in settings_of(values, name)]
+    parents = dict.fromkeys(group for setting in known for group in _parents(setting.name))
     for name in names:
-        if name not in groups and all(name != setting.name for setting in known):
-            listed = ", ".join(group for group in groups if "." not in group)
-            near = nearest(name, [*groups, *(setting.name for setting in known)])
-            raise UserError(f"no setting or group {name!r}{near or f'; the groups are {listed}'}")
+        if name not in parents and all(name != setting.name for setting in known):
+            near = nearest(name, [*parents, *(setting.name for setting in known)])
+            listed = f"; the groups are {', '.join(groups)}"
+            raise UserError(f"no setting or group {name!r}{near or listed}")
     wanted = [s for s in known if not names or any(f"{s.name}.".startswith(f"{name}.") for name in names)]
     return "\n\n".join(_group(name, wanted) for name in dict.fromkeys(_parent(setting) for setting in wanted))
 

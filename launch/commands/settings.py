@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from infimed_jax.config import load
+from infimed_jax.config import load_groups
 from launch.commands.arguments import add_command
 from launch.commands.help import render
 
@@ -22,4 +22,4 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def settings(args: argparse.Namespace) -> None:
     values = [name for name in args.names if "=" in name]
-    print(render([name for name in args.names if "=" not in name], load(args.config, values)))
+    print(render([name for name in args.names if "=" not in name], load_groups(args.config, values)))

@@ -64,6 +64,28 @@ def test_help_of_a_stage_and_the_command_settings_state_the_same_of_a_group():
     assert [line.strip().split("=")[0] for line in one[1:2]] == ["train.steps"] and len(one) == 3
 
 
+def test_help_is_of_the_family_that_is_chosen_with_the_docstrings_of_its_own_file(tmp_path):
+    (tmp_path / "toy.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from infimed_jax.config import Model\n"
+        "@dataclass(frozen=True)\n"
+        "class Toy(Model):\n"
+        "    PARTS = ('eye', 'mouth')\n"
+        "    width: int = 8\n"
+        "    '''Width of everything, in eyes.'''\n"
+        "MODEL = Toy\n"
+    )
+    shown = run("settings", "model", "model.family=./toy.py", cwd=tmp_path).stdout
+    assert "  model.width=8  (int)\n      Width of everything, in eyes.\n" in shown and "model.vision" not in shown
+
+
+def test_a_reader_that_leaves_is_no_mistake():
+    command = [sys.executable, str(ROOT / "launch/run.py"), "settings"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(60) == 1
+
+
 def test_the_console_command_is_this_entry():
     """As pip's script runs it: from another folder, and with the entry's exit codes."""
     entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["infimed"]
