@@ -135,11 +135,6 @@ def open_checkpoint(folder: str | Path) -> Stored:
     return Stored(path, stored.metadata, custom[_CHECKSUMS], custom[_USER])
 
 
-def read_metadata(folder: str | Path) -> Metadata:
-    """The metadata of the checkpoint that `load_params` would read."""
-    return open_checkpoint(folder).metadata
-
-
 def find_checkpoint(folder: str | Path) -> Path:
     """The latest checkpoint in a run's folder or in a folder of checkpoints, or `folder` itself if it is one."""
     folder = Path(folder).absolute()

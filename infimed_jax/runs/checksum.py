@@ -35,7 +35,7 @@ def _device_checksum(x: jax.Array) -> jax.Array:
     placed = None if placed.mesh.empty else placed  # each device numbers its own part
 
     def add_axis(index: jax.Array, axis: int) -> jax.Array:
-        iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis, out_sharding=placed)
+        iota: jax.Array = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis, out_sharding=placed)
         return index * jnp.uint32(x.shape[axis]) + iota
 
     index = functools.reduce(add_axis, range(x.ndim), jnp.uint32(0))

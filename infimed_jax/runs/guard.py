@@ -1,22 +1,24 @@
-"""Guards of a run: a stop request ends it after a save, and a step that hangs is reported."""
+"""Guards of a run: a stop request ends it after a save, a step that hangs is reported, skipped updates are counted."""
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import itertools
 import logging
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, TracebackType
 
 import jax
 from jax.experimental import multihost_utils
 
 from infimed_jax.errors import Interrupted
+from infimed_jax.runs.metrics import Row
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,15 @@ class Watchdog:
                 )
                 if sys.__stderr__ is not None:
                     faulthandler.dump_traceback(sys.__stderr__)
+
+
+def skipped_in_a_row(rows: Sequence[Row], updates: int) -> int:
+    """Skipped updates of the last steps, as far back as every step skipped all its `updates`.
+
+    Of a step that skipped a part of them it is not known which ones.
+    """
+    skipped = itertools.takewhile(lambda row: row["skipped"] == updates, reversed(rows))
+    return sum(row["skipped"] for row in skipped)
 
 
 @contextlib.contextmanager

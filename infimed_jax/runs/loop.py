@@ -7,7 +7,6 @@ result.json and curve.png; it may be moved. The same command continues a stopped
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ from infimed_jax.files import make_folder, write_json
 from infimed_jax.progress import progress_line
 from infimed_jax.runs.checkpoint import CHECKPOINTS, Checkpoints, Metadata, keep_tokenizer
 from infimed_jax.runs.curve import CURVE, draw_curve
-from infimed_jax.runs.guard import Watchdog, stop_requests
+from infimed_jax.runs.guard import Watchdog, skipped_in_a_row, stop_requests
 from infimed_jax.runs.meter import averaged
 from infimed_jax.runs.metrics import MetricsLog, Row
 from infimed_jax.sharding import micro_batches, run_mesh
@@ -171,7 +170,8 @@ def write_result(run: Run, result: Any) -> None:
 
 
 def read_result(run: Run) -> dict[str, Any]:
-    return json.loads((run.folder / RESULT).read_text(encoding="utf-8"))
+    values: dict[str, Any] = json.loads((run.folder / RESULT).read_text(encoding="utf-8"))
+    return values
 
 
 def few(ids: Sequence[str], most: int = 8) -> str:
@@ -192,10 +192,9 @@ def _report(run: Run, number: int, total: int) -> None:
 
 
 def _check_skips(run: Run, updates: int) -> None:
-    """Parameters that have turned to NaN compute for ever: end the run instead. Only steps without any update count."""
+    """End a run whose parameters have turned to NaN, which would compute for ever."""
     rows = run.metrics.rows
-    lost = itertools.takewhile(lambda row: row["skipped"] == updates, reversed(rows))
-    in_a_row = sum(row["skipped"] for row in lost)
+    in_a_row = skipped_in_a_row(rows, updates)
     if 0 < run.cfg.train.max_skipped_updates <= in_a_row:
         raise UserError(
             f"{in_a_row} updates in a row had a non-finite loss or gradient, the last at step {rows[-1]['step']} on "

@@ -38,8 +38,9 @@ class StoredLeaf:
         return tuple(self.stored.leaves[self.name].shape)
 
     @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(self.stored.leaves[self.name].dtype)
+    def dtype(self) -> np.dtype[Any]:
+        dtype: np.dtype[Any] = np.dtype(self.stored.leaves[self.name].dtype)
+        return dtype
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         leaf = self.stored.read({self.name: np.empty(self.shape, self.dtype)})
@@ -50,7 +51,7 @@ class StoredLeaf:
 class MergedLeaf:
     """A kernel on the disk with its adapters; `np.asarray` reads and merges them in float32."""
 
-    stored: Mapping[str, Any]
+    stored: Mapping[str, StoredLeaf]
     scale: float
 
     @property
@@ -118,7 +119,7 @@ def _merged_when_read(params: Mapping[str, Any], metadata: Metadata) -> dict[str
 
 def _lora_scale(metadata: Metadata) -> float:
     settings = metadata["config"]["train"]["lora"]
-    return settings["alpha"] / settings["rank"]
+    return float(settings["alpha"]) / int(settings["rank"])
 
 
 def _is_adapter(name: str) -> bool:

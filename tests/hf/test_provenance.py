@@ -9,7 +9,7 @@ import pytest
 from infimed_jax.config import Config, Data, Train, to_dict
 from infimed_jax.errors import UserError
 from infimed_jax.hf.provenance import allows_commercial_use, checkpoint_card, max_positions
-from infimed_jax.runs.checkpoint import read_metadata
+from infimed_jax.runs.checkpoint import open_checkpoint
 from infimed_jax.runs.history import history_of, stage_entry
 from infimed_jax.runs.parameters import save_params
 
@@ -45,10 +45,10 @@ def test_a_checkpoint_tells_its_history_where_runs_and_data_are_gone(tmp_path):
     (tmp_path / "data/manifest.json").write_text(json.dumps(manifest))
     first = checkpoint(tmp_path / "first", [start])
     cfg = Config(data=Data(dataset=str(tmp_path / "data")), train=Train(stage="sft"))
-    sft = checkpoint(tmp_path / "sft", [*history_of(read_metadata(first)), stage_entry(cfg, {})], step=70)
+    sft = checkpoint(tmp_path / "sft", [*history_of(open_checkpoint(first).metadata), stage_entry(cfg, {})], step=70)
     shutil.rmtree(tmp_path / "data")
     shutil.rmtree(first)
-    history = history_of(read_metadata(sft))
+    history = history_of(open_checkpoint(sft).metadata)
     assert [entry["stage"] for entry in history] == ["import", "sft"]
     assert max_positions(history) == 262_144
     card = checkpoint_card(history, commercial={"b": False})
@@ -71,7 +71,7 @@ def test_steps_that_only_take_samples_away_keep_the_licences(tmp_path):
 def test_what_is_not_known_is_not_claimed(tmp_path):
     """Neither settings of another version, nor licences of data that the run was given without its folder."""
     history = [{"stage": "sft"}, stage_entry(Config(train=Train(stage="grpo")), {"questions_sha256": ""})]
-    card = checkpoint_card(history_of(read_metadata(checkpoint(tmp_path / "grpo", history))))
+    card = checkpoint_card(history_of(open_checkpoint(checkpoint(tmp_path / "grpo", history)).metadata))
     assert card.stages[0] == "sft (its settings are not known)"
     assert card.stages[1].startswith("grpo: number of steps not recorded, GRPO, ")
     assert all(not source.commercial_use for source in card.sources) and len(card.sources) == 2
@@ -81,7 +81,7 @@ def test_what_is_not_known_is_not_claimed(tmp_path):
 def test_a_number_of_steps_that_no_checkpoint_recorded_is_not_made_up(tmp_path, known):
     before = stage_entry(Config(train=Train(stage="pretrain")), {}) | known
     history = [before, stage_entry(Config(train=Train(stage="sft")), {})]
-    card = checkpoint_card(history_of(read_metadata(checkpoint(tmp_path / "sft", history, step=1200))))
+    card = checkpoint_card(history_of(open_checkpoint(checkpoint(tmp_path / "sft", history, step=1200)).metadata))
     assert card.stages[0].startswith("pretrain: number of steps not recorded, ")
     assert card.stages[1].startswith("sft: 1,200 steps, ")
 

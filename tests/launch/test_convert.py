@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipVisio
 
 from data_prep.tokenizer import make_tokenizer
 from infimed_jax.errors import UserError
-from infimed_jax.runs.checkpoint import find_checkpoint, read_metadata
+from infimed_jax.runs.checkpoint import find_checkpoint, open_checkpoint
 from infimed_jax.runs.parameters import load_params
 from tests.hf.reading import from_hf
 from tests.launch.hf_sources import PATCHES, command, write_datasets, write_sources
@@ -171,7 +171,7 @@ def test_a_checkpoint_alone_tells_its_whole_chain(stages, export, tmp_path):
     moved = shutil.copytree(find_checkpoint(stages / "grpo"), tmp_path / "checkpoint")
     os.rename(stages, stages.with_name("elsewhere"))
     try:
-        tokenizer = read_metadata(moved)["config"]["data"]["tokenizer"]
+        tokenizer = open_checkpoint(moved).metadata["config"]["data"]["tokenizer"]
         assert (
             command("convert", "to-hf", "--checkpoint", moved, "--output", tmp_path / "hf", "--tokenizer", tokenizer)
             == 0

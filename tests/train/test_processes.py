@@ -13,7 +13,7 @@ from infimed_jax import config
 from infimed_jax.config import Config
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
-from infimed_jax.runs.checkpoint import read_metadata
+from infimed_jax.runs.checkpoint import open_checkpoint
 from infimed_jax.runs.metrics import read_metrics
 from infimed_jax.runs.parameters import load_params
 from infimed_jax.train.stage import train
@@ -110,7 +110,7 @@ def test_what_one_process_knows_is_written_by_the_first(stage, dataset, tmp_path
     assert skipped[0] == skipped[1] and len(skipped[0]) >= 5
     data = [json.loads(Path(cfg.train.output, "result.json").read_text())["data"] for cfg in (alone, together)]
     assert data[0] == data[1] and sorted(data[0]["bad_record_ids"]) == [f"toy/train/{n}" for n in (14, 20, 3, 9)]
-    assert read_metadata(together.train.output)["bad_records"] == data[0]["bad_record_ids"]
+    assert open_checkpoint(together.train.output).metadata["bad_records"] == data[0]["bad_record_ids"]
     errors = [error for _, _, error in ended]
     named = [{n for n in (3, 9, 14, 20) if f"left out: toy/train/{n} (" in error} for error in errors]
     assert named[0] and named[1] and named[0] | named[1] == {3, 9, 14, 20}, "each names its own"
