@@ -31,7 +31,7 @@ from infimed_jax.runs.parameters import load_params, open_params, save_params
 from infimed_jax.train.optimizer import make_optimizer
 from infimed_jax.train.state import TrainState, init_state
 
-CONFIG = config.Config(train=config.Train(train=("head",)))
+CONFIG = config.Config(train=config.Train(train=("projector",)))
 OPTIMIZER = make_optimizer(CONFIG.optimizer)
 METADATA = {"config": {"train": {"stage": "toy"}}, "history": [{"stage": "a"}]}
 
@@ -47,7 +47,7 @@ def _params(width: int = 4) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     return {
         "body": {"layers": {"kernel": rng.normal(size=(3, width, width)).astype(np.float32)}},
-        "head": {"kernel": rng.normal(size=(width, 2)).astype(np.float32), "bias": np.ones(2, np.float32)},
+        "projector": {"kernel": rng.normal(size=(width, 2)).astype(np.float32), "bias": np.ones(2, np.float32)},
     }
 
 
@@ -181,7 +181,9 @@ def test_leaves_are_made_and_read_one_at_a_time(tmp_path: Path):
 
 
 def _replace(state: TrainState, kernel: jax.Array) -> TrainState:
-    return TrainState({"head": state.trainable["head"] | {"kernel": kernel}}, state.frozen, state.opt, state.step)
+    return TrainState(
+        {"projector": state.trainable["projector"] | {"kernel": kernel}}, state.frozen, state.opt, state.step
+    )
 
 
 @pytest.mark.parametrize(
@@ -189,7 +191,7 @@ def _replace(state: TrainState, kernel: jax.Array) -> TrainState:
     [
         (
             lambda s: _replace(s, jnp.zeros((4, 3))),
-            r"trainable.head.kernel as float32\[4, 2\].*asks for float32\[4, 3\]",
+            r"trainable.projector.kernel as float32\[4, 2\].*asks for float32\[4, 3\]",
         ),
         (lambda s: _replace(s, jnp.zeros((4, 2), jnp.bfloat16)), r"as float32\[4, 2\].*asks for bfloat16\[4, 2\]"),
         (lambda s: TrainState(s.trainable, {}, s.opt, s.step), "1 unexpected, first frozen.body.layers.kernel"),
@@ -211,9 +213,13 @@ def test_a_mismatch_is_one_line_that_names_the_leaf(tmp_path: Path, change, mess
 @pytest.mark.parametrize("part", ["missing", "shape"])
 def test_parameters_of_another_model_are_refused(tmp_path: Path, part: str):
     state = _saved(tmp_path)
-    other = state.params | ({"extra": {"w": jnp.zeros(2)}} if part == "missing" else {"head": _params(6)["head"]})
+    other = state.params | (
+        {"extra": {"w": jnp.zeros(2)}} if part == "missing" else {"projector": _params(6)["projector"]}
+    )
     other = jax.tree.map(jnp.asarray, other)
-    with pytest.raises(UserError, match="1 missing, first extra.w" if part == "missing" else "head.kernel as float32"):
+    with pytest.raises(
+        UserError, match="1 missing, first extra.w" if part == "missing" else "projector.kernel as float32"
+    ):
         load_params(tmp_path, abstract_like(other))
 
 
@@ -257,17 +263,17 @@ def test_the_checksum_is_what_catches_a_changed_value(tmp_path: Path, monkeypatc
 
     def flip(path, abstract):
         loaded = load(path, abstract)
-        bits = np.array(loaded["trainable.head.bias"]).view(np.uint32)
+        bits = np.array(loaded["trainable.projector.bias"]).view(np.uint32)
         bits[1] ^= 1
-        return loaded | {"trainable.head.bias": jnp.asarray(bits.view(np.float32))}
+        return loaded | {"trainable.projector.bias": jnp.asarray(bits.view(np.float32))}
 
     monkeypatch.setattr(checkpoint.ocp, "load", flip)
     with (
         contextlib.closing(Checkpoints(tmp_path)) as checkpoints,
-        pytest.raises(UserError, match=r"damaged at trainable\.head\.bias"),
+        pytest.raises(UserError, match=r"damaged at trainable\.projector\.bias"),
     ):
         checkpoints.restore(abstract_like(state), 1)
-    with pytest.raises(UserError, match=r"damaged at trainable\.head\.bias"):
+    with pytest.raises(UserError, match=r"damaged at trainable\.projector\.bias"):
         load_params(tmp_path)
 
 
