@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
 import os
@@ -15,7 +14,7 @@ from typing import Any
 
 from data_prep.engine import HERE, Engine
 from data_prep.image_bytes import Kept, keep_image
-from data_prep.sources import SOURCES
+from data_prep.sources import find_source
 from data_prep.sources.files import NoFiles
 from data_prep.sources.rows import read_json
 from data_prep.sources.source import Source, check_split, with_options
@@ -47,11 +46,11 @@ def ingest(
     that `input` has files of.
 
     A split whose inputs have not changed is left as it is; `limit` keeps the first samples only; `options` are the
-    source's own, as text. Returns the reports by split. UserError: no such source, split or option, an unusable input
-    folder, or not one usable record.
+    source's own, as text; `source` is a name for `find_source`. Returns the reports by split. UserError: no such
+    source, split or option, an unusable input folder, or not one usable record.
     """
     options = dict(options or {})
-    adapter, recorded = with_options(_adapter(source), options)
+    adapter, recorded = with_options(find_source(source), options)
     for split in splits:
         check_split(adapter, split)
     for option in adapter.options:
@@ -61,7 +60,7 @@ def ingest(
         raise UserError(f"limit must be at least 1, not {limit}")
     input, output = Path(input), Path(output)
     if not input.is_dir():
-        raise UserError(f"{input} is not a folder: {source} wants {adapter.layout}, from {adapter.obtain}")
+        raise UserError(f"{input} is not a folder: {adapter.name} wants {adapter.layout}, from {adapter.obtain}")
     inputs = _fingerprint(input)
     reports: dict[str, Any] = {}
     absent: list[NoFiles] = []
@@ -78,13 +77,6 @@ def ingest(
     if not reports:
         raise absent[0]
     return reports
-
-
-def _adapter(source: str) -> Source:
-    if source not in SOURCES:
-        near = difflib.get_close_matches(source, SOURCES, 1)
-        raise UserError(f"no data source {source!r}{f', perhaps {near[0]}' if near else ''}: `data sources` lists them")
-    return SOURCES[source]
 
 
 def _fingerprint(folder: Path) -> str:
@@ -120,7 +112,7 @@ def _ingest_split(
     engine: Engine,
 ) -> dict[str, Any]:
     recipe = {"version": VERSION, "source": adapter.name, "split": split, "inputs": inputs, "limit": limit}
-    recipe |= {"options": recorded}
+    recipe |= {"options": recorded} | ({"code": adapter.code} if adapter.code else {})
     if (finished := finished_report(output / split, recipe)) is not None:
         return finished  # before a long file is cut
     # Without shards of its own a source is one stream, in this process; a limit counts along the stream, too.
@@ -128,7 +120,8 @@ def _ingest_split(
     pieces = [(shard,) for shard in shards] or [()]
     if len(pieces) == 1:
         engine = HERE
-    work = partial(_ingest_piece, adapter.name, options, input, split, limit, on_progress if len(pieces) == 1 else None)
+    report = on_progress if len(pieces) == 1 else None
+    work = partial(_ingest_piece, adapter.address, options, input, split, limit, report)
     try:
         return make_dataset(
             output / split,
@@ -202,7 +195,7 @@ def _ingest_piece(
 
     `shard` is one of the source's; empty, the piece is the whole split.
     """
-    adapter, _ = with_options(SOURCES[source], options)
+    adapter, _ = with_options(find_source(source), options)
     places = [read_json(file, dict) for file in sorted(folder.glob(f"at-{name}-*.json"))]
     read = places[-1]["read"] if places else 0
     records = enumerate(itertools.islice(adapter.read(input, split, *shard), read, None), start=read + 1)

@@ -1,45 +1,54 @@
-"""Data sources: the only place that knows a dataset's own files."""
+"""Data sources: the only place that knows a dataset's own files. A module with a `SOURCE` or `SOURCES` adds them."""
 
 from __future__ import annotations
 
-from data_prep.sources import (
-    captions,
-    choices,
-    conversations,
-    dicom,
-    interleaved,
-    iu_xray,
-    phantom,
-    shapes,
-    slake,
-    tables,
-    vqa_med_2019,
-    vqa_rad,
-    webdataset,
-)
+import difflib
+import hashlib
+import importlib
+import pkgutil
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
 from data_prep.sources.source import Source
+from infimed_jax import plugins
+from infimed_jax.errors import UserError
 
-SOURCES: dict[str, Source] = {
-    source.name: source
-    for source in sorted(
-        (
-            *captions.SOURCES,
-            *choices.SOURCES,
-            *conversations.SOURCES,
-            *interleaved.SOURCES,
-            *tables.SOURCES,
-            *webdataset.SOURCES,
-            dicom.SOURCE,
-            iu_xray.SOURCE,
-            phantom.SOURCE,
-            shapes.SOURCE,
-            slake.SOURCE,
-            vqa_med_2019.SOURCE,
-            vqa_rad.SOURCE,
-        ),
-        key=lambda source: source.name,
-    )
-}
 
+def _declared(module: ModuleType) -> dict[str, Source]:
+    found = [getattr(module, "SOURCE", None), *getattr(module, "SOURCES", ())]
+    return {source.name: source for source in found if isinstance(source, Source)}
+
+
+_MODULES = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+SOURCES: dict[str, Source] = dict(sorted(item for module in _MODULES for item in _declared(module).items()))
 COMMERCIAL_USE: dict[str, bool] = {name: source.commercial_use for name, source in SOURCES.items()}
 """What a model card says of each source where the licence's text alone would have to."""
+
+
+def find_source(name: str) -> Source:
+    """The source of that name here, or of a user's module or .py file: `MODULE:NAME`, or `MODULE:` if it has but one.
+
+    UserError: there is none, or a user's has the name of one of ours, so would have its clearances.
+    """
+    module, colon, own = name.rpartition(":")
+    if not colon:
+        if name not in SOURCES:
+            near = difflib.get_close_matches(name, SOURCES, 1)
+            hint = f", perhaps {near[0]}" if near else ""
+            raise UserError(f"no data source {name!r}{hint}: `data sources` lists them")
+        return SOURCES[name]
+    module = str(Path(module).resolve()) if module.endswith(".py") else module  # workers may run in another folder
+    if "." not in module:
+        raise UserError(f"--adapter {module}: name a .py file, or a module with a dot in its name")
+    loaded = plugins.load(__name__, module, "--adapter")
+    declared = _declared(loaded)
+    if not declared:
+        raise UserError(f"--adapter {module}: the module has no SOURCE or SOURCES (data_prep.sources.source.Source)")
+    if own not in declared and (own or len(declared) > 1):
+        raise UserError(f"--adapter {module} has {', '.join(declared)}: name one by --source")
+    source = declared[own] if own else next(iter(declared.values()))
+    if source.name in SOURCES:
+        raise UserError(f"--adapter {module}: there is a data source {source.name!r} already: give yours another name")
+    code = hashlib.sha256(Path(str(loaded.__file__)).read_bytes()).hexdigest()
+    return replace(source, module=module, code=code)

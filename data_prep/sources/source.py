@@ -67,6 +67,15 @@ class Source:
     """(input folder, split, **options) to what can be read apart, so in parallel: the tars of a WebDataset, by name, or
     the `Part`s of one long file. One after the other they give the samples of the split, ids included. None: a split
     is one piece."""
+    module: str = ""
+    """The user's module or .py file that declares it; empty for a source of this project. Set by `find_source`."""
+    code: str = ""
+    """SHA-256 of that module: another one prepares the datasets again."""
+
+    @property
+    def address(self) -> str:
+        """What `find_source` finds it by, in another process too."""
+        return f"{self.module}:{self.name}" if self.module else self.name
 
 
 def with_options(source: Source, given: Mapping[str, str]) -> tuple[Source, dict[str, str]]:

@@ -15,9 +15,11 @@ from launch.progress import progress_bar
 def add(steps: argparse._SubParsersAction) -> None:
     p = add_command(steps, "sources", sources, "List the sources with licence, size and layout.")
     p.add_argument("--source", help="show one source, with its layout, columns and options")
+    _add_adapter(p)
     p.add_argument("--json", type=Path, metavar="FILE", help="also write everything to FILE")
     p = add_command(steps, "ingest", ingest, "Convert one source to prepared datasets, one for each split.")
-    p.add_argument("--source", required=True, help="a name that `data sources` lists")
+    p.add_argument("--source", default="", help="a name that `data sources` lists; [with --adapter: its only one]")
+    _add_adapter(p)
     p.add_argument("--input", type=Path, required=True, help="the folder with the source's own files")
     p.add_argument("--output", type=Path, required=True, help="folder of the prepared datasets")
     p.add_argument("--split", action="append", help="a split, repeatable [all that have files]")
@@ -27,30 +29,35 @@ def add(steps: argparse._SubParsersAction) -> None:
     add_engine(p)
 
 
+def _add_adapter(parser: argparse.ArgumentParser) -> None:
+    text = "a source of your own: a .py file or dotted module with a SOURCE or SOURCES"
+    parser.add_argument("--adapter", metavar="MODULE", help=text)
+
+
 def sources(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    from data_prep.sources import SOURCES
+    from data_prep.sources import SOURCES, find_source
     from data_prep.sources.source import Source
     from infimed_jax.files import write_json
 
-    if args.source and args.source not in SOURCES:
-        raise UserError(f"no data source {args.source!r}: `data sources` without --source lists them")
+    one = find_source(_address(args)) if args.source or args.adapter else None
 
     def facts(source: Source) -> dict[str, Any]:
-        """All but the functions."""
-        row = {key: value for key, value in vars(source).items() if key not in ("read", "shards", "options")}
+        """All but the functions, and where they stand."""
+        hidden = ("read", "shards", "options", "module", "code")
+        row = {key: value for key, value in vars(source).items() if key not in hidden}
         row["options"] = {option.name: option.help for option in source.options}
         return row
 
     if args.json:
-        write_json(args.json, {name: facts(source) for name, source in SOURCES.items()})
+        listed = SOURCES | ({one.name: one} if one else {})
+        write_json(args.json, {name: facts(source) for name, source in listed.items()})
     # a pipe has no width: 160 columns keep a source's row together there
     console = Console(width=None if Console().is_terminal else 160)
-    if args.source:
-        source = SOURCES[args.source]
+    if source := one:
         lines = {
             "source": source.name,
             "title": source.title,
@@ -93,17 +100,25 @@ def sources(args: argparse.Namespace) -> None:
         print(f"Outputs: {args.json}")
 
 
+def _address(args: argparse.Namespace) -> str:
+    if not args.source and not args.adapter:
+        raise UserError("name a data source by --source (`data sources` lists them), or your own by --adapter")
+    return f"{args.adapter}:{args.source or ''}" if args.adapter else args.source
+
+
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
 def ingest(args: argparse.Namespace) -> None:
     from data_prep.pipeline import ingest as prepare
-    from data_prep.sources import SOURCES
+    from data_prep.sources import find_source
+
+    source = find_source(_address(args))
 
     with progress_bar("ingest") as bar:
         reports = prepare(
-            args.source,
+            source.address,
             args.input,
             args.output,
             args.split or (),
@@ -115,7 +130,7 @@ def ingest(args: argparse.Namespace) -> None:
         print(f"{split}: {report['samples']:,} samples, {report['licence']}")
         for reason, count in report["skipped"].items():
             print(f"  skipped, {reason}: {count:,}")
-    for split in () if args.split else SOURCES[args.source].splits:
+    for split in () if args.split else source.splits:
         if split not in reports:
             print(f"{split}: no files in {args.input}, so it was left out")
     print(f"Outputs: {', '.join(f'{args.output / split}, {args.output / split}.json' for split in reports)}")
