@@ -119,15 +119,18 @@ def next_token(
     filters: what a trainer computes for the same token. `uniform` gives a random number of [0, 1) a row; it is asked
     only where an active row samples.
     """
-    scores = jnp.where(banned, -jnp.inf, logits)
-    if history is not None:
-        scores = penalize(scores, history, settings)
-    greedy = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     samples = active & (settings.temperature > 0)
 
-    def sampled() -> Int[Array, " B"]:
-        return jnp.where(samples, draw(warp(scores, settings, samples), uniform()), greedy)
+    def scores() -> Float[Array, "B V"]:  # in each branch anew, so that greedy decoding never writes them to memory
+        allowed = jnp.where(banned, -jnp.inf, logits)
+        return allowed if history is None else penalize(allowed, history, settings)
 
-    token = jax.lax.cond(samples.any(), sampled, lambda: greedy)
+    def greedy() -> Int[Array, " B"]:
+        return jnp.argmax(scores(), axis=-1).astype(jnp.int32)
+
+    def sampled() -> Int[Array, " B"]:
+        return jnp.where(samples, draw(warp(scores(), settings, samples), uniform()), greedy())
+
+    token = jax.lax.cond(samples.any(), sampled, greedy)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return token, chosen - jax.nn.logsumexp(logits, axis=-1)
