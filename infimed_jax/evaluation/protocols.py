@@ -13,37 +13,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import SequenceMatcher
 
 from infimed_jax.data.prompts import LETTERS
-from infimed_jax.data.sample import Kind, Sample
+from infimed_jax.data.sample import Sample
+from infimed_jax.errors import UserError
 from infimed_jax.evaluation.answers import Status, matches, parse_answer
+from infimed_jax.evaluation.benchmark import Benchmark, Verdict
 
 
-@dataclass(frozen=True)
-class Verdict:
-    correct: bool
-    status: Status
-    """`unparsed` and `truncated` are counted apart; a compatibility protocol may call a truncated reply correct."""
-    parsed: str | None
-    """The answer as the protocol read it."""
-    rule: str
-    """How the question was scored."""
-
-
-def grade_strict(sample: Sample, reply: str, finished: bool) -> Verdict:
+def grade_strict(sample: Sample, reply: str, finished: bool, _: Benchmark) -> Verdict:
     """The project's own answer grammar (`answers.py`)."""
     parsed = parse_answer(reply, sample.kind, sample.options, finished)
     return Verdict(matches(parsed, sample), parsed.status, parsed.value, f"grammar, {sample.kind}")
 
 
-def grade_medevalkit_fixed(sample: Sample, reply: str, finished: bool) -> Verdict:
+def grade_medevalkit_fixed(sample: Sample, reply: str, finished: bool, benchmark: Benchmark) -> Verdict:
     """MedEvalKit with closed questions by rule, as the InfiMed authors ran it."""
-    kind = _medevalkit_kind(sample)
+    kind = benchmark.medevalkit_kind(sample)
     if kind == "choice":
         return _judge_choice(sample, reply, finished)
-    read = _parse(_first_extraction(reply, sample))
+    read = _parse(_first_extraction(reply, benchmark))
     if kind == "yes_no":
         value = _only_one_of(("yes", "no"), _without_stops(read))
         return _verdict(value == sample.answer, value, finished, "yes or no as a substring")
@@ -53,12 +44,12 @@ def grade_medevalkit_fixed(sample: Sample, reply: str, finished: bool) -> Verdic
     return _verdict(read == sample.answer.lower(), read, finished, "open, exact match without a judge")
 
 
-def grade_medevalkit_2025_06(sample: Sample, reply: str, finished: bool) -> Verdict:
+def grade_medevalkit_2025_06(sample: Sample, reply: str, finished: bool, benchmark: Benchmark) -> Verdict:
     """MedEvalKit's first release: yes/no by the text before the first full stop, SLAKE like open questions."""
-    kind = _medevalkit_kind(sample)
+    kind = benchmark.medevalkit_kind(sample)
     if kind == "choice":
         return _judge_choice(sample, reply, finished)
-    text = _first_extraction(reply, sample)
+    text = _first_extraction(reply, benchmark)
     if kind == "yes_no":
         read = text.partition(".")[0]
         return _verdict(read == sample.answer, read, finished, "yes or no before the first full stop")
@@ -66,26 +57,30 @@ def grade_medevalkit_2025_06(sample: Sample, reply: str, finished: bool) -> Verd
     return _verdict(read == sample.answer.lower(), read, finished, f"{kind}, exact match without a judge")
 
 
-PROTOCOLS: dict[str, Callable[[Sample, str, bool], Verdict]] = {
+PROTOCOLS: dict[str, Callable[[Sample, str, bool, Benchmark], Verdict]] = {
     "strict": grade_strict,
     "medevalkit-fixed": grade_medevalkit_fixed,
     "medevalkit-2025-06": grade_medevalkit_2025_06,
 }
 
 
-def posed(sample: Sample, protocol: str) -> Sample:
-    """The question as the protocol's harness words it."""
-    return sample if protocol == "strict" else replace(sample, kind=_medevalkit_kind(sample))
+def check_protocol(protocol: str, benchmark: Benchmark) -> None:
+    """UserError for a protocol that neither this module nor the benchmark has."""
+    if protocol not in (known := {**PROTOCOLS, **benchmark.grades}):
+        raise UserError(f"unknown protocol {protocol!r}; there are {', '.join(known)}")
 
 
-def _medevalkit_kind(sample: Sample) -> Kind:
-    """MedEvalKit goes by SLAKE's type of answer, and it has "Yes" there: yes and no are closed answers like any other.
+def ask(sample: Sample, protocol: str, benchmark: Benchmark) -> Sample:
+    """The question as the benchmark and the protocol's harness put it."""
+    asked = benchmark.ask(sample)
+    return replace(asked, kind=benchmark.medevalkit_kind(asked)) if protocol.startswith("medevalkit") else asked
 
-    VQA-RAD's questions it knows by their answers alone: what is not yes or no is open, closed ones too.
-    """
-    if _is_slake(sample) and sample.kind != "choice":
-        return "open" if sample.meta.get("answer_type", sample.kind).upper() == "OPEN" else "closed"
-    return "open" if sample.kind == "closed" and sample.source.startswith("vqa_rad") else sample.kind
+
+def grade(sample: Sample, reply: str, finished: bool, protocol: str, benchmark: Benchmark) -> Verdict:
+    """By the benchmark's own rule for the protocol, otherwise by the protocol's general one."""
+    if own := benchmark.grades.get(protocol):
+        return own(sample, reply, finished)
+    return PROTOCOLS[protocol](sample, reply, finished, benchmark)
 
 
 def _verdict(correct: bool, parsed: str | None, finished: bool, rule: str) -> Verdict:
@@ -93,18 +88,14 @@ def _verdict(correct: bool, parsed: str | None, finished: bool, rule: str) -> Ve
     return Verdict(correct, status, parsed, rule)
 
 
-def _is_slake(sample: Sample) -> bool:
-    return sample.source.lower().startswith("slake")
-
-
-def _first_extraction(reply: str, sample: Sample) -> str:
+def _first_extraction(reply: str, benchmark: Benchmark) -> str:
     """What MedEvalKit's VQA data sets do before the rule: box or tag, lower-case, and (but for SLAKE) strip."""
     boxed = _boxed(reply)
     if boxed is not None:
         reply = boxed
     elif "<answer>" in reply:
         reply = _tagged(reply)
-    return reply.lower() if _is_slake(sample) else reply.lower().strip()
+    return reply.lower().strip() if benchmark.medevalkit_strips else reply.lower()
 
 
 _MARKERS = (

@@ -40,6 +40,8 @@ class Terms:
     """Thoughts and a boxed answer were asked for."""
     image: bool = True
     """False: the blind control."""
+    benchmark: str = ""
+    """A name in `benchmarks/`, a module or a file; empty: the one that owns each sample's source."""
 
 
 def ask_policy(

@@ -6,6 +6,7 @@ No question is ever left out: an image that cannot be decoded ends the run by na
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
 from collections import defaultdict
@@ -17,12 +18,14 @@ from typing import Any, Literal
 
 import jax
 
+from infimed_jax import config
 from infimed_jax.data.prompts import QUESTION_KINDS
 from infimed_jax.data.sample import Kind, Sample
 from infimed_jax.errors import UserError
 from infimed_jax.evaluation.answers import Status
+from infimed_jax.evaluation.benchmark import GENERAL, Benchmark, benchmark_of, load_benchmark
 from infimed_jax.evaluation.contamination import GROUPING
-from infimed_jax.evaluation.protocols import PROTOCOLS, posed
+from infimed_jax.evaluation.protocols import ask, check_protocol, grade
 from infimed_jax.evaluation.respondents import Reply, Respondent, Terms
 from infimed_jax.evaluation.statistics import Accuracy, Comparison, accuracy, compare
 from infimed_jax.files import make_folder, to_json, write_json, write_text
@@ -65,15 +68,17 @@ class Evaluation:
     seconds: float
     records: tuple[Record, ...]
     """In the order of the samples."""
+    groupings: tuple[str, ...] = GROUPS
+    """What accuracy is broken down by, where the questions have it."""
 
     @cached_property
     def accuracy(self) -> Accuracy:
         return accuracy(self.records)
 
     def groups(self) -> dict[str, dict[str, Accuracy]]:
-        """`{grouping: {value: accuracy}}` for each of GROUPS that any question has."""
+        """`{grouping: {value: accuracy}}` for each grouping that any question has."""
         tables: dict[str, dict[str, Accuracy]] = {}
-        for grouping in GROUPS:
+        for grouping in self.groupings:
             members: dict[str, list[Record]] = defaultdict(list)
             for record in self.records:
                 members[_group(record, grouping)].append(record)
@@ -89,6 +94,7 @@ class Evaluation:
         """What `summary.json` holds: plain values, NaN as null."""
         return {
             "name": self.name,
+            "benchmark": self.terms.benchmark,
             "protocol": self.terms.protocol,
             "reasoning": self.terms.reasoning,
             "image": self.terms.image,
@@ -123,28 +129,44 @@ def evaluate(
     With a `folder`, `replies.jsonl` and `summary.json` are written there. Raises UserError for an unknown protocol,
     samples without a gold answer, equal ids, and a folder that cannot be written.
     """
-    if terms.protocol not in PROTOCOLS:
-        raise UserError(f"unknown protocol {terms.protocol!r}; there are {', '.join(PROTOCOLS)}")
+    named = load_benchmark(terms.benchmark) if terms.benchmark else None
+    check_protocol(terms.protocol, named or GENERAL)
     _check(samples)
     if folder is not None and jax.process_index() == 0:
         make_folder(Path(folder))
     began = time.monotonic()
-    replies = respond([posed(sample, terms.protocol) for sample in samples])
-    records = tuple(_grade(sample, reply, terms.protocol) for sample, reply in zip(samples, replies, strict=True))
-    result = Evaluation(name, terms, fingerprint(samples), time.monotonic() - began, records)
+    benchmarks = [named or benchmark_of(sample.source) for sample in samples]
+    replies = respond([ask(sample, terms.protocol, of) for sample, of in zip(samples, benchmarks, strict=True)])
+    records = tuple(_grade(*each, terms.protocol) for each in zip(samples, replies, benchmarks, strict=True))
+    groupings = (*GROUPS, *sorted({name for benchmark in benchmarks for name in benchmark.groups} - {*GROUPS}))
+    result = Evaluation(name, terms, fingerprint(samples), time.monotonic() - began, records, groupings)
     if folder is not None and jax.process_index() == 0:
         result.write(Path(folder))
     return result
 
 
+def read_evaluation(folder: Path) -> Evaluation:
+    """What `Evaluation.write` left in a folder."""
+    values = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    lines = (folder / "replies.jsonl").read_text(encoding="utf-8").splitlines()
+    asked = {name: values[name] for name in ("protocol", "reasoning", "image", "benchmark")}
+    return Evaluation(
+        name=values["name"],
+        terms=Terms(config.Sampling(**values["sampling"]), **asked),
+        fingerprint=values["fingerprint"],
+        seconds=values["seconds"],
+        records=tuple(Record(**json.loads(line)) for line in lines),
+        groupings=tuple(values["groups"]),
+    )
+
+
 def compare_runs(a: Evaluation, b: Evaluation) -> Comparison:
-    """a minus b, paired by question. Raises UserError for other questions or another protocol."""
+    """a minus b, paired by question. Raises UserError for other questions, another protocol or another benchmark."""
     if a.fingerprint != b.fingerprint:
         raise UserError(f"{a.name or 'a'} and {b.name or 'b'} answered different questions: evaluate both on one set")
-    if a.terms.protocol != b.terms.protocol:
-        raise UserError(
-            f"scores of protocols {a.terms.protocol} and {b.terms.protocol} are not comparable: grade both by one"
-        )
+    if (a.terms.protocol, a.terms.benchmark) != (b.terms.protocol, b.terms.benchmark):
+        rules = " and ".join(f"{x.terms.benchmark or 'by source'}/{x.terms.protocol}" for x in (a, b))
+        raise UserError(f"scores of protocols {rules} are not comparable: grade both by one")
     return compare(a.records, b.records)
 
 
@@ -180,8 +202,8 @@ def _check(samples: Sequence[Sample]) -> None:
         raise UserError(f"{len(samples) - len(ids)} of {len(samples)} questions repeat an id: each must be its own")
 
 
-def _grade(sample: Sample, reply: Reply, protocol: str) -> Record:
-    verdict = PROTOCOLS[protocol](sample, reply.text, reply.finish == "stop")
+def _grade(sample: Sample, reply: Reply, benchmark: Benchmark, protocol: str) -> Record:
+    verdict = grade(sample, reply.text, reply.finish == "stop", protocol, benchmark)
     return Record(
         id=sample.id,
         image_id=image_id(sample),

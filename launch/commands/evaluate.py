@@ -21,6 +21,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--dataset", type=Path, required=True, help="a prepared dataset, as `data ingest` writes it")
     p.add_argument("--output", type=Path, required=True, help="folder for replies.jsonl and summary.json")
     p.add_argument("--protocol", default="strict", help="strict, medevalkit-fixed or medevalkit-2025-06 [%(default)s]")
+    p.add_argument("--benchmark", default="", metavar="NAME|MODULE|FILE.py",
+                   help="how questions are asked and graded; see infimed_jax/evaluation/benchmarks "
+                   "[by the samples' sources]")  # fmt: skip
     p.add_argument("--reasoning", action="store_true", help="ask for reasoning and a boxed answer")
     p.add_argument("--blind", action="store_true", help="the control: the same questions without their images")
     p.add_argument("--contamination", type=Path, action="append", default=[], metavar="REPORT",
@@ -36,6 +39,7 @@ def evaluate(args: argparse.Namespace) -> None:
     import jax
 
     from infimed_jax.data.storage import open_samples
+    from infimed_jax.evaluation.benchmark import load_benchmark
     from infimed_jax.evaluation.contamination import GROUPING, WORDS, mark
     from infimed_jax.evaluation.respondents import Terms, ask_policy
     from infimed_jax.evaluation.run import evaluate
@@ -51,13 +55,15 @@ def evaluate(args: argparse.Namespace) -> None:
     if learnt := learnt_from(history_of(policy.metadata), dataset.manifest["origins"]):
         sources = ", ".join(learnt)
         print(f"warning: {args.checkpoint} learnt from {sources}, so it may answer by memory", file=sys.stderr)
-    terms = Terms(policy.config.sampling, args.protocol, args.reasoning, image=not args.blind)
+    terms = Terms(policy.config.sampling, args.protocol, args.reasoning, not args.blind, args.benchmark)
     key = jax.random.key(policy.config.train.seed)
     with progress_bar("evaluate", "questions") as bar:
         respond = ask_policy(policy, terms, key, lambda done, total, _: bar(done, total, ""))
         result = evaluate(samples, respond, terms, folder=args.output, name=str(args.checkpoint))
     print(f"{args.protocol}: {_shown(result.accuracy)}; "
           f"majority answer per template {majority_baseline(samples).accuracy:.1%}")  # fmt: skip
+    if args.benchmark and (published := load_benchmark(args.benchmark).published.get(args.protocol)):
+        print(f"published: {published:.1%}")
     for what, share in result.groups().get(GROUPING, {}).items():
         print(f"  training data hold {WORDS[what]}: {_shown(share)}")
     print(f"Outputs: {args.output}")

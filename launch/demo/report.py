@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,8 +14,8 @@ import jax
 from data_prep.sources import COMMERCIAL_USE
 from infimed_jax.cost.chips import GIB
 from infimed_jax.evaluation.report import Report, Stage, write_report
-from infimed_jax.evaluation.run import Record
-from infimed_jax.evaluation.statistics import Comparison, compare, majority_baseline
+from infimed_jax.evaluation.run import Record, compare_runs, image_gain, read_evaluation
+from infimed_jax.evaluation.statistics import Comparison, majority_baseline
 from infimed_jax.files import write_json
 from infimed_jax.hf.export import to_hf
 from infimed_jax.hf.provenance import checkpoint_card
@@ -81,13 +80,14 @@ class Page:
 def finish(chain: Chain, results: Results, seconds: float) -> dict[str, Any]:
     """Export, then write both files. `seconds` are of this process."""
     export = chain.step("export", Exported, lambda: _export(chain))
-    records = {name: read_records(chain.folder / "evaluation" / name) for name in results.scored}
-    before = records[LAST_SUPERVISED + SAMPLED]
+    runs = {name: read_evaluation(chain.folder / "evaluation" / name) for name in results.scored}
+    records = {name: run.records for name, run in runs.items()}
+    before = runs[LAST_SUPERVISED + SAMPLED]
     summary = _summary(chain, results, export, seconds) | {
-        "grpo_gain": _comparison(compare(records["grpo" + SAMPLED], before)),
-        "control_gain": _comparison(compare(records["control" + SAMPLED], before)),
-        "grpo_gain_greedy": _comparison(compare(records["grpo"], records[LAST_SUPERVISED])),
-        "image_gain": _comparison(compare(records[LAST_DIRECT], records[BLIND])),
+        "grpo_gain": _comparison(compare_runs(runs["grpo" + SAMPLED], before)),
+        "control_gain": _comparison(compare_runs(runs["control" + SAMPLED], before)),
+        "grpo_gain_greedy": _comparison(compare_runs(runs["grpo"], runs[LAST_SUPERVISED])),
+        "image_gain": _comparison(image_gain(runs[LAST_DIRECT], runs[BLIND])),
     }
     groups = {name: scored.summary["groups"] for name, scored in results.scored.items()}
     if "answer_type" in groups["grpo"]:
@@ -103,12 +103,6 @@ def finish(chain: Chain, results: Results, seconds: float) -> dict[str, Any]:
     for line in _closing_lines(chain, summary):
         chain.progress.say(line)
     return summary
-
-
-def read_records(folder: Path) -> list[Record]:
-    """The graded questions that an evaluation left in `replies.jsonl`."""
-    lines = (folder / "replies.jsonl").read_text(encoding="utf-8").splitlines()
-    return [Record(**json.loads(line)) for line in lines]
 
 
 def _export(chain: Chain) -> Exported:
@@ -175,7 +169,7 @@ def _comparison(c: Comparison) -> dict[str, float]:
     return values | {"differ": c.only_a + c.only_b}
 
 
-def _stage(chain: Chain, results: Results, records: dict[str, list[Record]], name: str, title: str) -> Stage:
+def _stage(chain: Chain, results: Results, records: dict[str, Sequence[Record]], name: str, title: str) -> Stage:
     trained = results.trained[name]
     return Stage(
         name=name,
@@ -192,7 +186,7 @@ def _stage(chain: Chain, results: Results, records: dict[str, list[Record]], nam
 
 
 def _report(
-    chain: Chain, results: Results, records: dict[str, list[Record]], summary: dict[str, Any], export: Exported
+    chain: Chain, results: Results, records: dict[str, Sequence[Record]], summary: dict[str, Any], export: Exported
 ) -> Report:
     grpo, gain, control, sight = summary["grpo"], summary["grpo_gain"], summary["control_gain"], summary["image_gain"]
     greedy, n, supervised = summary["grpo_gain_greedy"], gain["n"], results.scored[LAST_DIRECT].accuracy

@@ -7,9 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infimed_jax.data.prompts import question_sample
-from infimed_jax.evaluation.protocols import PROTOCOLS, posed
+from infimed_jax.evaluation.benchmark import benchmark_of
+from infimed_jax.evaluation.protocols import PROTOCOLS, ask, grade
 
-STRICT, FIXED, FIRST = (PROTOCOLS[name] for name in ("strict", "medevalkit-fixed", "medevalkit-2025-06"))
+
+def by(protocol):
+    """The protocol as it grades a sample of its source."""
+    return lambda sample, reply, finished: grade(sample, reply, finished, protocol, benchmark_of(sample.source))
+
+
+STRICT, FIXED, FIRST = (by(name) for name in ("strict", "medevalkit-fixed", "medevalkit-2025-06"))
 ORGANS = ("lung", "liver", "left kidney")
 
 
@@ -102,8 +109,8 @@ def test_first_release_leaves_slake_to_the_judge_so_to_exact_match():
 )
 def test_choice_is_never_unparsed(reply, letter, rule):
     for gold in "ABC":
-        for grade in (FIXED, FIRST):
-            verdict = grade(question("choice", gold, ORGANS), reply, True)
+        for judge in (FIXED, FIRST):
+            verdict = judge(question("choice", gold, ORGANS), reply, True)
             assert (verdict.parsed, verdict.correct, verdict.status) == (letter, gold == letter, "ok")
             assert verdict.rule == rule
 
@@ -140,8 +147,8 @@ def test_an_option_that_reads_like_the_gold_letter_counts_under_compat():
 def test_open_questions_by_exact_match(reply, strict, fixed):
     sample = question("open", "Liver")
     assert STRICT(sample, reply, True).correct is strict
-    for grade in (FIXED, FIRST):
-        verdict = grade(sample, reply, True)
+    for judge in (FIXED, FIRST):
+        verdict = judge(sample, reply, True)
         assert verdict.correct is fixed
         assert verdict.rule == "open, exact match without a judge"
 
@@ -184,9 +191,9 @@ def test_answer_tags_are_joined_by_blanks():
 def test_compat_asks_vqa_rad_by_its_answers_and_slake_by_its_types(source, kind, answer_type, compat):
     sample = question(kind, "yes", source=source)
     sample = replace(sample, meta={"answer_type": answer_type} if answer_type else {})
-    assert posed(sample, "strict") == sample
+    assert ask(sample, "strict", benchmark_of(source)) == sample
     for protocol in ("medevalkit-fixed", "medevalkit-2025-06"):
-        assert posed(sample, protocol) == replace(sample, kind=compat)
+        assert ask(sample, protocol, benchmark_of(source)) == replace(sample, kind=compat)
     assert FIXED(sample, "yes.", True).correct is (compat != "open")  # there a full stop is an error
 
 
@@ -207,7 +214,7 @@ SAMPLES = [
 
 @given(st.text(), st.booleans(), st.sampled_from(SAMPLES), st.sampled_from(sorted(PROTOCOLS)))
 def test_any_reply_gets_a_verdict(reply, finished, sample, protocol):
-    verdict = PROTOCOLS[protocol](sample, reply, finished)
+    verdict = by(protocol)(sample, reply, finished)
     assert isinstance(verdict.correct, bool)
     assert verdict.status in ("ok", "unparsed", "truncated")
     assert not (verdict.correct and verdict.status == "unparsed")
@@ -215,5 +222,5 @@ def test_any_reply_gets_a_verdict(reply, finished, sample, protocol):
 
 @given(st.sampled_from(SAMPLES), st.sampled_from(sorted(PROTOCOLS)))
 def test_the_bare_gold_answer_is_right_everywhere(sample, protocol):
-    assert PROTOCOLS[protocol](sample, sample.answer, True).correct
-    assert PROTOCOLS[protocol](sample, f"\\boxed{{{sample.answer}}}", True).correct
+    assert by(protocol)(sample, sample.answer, True).correct
+    assert by(protocol)(sample, f"\\boxed{{{sample.answer}}}", True).correct

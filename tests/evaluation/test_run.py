@@ -17,7 +17,7 @@ from infimed_jax.data.prompts import question_sample
 from infimed_jax.errors import UserError
 from infimed_jax.evaluation import respondents
 from infimed_jax.evaluation.respondents import Terms, ask_policy
-from infimed_jax.evaluation.run import compare_runs, evaluate, fingerprint, image_gain, image_id
+from infimed_jax.evaluation.run import compare_runs, evaluate, fingerprint, image_gain, image_id, read_evaluation
 from infimed_jax.models.infimed.config import Model, Projector, Text, Vision
 from infimed_jax.models.params import init_params
 from infimed_jax.sampling.engine import Completion
@@ -131,6 +131,8 @@ def test_tiny_model_answers_every_question_and_leaves_files(ask, tmp_path):
     assert summary == json.loads(json.dumps(result.summary()))
     assert (summary["n"], summary["images"], summary["max_tokens"]) == (6, 3, 6)
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"replies.jsonl", "summary.json"}
+    again = read_evaluation(tmp_path / "out")
+    assert (again.records, again.terms, again.summary()) == (result.records, result.terms, result.summary())
 
 
 def test_chunks_change_nothing(ask, monkeypatch):
@@ -203,6 +205,40 @@ def test_a_question_is_asked_as_its_protocol_knows_it(ask, script, tokenizer):
         (record,) = ask([sample], protocol=protocol).records
         assert wording in tokenizer.decode(calls[0]["prompts"][0].tokens)
         assert (record.kind, record.correct) == ("closed", correct)
+
+
+BENCHMARK = """
+from dataclasses import replace
+from infimed_jax.evaluation.benchmark import Benchmark, Verdict
+
+def first_word(sample, reply, finished):
+    word = reply.split()[0].strip(".,").lower()
+    return Verdict(word == sample.answer, "ok", word, "first word")
+
+BENCHMARK = Benchmark("mine", ask=lambda sample: replace(sample, question=sample.question + " Now."),
+                      medevalkit_kind=lambda sample: "open", grades={"first-word": first_word}, groups=("split_by",))
+"""
+
+
+def test_a_benchmark_from_a_file_says_how_its_questions_are_asked_and_graded(ask, script, tokenizer, tmp_path):
+    (tmp_path / "my_benchmark.py").write_text(BENCHMARK)
+    file = str(tmp_path / "my_benchmark.py")
+    sample = question(8, answer="yes", split_by="a")
+    calls = script([("Yes, I see", "stop")] * 3)
+    result = ask([sample], benchmark=file, protocol="first-word")
+    (record,) = result.records
+    assert (record.correct, record.rule, record.question) == (True, "first word", "Q8?")
+    assert "Q8? Now." in tokenizer.decode(calls[0]["prompts"][0].tokens)
+    assert set(result.groups()["split_by"]) == {"a"}
+    other = ask([sample], benchmark=file, protocol="medevalkit-fixed")
+    assert "concisely" in tokenizer.decode(calls[1]["prompts"][0].tokens)
+    assert not other.records[0].correct  # an open question wants the very text
+    with pytest.raises(UserError, match="not comparable"):
+        compare_runs(other, ask([sample], protocol="medevalkit-fixed"))
+    with pytest.raises(UserError, match=r"unknown protocol 'first-word'; there are strict, medevalkit-fixed"):
+        ask([sample], protocol="first-word")
+    with pytest.raises(UserError, match="--benchmark must be one of slake, vqa_rad, not 'slakes'"):
+        ask([sample], benchmark="slakes")
 
 
 def test_progress_counts_over_chunks(ask, script, monkeypatch):
