@@ -37,6 +37,7 @@ from infimed_jax.models.compute import Compute
 from infimed_jax.models.infimed import config as infimed
 from infimed_jax.models.params import Params
 from infimed_jax.ops.attention import Mask, attention
+from infimed_jax.trees import flatten
 
 log = logging.getLogger(__name__)
 
@@ -349,12 +350,11 @@ def _faults(case: Mapping[str, Any], tolerance: float) -> Iterator[str]:
 
 def _config_faults(model: config.Model, exported: config.Model) -> list[str]:
     """Settings in which the export's config.json differs from the checkpoint's model."""
-    ours, theirs = (dataclasses.asdict(m) for m in (model, exported))
+    ours, theirs = (flatten(dataclasses.asdict(m)) for m in (model, exported))
     return [
-        f"the checkpoint's {part}.{name} is {value}, config.json says {theirs[part][name]}"
-        for part, values in ours.items()
-        for name, value in values.items()
-        if value != theirs[part][name]
+        f"the checkpoint's {name} is {value}, config.json says {theirs[name]}"
+        for name, value in ours.items()
+        if value != theirs[name]
     ]
 
 
