@@ -34,7 +34,8 @@ from infimed_jax.data.training import open_for_training
 from infimed_jax.errors import UserError
 from infimed_jax.files import to_json, write_json
 from infimed_jax.progress import Report
-from infimed_jax.rl.rewards import score
+from infimed_jax.rl.reward import Attempt
+from infimed_jax.rl.rewards.verifiable import score
 from infimed_jax.rl.rollout import Questions, questions
 from infimed_jax.rl.step import rollout_sampling
 from infimed_jax.sampling.policy import Policy
@@ -204,7 +205,8 @@ def _answer(
     for number, completion in enumerate(completions):
         place = number // plan.draws
         reply = policy.tokenizer.decode(completion.text_tokens)
-        right[place] += score(reply, completion.finish == "stop", asked[place], cfg.grpo).accuracy == 1.0
+        attempt = Attempt(asked[place], reply, completion.finish == "stop")
+        right[place] += score(attempt, cfg.grpo).parts["accuracy"] == 1.0
     return right
 
 

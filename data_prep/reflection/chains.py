@@ -16,7 +16,7 @@ from typing import Literal
 from data_prep.endpoint import Reply
 from infimed_jax.data.sample import Sample
 from infimed_jax.evaluation.answers import gold_value, matches, parse_answer
-from infimed_jax.rl.rewards import CLOSE_TAG, OPEN_TAG, well_formed
+from infimed_jax.rl.rewards.verifiable import CLOSE_TAG, OPEN_TAG, well_formed
 
 Pattern = Literal["plain", "corrected", "verified", "reexamined"]
 REFLECTIVE: tuple[Pattern, ...] = ("corrected", "verified", "reexamined")

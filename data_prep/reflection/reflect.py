@@ -48,7 +48,7 @@ from infimed_jax.data.storage import Samples
 from infimed_jax.data.training import open_for_training
 from infimed_jax.errors import UserError
 from infimed_jax.progress import Report
-from infimed_jax.rl.rewards import well_formed
+from infimed_jax.rl.rewards.verifiable import well_formed
 
 VERSION = 2
 """Of prompts, patterns, joints and the report; raise it when they change."""

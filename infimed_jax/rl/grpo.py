@@ -27,9 +27,9 @@ from infimed_jax.models.compute import Compute
 from infimed_jax.models.lora import merge_lora, scale_of
 from infimed_jax.models.params import Params
 from infimed_jax.rl.loss import grpo_loss, make_scorer
-from infimed_jax.rl.rewards import score
+from infimed_jax.rl.reward import RewardFn, load_reward
 from infimed_jax.rl.rollout import Questions, plan_layout, prompt_order, questions
-from infimed_jax.rl.step import Plan, Reply, RewardFn, grpo_step
+from infimed_jax.rl.step import Plan, Reply, grpo_step
 from infimed_jax.runs.checkpoint import Metadata
 from infimed_jax.runs.loop import Beat, OnStep, Run, Stepped, open_run, run_steps, write_result
 from infimed_jax.runs.meter import memory_bytes
@@ -67,15 +67,22 @@ class GrpoResult:
 
 
 def grpo(
-    cfg: config.Config, *, params: Params | None = None, on_step: OnStep | None = None, reward: RewardFn = score
+    cfg: config.Config,
+    *,
+    params: Params | None = None,
+    on_step: OnStep | None = None,
+    reward: RewardFn | None = None,
 ) -> GrpoResult:
     """Align `params`, or those of `train.init_from`, on the questions of `data.dataset`, in `cfg.train.output`.
+
+    `reward` replaces the one that `grpo.reward` names.
 
     A stopped run is continued. The reference of the KL penalty is what the run starts from, also on resume. Raises
     Interrupted after Ctrl-C or SIGTERM, with the state saved; UserError where there is no start, the folder holds
     another run, the data is for evaluation only, nothing of it can be asked, a completion fits no row, or updates stay
     non-finite.
     """
+    reward = reward or load_reward(cfg.grpo.reward)
     check_start(cfg, params)
     if params is None and not cfg.train.init_from:
         raise UserError("grpo starts from a tuned model: give --init-from RUN (train.init_from)")
@@ -176,7 +183,9 @@ def _write_replies(file: TextIO, step: int, replies: Sequence[Reply]) -> None:
         return
     for reply in replies:
         values = {"step": step, "sample": reply.sample, "reply": reply.text, "finish": reply.finish}
-        file.write(to_json(values | {"reward": reply.reward._asdict()}, ensure_ascii=False) + "\n")
+        file.write(
+            to_json(values | {"reward": {"total": reply.reward.total, **reply.reward.parts}}, ensure_ascii=False) + "\n"
+        )
 
 
 def _result(run: Run, state: TrainState, pool: Questions) -> GrpoResult:

@@ -160,8 +160,8 @@ def _grpo_loss(model: config.Model, compute: Compute, grpo: config.Grpo) -> Loss
             return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
         weights = batch.batch.loss_weights
-        felt = weights if grpo.kl_coefficient > 0 else weights * batch.advantages
-        loss, aux = jax.lax.cond(jnp.any(felt != 0), sums, nothing, params, batch)
+        contributes = weights if grpo.kl_coefficient > 0 else weights * batch.advantages
+        loss, aux = jax.lax.cond(jnp.any(contributes != 0), sums, nothing, params, batch)
         return loss, aux | {"weight": jnp.sum(weights)}
 
     return loss_fn

@@ -233,16 +233,17 @@ def training_rows(
     rows: list[Batch] = [build_row([], **shape)] * layout.rows
     for r, numbers in enumerate(bins):
         place = r % layout.piece * layout.pieces + r // layout.piece
-        asked, said = [prompts[i] for i in numbers], [replies[i] for i in numbers]
-        segments = (
-            branch(asked, said) if layout.shared else [(join(*both), True) for both in zip(asked, said, strict=True)]
-        )
+        row_prompts, row_replies = [prompts[i] for i in numbers], [replies[i] for i in numbers]
+        if layout.shared:
+            segments = branch(row_prompts, row_replies)
+        else:
+            segments = [(join(p, r), True) for p, r in zip(row_prompts, row_replies, strict=True)]
         rows[place] = build_row([segment for segment, _ in segments], **shape)
-        start, of = 0, iter(numbers)
+        start, remaining = 0, iter(numbers)
         for segment, is_completion in segments:
             end = start + len(segment) - 1  # position t speaks of token t + 1
             if is_completion:
-                i = next(of)
+                i = next(remaining)
                 first = end - len(replies[i])
                 sampled[place, first:end] = completions[i].logprobs
                 credit[place, first:end] = advantages[i]

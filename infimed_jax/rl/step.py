@@ -15,11 +15,12 @@ from infimed_jax import config
 from infimed_jax.data.chat import Tokenizer
 from infimed_jax.data.images import ImageCache
 from infimed_jax.data.sample import Sample
+from infimed_jax.errors import UserError
 from infimed_jax.models.lora import merge_lora, scale_of
 from infimed_jax.models.params import Params
 from infimed_jax.rl.advantages import group_advantages, without_variance
 from infimed_jax.rl.loss import Scorer, on_policy
-from infimed_jax.rl.rewards import Reward
+from infimed_jax.rl.reward import Attempt, Reward, RewardFn, rewards_of
 from infimed_jax.rl.rollout import Layout, training_rows
 from infimed_jax.runs.meter import batch_counts
 from infimed_jax.runs.metrics import Row
@@ -32,9 +33,6 @@ from infimed_jax.train.step import TrainStep
 
 OF_COMPUTED = ("ratio", "clip_fraction", "kl", "logprob_gap")
 """Sums that `grpo_loss` takes over the tokens whose loss it computes."""
-
-RewardFn = Callable[[str, bool, Sample, config.Grpo], Reward]
-"""`(reply, finished, sample, settings) -> Reward`; `rewards.score` is the one that runs use."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +89,15 @@ def grpo_step(
 
     # Score.
     on_phase("scoring")
-    replies = []
-    for number, completion in enumerate(completions):
-        sample, text = asked[number // settings.group_size], tokenizer.decode(completion.text_tokens)
-        earned = plan.reward(text, completion.finish == "stop", sample, settings)
-        replies.append(Reply(sample.id, text, earned, completion.finish))
+    attempts = [
+        Attempt(asked[number // settings.group_size], tokenizer.decode(c.text_tokens), c.finish == "stop")
+        for number, c in enumerate(completions)
+    ]
+    rewards = rewards_of(plan.reward, attempts, settings)
+    replies = [
+        Reply(attempt.sample.id, attempt.reply, earned, completion.finish)
+        for attempt, earned, completion in zip(attempts, rewards, completions, strict=True)
+    ]
     totals = np.array([reply.reward.total for reply in replies]).reshape(-1, settings.group_size)
     advantages = group_advantages(totals, settings.normalize_std).ravel()
     local = local_rows(plan.layout.rows, mesh)
@@ -149,21 +151,24 @@ def rollout_sampling(cfg: config.Config) -> config.Sampling:
 
 
 def rollout_metrics(replies: Sequence[Reply], completions: Sequence[Completion], totals: np.ndarray) -> Row:
-    """Means over the completions; `no_variance` is the share of groups that taught nothing.
+    """Means over the completions, also of each part of their rewards; `no_variance` is the share of groups that taught
+    nothing.
 
     `entropy` is the sampled tokens' mean surprisal, nats: at temperature 1 its expectation is the policy's entropy.
     """
     lengths = [len(c.tokens) for c in completions]
-    return {
+    parts = {name: float(np.mean([reply.reward.parts[name] for reply in replies])) for name in replies[0].reward.parts}
+    metrics = {
         "reward": float(totals.mean()),
-        "accuracy": float(np.mean([reply.reward.accuracy for reply in replies])),
-        "format": float(np.mean([reply.reward.format for reply in replies])),
         "no_variance": float(without_variance(totals).mean()),
         "entropy": -float(np.concatenate([c.logprobs for c in completions]).mean()),
         "response_tokens": float(np.mean(lengths)),
         "response_tokens_max": float(max(lengths)),
         "truncated": float(np.mean([c.finish == "length" for c in completions])),
     }
+    if taken := parts.keys() & metrics.keys():
+        raise UserError(f"grpo.reward gave a part {min(taken)!r}, which is a metric already: give it another name")
+    return metrics | parts
 
 
 def update_metrics(updates: Sequence[dict[str, Any]], gaps: Sequence[jax.Array]) -> Row:

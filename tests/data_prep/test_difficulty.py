@@ -170,9 +170,9 @@ def test_a_real_model_is_asked_as_in_grpo(tmp_path, tiny):
     folder = candidates(tmp_path, tiny, 3)
     said = []
 
-    def listen(reply, finished, sample, grpo):
-        said.append((sample.id, reply, finished))
-        return reward(reply, finished, sample, grpo)
+    def listen(attempt, grpo):
+        said.append((attempt.sample.id, attempt.reply, attempt.finished))
+        return reward(attempt, grpo)
 
     plan = Plan(draws=4, low=1, high=2, between=1.0, extreme=1.0, seed=5)
     with pytest.MonkeyPatch.context() as patch:

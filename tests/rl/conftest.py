@@ -24,6 +24,11 @@ from infimed_jax.sharding import make_mesh
 SIDE = 12
 
 
+def each(score):
+    """A reward of a batch from one of a single attempt, `(reply, finished, sample, settings) -> Reward`."""
+    return lambda attempts, grpo: [score(a.reply, a.finished, a.sample, grpo) for a in attempts]
+
+
 def image(seed: int) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
     file = io.BytesIO()

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
-from conftest import make_tiny
+from conftest import each, make_tiny
 
 from infimed_jax.config import Mesh
 from infimed_jax.rl.grpo import grpo
-from infimed_jax.rl.rewards import Reward
+from infimed_jax.rl.reward import Reward
 from infimed_jax.runs import loop
 from infimed_jax.sharding import make_mesh
 
@@ -19,7 +19,7 @@ from infimed_jax.sharding import make_mesh
 def even_length(reply, finished, sample, settings):
     """Whatever the random model says, about half of a group earns it: there is a gradient to compare."""
     right = float(len(reply) % 2 == 0)
-    return Reward(right, right, 0.0)
+    return Reward(right, {"accuracy": right, "format": 0.0})
 
 
 def on_mesh(shape, tiny, params, folder):
@@ -30,7 +30,7 @@ def on_mesh(shape, tiny, params, folder):
         train=replace(tiny.cfg.train, output=str(folder), micro_batches=1),  # half the compilation
         grpo=replace(tiny.cfg.grpo, steps=1, kl_coefficient=0.05),
     )
-    result = grpo(cfg, params=params, reward=even_length)
+    result = grpo(cfg, params=params, reward=each(even_length))
     return result.history[0]
 
 

@@ -14,9 +14,10 @@ from infimed_jax.config import ConfigError, Lora, to_dict
 from infimed_jax.data.storage import write_samples
 from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.rl.grpo import grpo
-from infimed_jax.rl.rewards import Reward
+from infimed_jax.rl.reward import Reward
 from infimed_jax.runs.parameters import load_params, save_params
 from infimed_jax.trees import flatten
+from tests.rl.conftest import each
 
 
 def configure(tiny, folder, *, train=None, optimizer=None, **settings):
@@ -36,7 +37,7 @@ def align(tiny, cfg, **kwargs):
 def says_bright(reply, finished, sample, settings):
     """A bandit: 1 for any letter `b` in the reply."""
     right = float("b" in reply)
-    return Reward(right, right, 0.0)
+    return Reward(right, {"accuracy": right, "format": 0.0})
 
 
 def leaves_equal(a, b):
@@ -51,7 +52,7 @@ OFF_POLICY = {"update_prompts": 2, "kl_coefficient": 0.05, "clip_low": 0.05, "cl
 def test_it_learns_what_is_rewarded(tiny, tmp_path):
     cfg = configure(tiny, tmp_path, steps=15, train={"checkpoint_every": 100}, **ON_POLICY)
     seen = []
-    result = align(tiny, cfg, reward=says_bright, on_step=lambda step, total, row: seen.append((step, total)))
+    result = align(tiny, cfg, reward=each(says_bright), on_step=lambda step, total, row: seen.append((step, total)))
     rewards = [row["reward"] for row in result.history]
     assert rewards[0] < 0.3 and np.mean(rewards[-2:]) > 0.9
     assert result.reward_first == np.mean(rewards[:2]) and result.reward_last == np.mean(rewards[-2:])
@@ -84,15 +85,46 @@ def test_a_constant_reward_moves_nothing(tiny, tmp_path):
     leaves_equal(result.params, tiny.params)
 
 
+TOY = """
+from infimed_jax.rl.reward import Reward
+
+def reward(attempts, grpo):
+    found = [float("b" in a.reply) for a in attempts]
+    return [Reward(b, {"brightness": b, "batch": len(attempts)}) for b in found]
+"""
+
+
+def test_a_reward_from_a_file_is_asked_about_all_attempts_at_once(tiny, tmp_path):
+    (tmp_path / "toy_reward.py").write_text(TOY)
+    cfg = configure(tiny, tmp_path / "run", steps=1, reward=str(tmp_path / "toy_reward.py"), **ON_POLICY)
+    (row,) = align(tiny, cfg).history
+    assert row["brightness"] == row["reward"] and row["batch"] == cfg.grpo.prompts * cfg.grpo.group_size
+    assert "accuracy" not in row
+    first = json.loads((tmp_path / "run/replies.jsonl").read_text().splitlines()[0])["reward"]
+    assert first == {"total": first["brightness"], "brightness": first["brightness"], "batch": row["batch"]}
+
+
+def test_rewards_that_cannot_be_used_are_named(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"grpo\.reward must be one of constant, verifiable, not 'verifiabel'"):
+        align(tiny, configure(tiny, tmp_path / "a", reward="verifiabel"))
+    for reward, message in (
+        (lambda attempts, grpo: [Reward(1.0, {})], "1 rewards for 32 attempts"),
+        (lambda attempts, grpo: [Reward(1.0, {f"p{i % 2}": 1.0}) for i in range(len(attempts))], "of different parts"),
+        (each(lambda *_: Reward(1.0, {"entropy": 1.0})), "a part 'entropy', which is a metric already"),
+    ):
+        with pytest.raises(UserError, match=message):
+            align(tiny, configure(tiny, tmp_path / message[:3], steps=1, **ON_POLICY), reward=reward)
+
+
 def test_a_phase_that_hangs_is_named(tiny, tmp_path, caplog):
     """A reward that waits until it hears the watchdog speak of it: without one, pytest's own limit ends this."""
 
     def waits(reply, finished, sample, settings):
         while "hung: step 1: scoring" not in caplog.text:
             time.sleep(0.01)
-        return Reward(1.0, 1.0, 0.0)
+        return Reward(1.0, {"accuracy": 1.0, "format": 0.0})
 
-    align(tiny, configure(tiny, tmp_path, train={"step_timeout": 0.2}, steps=1, **ON_POLICY), reward=waits)
+    align(tiny, configure(tiny, tmp_path, train={"step_timeout": 0.2}, steps=1, **ON_POLICY), reward=each(waits))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -111,27 +143,27 @@ def test_a_reward_that_is_not_finite_ends_the_run(tiny, tmp_path):
     seen = []
 
     def odd(reply, finished, sample, settings):
-        return Reward(float(len(reply) % 2), 0.0, 0.0)
+        return Reward(float(len(reply) % 2), {})
 
     def broken(reply, finished, sample, settings):
         seen.append(reply)
         well = len(seen) <= cfg.grpo.prompts * cfg.grpo.group_size
-        return odd(reply, finished, sample, settings) if well else Reward(np.inf if len(reply) % 2 else 0.0, 0.0, 0.0)
+        return odd(reply, finished, sample, settings) if well else Reward(np.inf if len(reply) % 2 else 0.0, {})
 
     with pytest.raises(UserError, match=r"2 updates in a row .* step 3 on samples tiny/train/.* --init-from .*/1, "):
-        align(tiny, cfg, reward=broken)
+        align(tiny, cfg, reward=each(broken))
     rows = [json.loads(line) for line in (tmp_path / "broken/metrics.jsonl").read_text().splitlines()]
     assert [row["skipped"] for row in rows] == [0, 1, 1]
     stored, _ = load_params(tmp_path / "broken")
     once = configure(tiny, tmp_path / "once", steps=1, train={"checkpoint_every": 1}, **ON_POLICY)
-    align(tiny, once, reward=odd)
+    align(tiny, once, reward=each(odd))
     leaves_equal(stored, load_params(tmp_path / "once")[0])
 
 
 def test_a_stopped_run_goes_on_exactly(tiny, tmp_path):
     """With several updates a rollout, clipping and a reference: everything that a state could forget."""
     cfg = configure(tiny, tmp_path / "whole", steps=4, **OFF_POLICY)
-    whole = align(tiny, cfg, reward=says_bright)
+    whole = align(tiny, cfg, reward=each(says_bright))
     for row in whole.history:
         assert row["logprob_gap"] < row["logprob_gap_max"] < 1e-4
         assert row["ratio"] != 1 and row["kl"] > 0
@@ -143,16 +175,16 @@ def test_a_stopped_run_goes_on_exactly(tiny, tmp_path):
 
     cfg = configure(tiny, tmp_path / "parts", steps=4, train={"checkpoint_every": 100}, **OFF_POLICY)
     with pytest.raises(Interrupted, match="after step 2 of 4"):
-        align(tiny, cfg, reward=says_bright, on_step=stop)
-    parts = align(tiny, cfg, reward=says_bright)
+        align(tiny, cfg, reward=each(says_bright), on_step=stop)
+    parts = align(tiny, cfg, reward=each(says_bright))
     leaves_equal(parts.params, whole.params)
     assert timeless(parts.history) == timeless(whole.history)
     assert (tmp_path / "parts/replies.jsonl").read_text() == (tmp_path / "whole/replies.jsonl").read_text()
 
-    again = align(tiny, cfg, reward=says_bright, on_step=lambda *_: pytest.fail("a finished run stepped"))
+    again = align(tiny, cfg, reward=each(says_bright), on_step=lambda *_: pytest.fail("a finished run stepped"))
     assert again.history == parts.history
     with pytest.raises(UserError, match=r"grpo.clip_high was 0.05, is 0.4"):
-        align(tiny, replace(cfg, grpo=replace(cfg.grpo, clip_high=0.4)), reward=says_bright)
+        align(tiny, replace(cfg, grpo=replace(cfg.grpo, clip_high=0.4)), reward=each(says_bright))
     write_samples(tmp_path / "fewer", tiny.samples[:-1], name="tiny")
     with pytest.raises(UserError, match=r"data\.dataset=.*fewer holds other questions; restore that or name another"):
         align(tiny, replace(cfg, data=replace(cfg.data, dataset=str(tmp_path / "fewer"))))
@@ -172,19 +204,19 @@ def test_a_run_goes_on_after_it_and_its_start_were_moved(tiny, tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="after step 1 of 2"):
-        align(tiny, run_in(tmp_path / "scratch"), reward=says_bright, on_step=stop)
+        align(tiny, run_in(tmp_path / "scratch"), reward=each(says_bright), on_step=stop)
     swapped = [("start", "aside"), ("other", "start")]
     for old, new in swapped:
         os.rename(tmp_path / "scratch" / old, tmp_path / "scratch" / new)
     with pytest.raises(UserError, match=r"train.init_from=.*start holds other parameters than when the run began"):
-        align(tiny, run_in(tmp_path / "scratch"), reward=says_bright)
+        align(tiny, run_in(tmp_path / "scratch"), reward=each(says_bright))
     for old, new in reversed(swapped):
         os.rename(tmp_path / "scratch" / new, tmp_path / "scratch" / old)
     os.rename(tmp_path / "scratch", tmp_path / "archive")
     with pytest.raises(UserError, match=r"train.init_from was '.*start', is '.*other'; restore that or name"):
-        align(tiny, run_in(tmp_path / "archive", "other"), reward=says_bright)
+        align(tiny, run_in(tmp_path / "archive", "other"), reward=each(says_bright))
     moved = run_in(tmp_path / "archive")
-    assert align(tiny, moved, reward=says_bright).steps == 2
+    assert align(tiny, moved, reward=each(says_bright)).steps == 2
     assert load_params(tmp_path / "archive/run")[1]["config"]["data"]["tokenizer"] == moved.train.output + "/tokenizer"
 
 
@@ -204,7 +236,7 @@ def test_adapters_learn_what_is_rewarded_and_come_merged(tiny, tmp_path):
     """LoRA in GRPO: the sampler sees the merged model, otherwise the gap to its log-probabilities would grow."""
     lora = Lora(rank=4, alpha=8.0)
     cfg = configure(tiny, tmp_path, steps=4, train={"checkpoint_every": 100, "lora": lora}, kl_coefficient=0.05)
-    result = align(tiny, cfg, reward=says_bright)
+    result = align(tiny, cfg, reward=each(says_bright))
     assert result.history[0]["kl"] < 1e-8  # B is zero at first: the policy is the reference
     assert all(row["logprob_gap"] < 1e-4 for row in result.history if "logprob_gap" in row)
     assert result.history[-1]["kl"] > result.history[0]["kl"]

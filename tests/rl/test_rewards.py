@@ -1,14 +1,28 @@
 """The reward's form check and its table of attacks; accuracy comes from the one answer grammar."""
 
+from typing import NamedTuple
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infimed_jax.config import Grpo
 from infimed_jax.data.prompts import question_sample
-from infimed_jax.rl.rewards import score, well_formed
+from infimed_jax.rl.reward import Attempt, load_reward
+from infimed_jax.rl.rewards.verifiable import well_formed
 
 GRPO = Grpo()
+
+
+class Earned(NamedTuple):
+    total: float
+    accuracy: float
+    format: float
+
+
+def score(reply, finished, question, grpo):
+    (earned,) = load_reward(grpo.reward)([Attempt(question, reply, finished)], grpo)
+    return Earned(earned.total, **earned.parts)
 
 
 def sample(kind="yes_no", answer="yes", options=()):

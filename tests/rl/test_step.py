@@ -9,10 +9,11 @@ import pytest
 from infimed_jax.config import Sampling
 from infimed_jax.rl import step
 from infimed_jax.rl.grpo import grpo
-from infimed_jax.rl.rewards import Reward
+from infimed_jax.rl.reward import Reward
 from infimed_jax.rl.step import Reply, rollout_metrics, rollout_sampling, update_metrics
 from infimed_jax.sampling.engine import Completion
 from infimed_jax.sampling.policy import Policy
+from tests.rl.conftest import each
 
 
 def completion(*logprobs, finish="length"):
@@ -21,7 +22,7 @@ def completion(*logprobs, finish="length"):
 
 def test_rollout_metrics_are_means_over_completions_and_entropy_over_tokens():
     completions = [completion(-1.0), completion(-2.0, -3.0, -6.0, finish="stop")]
-    earned = [Reward(1.0, 1.0, 0.0), Reward(0.25, 0.0, 1.0)]
+    earned = [Reward(1.0, {"accuracy": 1.0, "format": 0.0}), Reward(0.25, {"accuracy": 0.0, "format": 1.0})]
     replies = [Reply("s", "", reward, c.finish) for reward, c in zip(earned, completions, strict=True)]
     totals = np.array([[1.0, 0.25]])
     assert rollout_metrics(replies, completions, totals) == {
@@ -87,7 +88,7 @@ def test_each_reply_is_graded_for_its_own_question(tiny, tmp_path, monkeypatch):
 
     def reward(reply, finished, sample, settings):
         graded.append((reply, finished, sample))
-        return Reward(float(len(graded) % 3 == 0) if int(sample.id[-1]) % 2 else 1.0, 0.0, 0.0)
+        return Reward(float(len(graded) % 3 == 0) if int(sample.id[-1]) % 2 else 1.0, {})
 
     def training_rows(prompts, completions, advantages, *rest):
         credited.append(advantages)
@@ -107,7 +108,7 @@ def test_each_reply_is_graded_for_its_own_question(tiny, tmp_path, monkeypatch):
         train=replace(tiny.cfg.train, output=str(tmp_path)),
         grpo=replace(tiny.cfg.grpo, steps=2, update_prompts=2, kl_coefficient=0.05, clip_low=0.05, clip_high=0.05),
     )  # the updates of test_grpo.py
-    grpo(cfg, params=tiny.params, reward=reward)
+    grpo(cfg, params=tiny.params, reward=each(reward))
 
     made = [c for _, completions, _ in calls for c in completions]
     prompts = [p for asked, *_ in calls for p in asked]

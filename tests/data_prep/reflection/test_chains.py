@@ -7,7 +7,8 @@ import pytest
 from data_prep.endpoint import Reply
 from data_prep.reflection.chains import Chain, boxed, corrected, holds, read_chain, reexamined, verified
 from infimed_jax.config import Grpo
-from infimed_jax.rl.rewards import score
+from infimed_jax.rl.reward import Attempt
+from infimed_jax.rl.rewards.verifiable import score
 from tests.data_prep.samples import question
 
 OPEN = question(0)
@@ -32,7 +33,7 @@ REPLIES = [
 def test_a_chain_is_accepted_where_the_reward_is_whole(text, reason):
     chain, why = read_chain(Reply(text, "", "stop"), 3, OPEN)
     assert why == reason
-    assert (score(text, True, OPEN, Grpo()).total == pytest.approx(1.0)) == (reason == "")
+    assert (score(Attempt(OPEN, text, True), Grpo()).total == pytest.approx(1.0)) == (reason == "")
     if reason in ("", "wrong answer"):
         assert chain == Chain(3, "It is dark.", "left lung" if not reason else "right lung")
     else:
@@ -85,7 +86,7 @@ def test_patterns_hold_their_parts_in_order_and_pass_the_reward(seed, language, 
         last = made.reasoning.rfind(parts[-1])
         assert -1 not in places and places[:-1] == sorted(places[:-1]) and last > places[-2]
         assert made.draws == draws and holds(sample, made)
-        assert score(boxed(made.reasoning, answer), True, sample, Grpo()).total == pytest.approx(1.0)
+        assert score(Attempt(sample, boxed(made.reasoning, answer), True), Grpo()).total == pytest.approx(1.0)
 
 
 def test_yes_and_no_are_spoken_in_the_question_s_language():

@@ -13,7 +13,8 @@ from data_prep.reflection.reflect import LOOK_AGAIN, Plan, reflect, unsampled
 from infimed_jax.config import Grpo
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
-from infimed_jax.rl.rewards import score
+from infimed_jax.rl.reward import Attempt
+from infimed_jax.rl.rewards.verifiable import score
 from tests.data_prep import loopback as lo
 from tests.data_prep.samples import caption, damage, question
 
@@ -65,7 +66,7 @@ def test_only_what_reaches_its_answer_is_kept_and_the_rest_is_counted(tmp_path):
     for sample in made:
         parent = originals[sample.meta["parent"]]
         assert (sample.images, sample.question, sample.answer) == (parent.images, parent.question, parent.answer)
-        assert score(whole(sample), True, parent, Grpo()).total == pytest.approx(1.0)
+        assert score(Attempt(parent, whole(sample), True), Grpo()).total == pytest.approx(1.0)
         assert sample.meta["reflection"] == "plain" and sample.meta["reasoning_by"] == "seer"
         assert "\\boxed{}" in sample.turns[0].content[-1]  # the prompt asks for the form that the reply has
     assert [sample.meta["reasoning_right"] for sample in made] == ["4/4", "1/4", "1/4"]
@@ -150,7 +151,7 @@ def test_sparse_sources_get_patterns_and_others_none(tmp_path):
     for parent, sample in made.items():
         number, pattern, thoughts = int(parent.rsplit("/")[-1]), sample.meta["reflection"], sample.turns[-1].reasoning
         draws = [int(draw) for draw in sample.meta["reasoning_draws"].split(",")]
-        assert score(whole(sample), True, sample, Grpo()).total == pytest.approx(1.0)
+        assert score(Attempt(sample, whole(sample), True), Grpo()).total == pytest.approx(1.0)
         if number >= 100:
             assert pattern == "plain" and thoughts == f"Draw {draws[0]} of {number}."
             continue

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from infimed_jax import config
-from infimed_jax.data.sample import Sample
 from infimed_jax.evaluation.answers import matches, parse_answer
+from infimed_jax.rl.reward import Attempt, Reward
 
 OPEN_TAG, CLOSE_TAG = "<think>", "</think>"
 _FORM = re.compile(r"\s*<think>(?P<thoughts>.*)</think>\s*\\boxed\{(?P<answer>.*)\}\.?\s*", re.DOTALL)
@@ -20,25 +20,18 @@ _HIDDEN = ("Cc", "Cf", "Co", "Cs", "Cn")
 """Unicode categories without a glyph: controls, zero-width and direction marks, private, surrogate, unassigned."""
 
 
-class Reward(NamedTuple):
-    total: float
-    """What the completion is credited with."""
-    accuracy: float
-    """1 where the answer is right, else 0."""
-    format: float
-    """1 where the reply has the asked form, else 0."""
+def reward(attempts: Sequence[Attempt], grpo: config.Grpo) -> list[Reward]:
+    return [score(attempt, grpo) for attempt in attempts]
 
 
-def score(reply: str, finished: bool, sample: Sample, grpo: config.Grpo) -> Reward:
-    """Reward of the text after the generation prompt, without the stop token; `finished`: it stopped by itself.
-
-    With the `constant` control the total is 1 for everything, while both parts are still measured.
-    """
-    parsed = parse_answer(reply, sample.kind, sample.options, finished)
+def score(attempt: Attempt, grpo: config.Grpo) -> Reward:
+    """`accuracy` is 1 where the answer is right, `format` 1 where the reply has the asked form, otherwise 0."""
+    sample, finished = attempt.sample, attempt.finished
+    parsed = parse_answer(attempt.reply, sample.kind, sample.options, finished)
     accuracy = float(finished and parsed.status == "ok" and matches(parsed, sample))
-    form = float(finished and well_formed(reply))
-    total = 1.0 if grpo.reward == "constant" else grpo.accuracy_weight * accuracy + grpo.format_weight * form
-    return Reward(total, accuracy, form)
+    form = float(finished and well_formed(attempt.reply))
+    total = grpo.accuracy_weight * accuracy + grpo.format_weight * form
+    return Reward(total, {"accuracy": accuracy, "format": form})
 
 
 def well_formed(reply: str) -> bool:
