@@ -1,22 +1,17 @@
-"""Runs a step over the pieces of its input: in this process, in local ones, or on a cluster, by joblib.
+"""Runs a step over the pieces of its input: in this process, in processes of this machine, or on a Ray cluster.
 
-Of joblib's own backends those of loky and ray serve. Dask's waits for ever when workers die, and Spark's turns every
-exception into a TypeError (joblib 1.6, joblibspark 0.6): there, joblib's threads run their pieces on the cluster.
-
-A piece that is done has its facts beside its shards, written last and whole. So a step that was stopped goes on where
-it was, and when a worker dies the pieces are simply run again: done ones return at once. On a cluster the output
-folder must be on a disk that all machines share.
+A piece that is done has its facts beside its shards, written last and whole. So a stopped step continues where it was,
+and when a worker dies the pieces are simply run again: done ones return at once. On a cluster the output folder must be
+on a disk that all machines share.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,16 +24,11 @@ from infimed_jax.progress import Report
 T = TypeVar("T")
 Work = Callable[[T, Path, str], dict[str, Any]]
 """(piece, folder, name) → the piece's facts, JSON values; it writes its shards into the folder, named `name…`."""
-Name = Literal["loky", "ray", "dask", "spark"]
-Call = Callable[..., None]
-"""Calls its first argument on the others, in a worker of the cluster, and raises what that raises."""
-_PACKAGES = {"ray": "ray", "dask": "distributed", "spark": "pyspark"}
+Name = Literal["loky", "ray"]
 _ATTEMPTS = 4
 """Times that dead workers are replaced before the step gives up."""
-_DEATHS = {"TerminatedWorkerError", "BrokenProcessPool", "RayError", "KilledWorker", "LostSparkWorker"}
-"""Exceptions (or their bases, by name, since most engines are not installed) that mean: a worker died, not the work."""
-_PATIENCE = 30
-"""Seconds that a cluster's first worker may take."""
+_DEATHS = {"TerminatedWorkerError", "BrokenProcessPool", "RayError"}
+"""Exceptions (or their bases, by name, since Ray may not be installed) that mean: a worker died, not the work."""
 _POLL = 0.5
 """Seconds between looks at what workers have finished."""
 
@@ -51,17 +41,15 @@ class Engine:
     jobs: int = 1
     """Processes; -1 is one for each processor."""
     address: str = ""
-    """Of a ray or dask cluster that exists; none starts one on this machine."""
+    """Of a running Ray cluster; empty starts one on this machine."""
 
     def __post_init__(self) -> None:
         if self.name not in get_args(Name):
             raise UserError(f"no engine {self.name!r}: there are {', '.join(get_args(Name))}")
         if self.jobs == 0 or self.jobs < -1:
             raise UserError(f"jobs must be at least 1, or -1 for all processors, not {self.jobs}")
-        if self.address and self.name not in ("ray", "dask"):
-            raise UserError(
-                f"engine {self.name} goes to no address, {self.address}: choose ray or dask, or leave it out"
-            )
+        if self.address and self.name != "ray":
+            raise UserError(f"engine {self.name} goes to no address, {self.address}: choose ray, or leave it out")
 
 
 HERE = Engine()
@@ -83,8 +71,8 @@ def run_pieces(
             if on_progress is not None:
                 on_progress(done, len(pieces), "")
     else:
-        with _cluster(engine) as (options, call), _watch(folder, names, on_progress):
-            _run_parallel(partial(call, task), list(zip(names, pieces, strict=True)), folder, options)
+        with _ray(engine) if engine.name == "ray" else nullcontext(), _watch(folder, names, on_progress):
+            _run_parallel(task, list(zip(names, pieces, strict=True)), folder, engine)
     return [json.loads(_facts_file(folder, name).read_text(encoding="utf-8")) for name in names]
 
 
@@ -97,7 +85,7 @@ def _facts_file(folder: Path, name: str) -> Path:
     return folder / f"piece-{name}.json"
 
 
-def _run_parallel(task: Callable[..., None], items: list[tuple[str, Any]], folder: Path, options: dict) -> None:
+def _run_parallel(task: Callable[..., None], items: list[tuple[str, Any]], folder: Path, engine: Engine) -> None:
     import joblib
 
     for attempt in range(1, _ATTEMPTS + 1):
@@ -105,7 +93,8 @@ def _run_parallel(task: Callable[..., None], items: list[tuple[str, Any]], folde
         if not left:
             return
         try:
-            joblib.Parallel(batch_size=1, **options)(joblib.delayed(task)(*item) for item in left)
+            parallel = joblib.Parallel(n_jobs=engine.jobs, backend=engine.name, batch_size=1)
+            parallel(joblib.delayed(task)(*item) for item in left)
             return
         except Exception as error:
             if not {kind.__name__ for kind in type(error).__mro__} & _DEATHS or _is_works_own(error):
@@ -121,49 +110,29 @@ def _is_works_own(error: Exception) -> bool:
     return any(kind.__name__ == "RayTaskError" for kind in type(error).__mro__)
 
 
-def _here(function: Callable[..., None], *args: Any) -> None:
-    function(*args)
-
-
-@contextlib.contextmanager
-def _cluster(engine: Engine) -> Iterator[tuple[dict[str, Any], Call]]:
-    """joblib's arguments for this engine and how it is to call the work, its cluster connected meanwhile."""
-    try:
-        if engine.name == "ray":
-            with _ray(engine):
-                yield {"n_jobs": engine.jobs, "backend": "ray"}, _here
-        elif engine.name == "dask":
-            with _dask(engine) as client:
-                jobs = sum(client.ncores().values()) if engine.jobs == -1 else engine.jobs
-                yield {"n_jobs": jobs, "backend": "threading"}, partial(_on_dask, client)
-        elif engine.name == "spark":
-            spark = _spark()
-            jobs = spark.defaultParallelism if engine.jobs == -1 else engine.jobs
-            yield {"n_jobs": jobs, "backend": "threading"}, partial(_on_spark, spark)
-        else:
-            yield {"n_jobs": engine.jobs, "backend": "loky"}, _here
-    except ImportError as error:
-        package = _PACKAGES.get(engine.name)
-        if package is None or (error.name or "").partition(".")[0] != package:
-            raise
-        raise UserError(f"engine {engine.name} needs the package {package}: pip install {package}") from error
-
-
-@contextlib.contextmanager
+@contextmanager
 def _ray(engine: Engine) -> Iterator[None]:
+    """Connected to the cluster, or to one of this machine that ends with the step."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-    from ray.util.joblib import register_ray
+    try:
+        import ray
+        from ray.util.joblib import register_ray
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "ray":
+            raise
+        raise UserError("engine ray needs the package ray: pip install ray") from error
 
     ours = not ray.is_initialized()
     if ours:
-        # On one machine, whose own address may lead nowhere: ray asks the network for it, unless it is told.
+        # The address of a single machine may lead nowhere, and Ray asks the network for it unless it is given one.
         local = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
         local |= {} if engine.jobs == -1 else {"num_cpus": engine.jobs}
         try:
             ray.init(log_to_driver=False, **({"address": engine.address} if engine.address else local))
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise _unreachable(engine, error) from error
+            if not engine.address:
+                raise
+            raise UserError(f"no ray cluster answers at {engine.address}: check the address ({error})") from error
     register_ray()
     try:
         yield
@@ -172,75 +141,7 @@ def _ray(engine: Engine) -> Iterator[None]:
             ray.shutdown()
 
 
-@contextlib.contextmanager
-def _dask(engine: Engine) -> Iterator[Any]:
-    """A `distributed.Client`."""
-    from distributed import Client
-
-    logging.getLogger("distributed").setLevel(logging.WARNING)  # else each worker's comings and goings are told
-    workers = None if engine.jobs == -1 else engine.jobs
-    here = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None, "host": "127.0.0.1"}
-    try:
-        client = Client(**({"address": engine.address} if engine.address else here))
-        client.wait_for_workers(1, _PATIENCE)
-    except (OSError, ValueError) as error:
-        raise _unreachable(engine, error) from error
-    with client:
-        yield client
-
-
-def _unreachable(engine: Engine, error: Exception) -> Exception:
-    if not engine.address:
-        return error
-    return UserError(f"no {engine.name} cluster answers at {engine.address}: check the address ({error})")
-
-
-def _on_dask(client: Any, *call: Any) -> None:
-    client.submit(*call, pure=False).result()
-
-
-def _spark() -> Any:
-    """The `SparkContext` of the session that there is, or of a new one by Spark's own settings."""
-    # else it starts its workers with the PATH's python3, which may have none of our packages
-    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    from pyspark.errors import PySparkRuntimeError
-    from pyspark.sql import SparkSession
-
-    # its progress is drawn on the terminal, over ours
-    session = SparkSession.builder.appName("infimed-jax").config("spark.ui.showConsoleProgress", "false")
-    try:
-        return session.getOrCreate().sparkContext
-    except PySparkRuntimeError as error:
-        raise UserError(f"Spark does not start; does `java -version` run? ({error})") from error
-
-
-class LostSparkWorker(Exception):
-    pass
-
-
-def _on_spark(spark: Any, function: Callable[..., None], *args: Any) -> None:
-    from py4j.protocol import Py4JJavaError
-
-    try:
-        raised = spark.parallelize([args], 1).map(partial(_raised, function)).first()
-    except Py4JJavaError as error:
-        if any(sign in str(error) for sign in ("Python worker exited unexpectedly", "ExecutorLostFailure")):
-            raise LostSparkWorker from error
-        raise
-    if raised is not None:
-        raise raised
-
-
-def _raised(function: Callable[..., None], args: tuple[Any, ...]) -> Exception | None:
-    """What the call raises, as a value: Spark would make text of it."""
-    try:
-        function(*args)
-    except Exception as error:
-        return error
-    return None
-
-
-@contextlib.contextmanager
+@contextmanager
 def _watch(folder: Path, names: Sequence[str], on_progress: Report | None) -> Iterator[None]:
     """Report progress by the facts that appear: not every backend says when a piece is done."""
     if on_progress is None:

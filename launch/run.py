@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(parser, arguments)
     configure_jax()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    for chatty in ("jax", "orbax", "matplotlib", "py4j"):
+    for chatty in ("jax", "orbax", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     quiet_after_failed_saves()
     try:
@@ -128,6 +128,6 @@ def start() -> NoReturn:
 
 
 if __name__ == "__main__":
-    # A script's own folder is in the path: there our distributed.py would hide dask's package of that name.
+    # A script's own folder is in the path: there our distributed.py would hide an installed package of that name.
     sys.path = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
     start()

@@ -96,7 +96,7 @@ def test_the_console_command_is_this_entry():
 
 
 def test_no_module_beside_the_script_hides_an_installed_package():
-    """`launch/distributed.py` has the name of dask's package."""
+    """`launch/distributed.py` has the name of a package that others install."""
     code = (
         "import importlib.util, runpy, sys\n"
         f"sys.path.insert(0, {str(ROOT / 'launch')!r})  # as `python launch/run.py` does\n"

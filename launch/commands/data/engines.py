@@ -8,10 +8,10 @@ from infimed_jax.config import Data
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--engine", choices=("loky", "ray", "dask", "spark"), default="loky",
-                        help="processes of this machine (loky), or a cluster [%(default)s]")  # fmt: skip
+    parser.add_argument("--engine", choices=("loky", "ray"), default="loky",
+                        help="processes of this machine (loky), or a Ray cluster [%(default)s]")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=-1, help="processes [one for each processor]")
-    parser.add_argument("--address", default="", help="of a running ray or dask cluster [one is started here]")
+    parser.add_argument("--address", default="", help="of a running Ray cluster [one is started here]")
 
 
 def add_max_bad_records(parser: argparse.ArgumentParser) -> None:
