@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.endpoint import CallFailed, ChatClient, Endpoint, check_sources, parts, run_jobs, speech
-from data_prep.quality.parse import BadReply, Rating, parse_rating
+from data_prep.quality.parse import BadReply, Outcome, parse_rating
 from data_prep.quality.report import summarise, write_page
 from data_prep.quality.rubric import instructions
 from data_prep.quality.sampling import Place, draw
@@ -50,19 +50,6 @@ class Plan:
             raise UserError(f"the threshold must lie in 1 to 5, as ratings do, not {self.threshold}")
         if not 0 < self.least_rated <= 1:
             raise UserError(f"the least share of rated samples must lie in (0, 1], not {self.least_rated}")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one drawn sample."""
-
-    source: str
-    id: str
-    rating: Rating | None
-    reason: str = ""
-    """Why there is no rating; a fixed phrase."""
-    cut: bool = False
-    """The rater saw the beginning of its text only."""
 
 
 def assess(

@@ -1,9 +1,10 @@
-"""A rater's reply to a rating: read tolerantly, then held to a strict schema. What is missing stays missing."""
+"""A rater's reply to a rating: read tolerantly, then checked by a strict schema. What is missing stays missing."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
@@ -25,6 +26,19 @@ LONGEST = 50_000
 
 Rating = dict[str, Score]
 """By the dimension's key, in the rubric's order."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one drawn sample."""
+
+    source: str
+    id: str
+    rating: Rating | None
+    reason: str = ""
+    """Why there is no rating; a fixed phrase."""
+    cut: bool = False
+    """The rater saw the beginning of its text only."""
 
 
 class BadReply(ValueError):

@@ -8,16 +8,14 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
+from data_prep.quality.parse import Outcome
 from data_prep.quality.rubric import DIMENSIONS, KEYS, OVERALL
 from infimed_jax.files import write_text
-
-if TYPE_CHECKING:
-    from data_prep.quality.assess import Outcome
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SCORES = (1, 2, 3, 4, 5)
