@@ -329,9 +329,9 @@ class Grpo(Group, path="grpo"):
     """Weight of the required format in the reward."""
     normalize_std: bool = True
     """Divide a group's advantages by its standard deviation."""
-    reward: str = "verifiable"
-    """A module of infimed_jax/rl/rewards, a dotted module or a .py file with `reward(attempts, grpo)`. `constant` is
-    the control: every completion earns 1, so nothing can be learned."""
+    reward: Annotated[str, Member("infimed_jax.rl.rewards")] = "verifiable"
+    """What a completion earns. `constant` is the control: every completion earns 1, so nothing can be learned. A module
+    of your own defines `reward(attempts, grpo)`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
