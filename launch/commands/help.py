@@ -52,4 +52,11 @@ def _parents(name: str) -> Iterator[str]:
 
 def _wrapped(text: str, indent: str) -> list[str]:
     width = min(shutil.get_terminal_size((100, 0)).columns, 120)
-    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent.ljust(6), break_long_words=False)
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent.ljust(6),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
