@@ -1,64 +1,58 @@
-"""What a run shows: rows from a known clock, the progress line, the curve, the trace, Weights & Biases."""
+"""metrics.jsonl, TensorBoard, Weights & Biases, and the curve of a run."""
 
 import contextlib
+import json
 import sys
 import types
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter
 
-from infimed_jax import config, sharding
-from infimed_jax.cost import chips, flops
+from infimed_jax import config
 from infimed_jax.errors import UserError
 from infimed_jax.progress import clock, progress_line
-from infimed_jax.runs import meter
 from infimed_jax.runs.curve import draw_curve, smoothed
-from infimed_jax.runs.meter import Meter, Trace, averaged
 from infimed_jax.runs.metrics import Board, MetricsLog, read_metrics
 
-METRICS = {
-    "loss": 2.5,
-    "tokens": 600,
-    "loss_tokens": 100,
-    "images": 8,
-    "bad_records": 1,
-    "pairs": 9000.0,
-    "non_finite": 0,
-}
+LOGGING = config.Config(train=config.Train(log_every=1))
 
 
-def test_a_row_is_the_counts_over_the_clock_and_the_peak(model, monkeypatch):
-    now = iter([10.0, 14.0, 15.0])
-    monkeypatch.setattr(meter.time, "perf_counter", lambda: next(now))
-    monkeypatch.setattr(meter, "compile_seconds", lambda: 0.0)
-    monkeypatch.setattr(chips, "peak_flops", lambda kind: 1e9)
-    cfg = config.Config(model=model, train=config.Train(compute_dtype="bfloat16"))
-    mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
-    rows = Meter(cfg, mesh, total=12)
-    first = rows.row(1, METRICS, 1e-4, 5, waited=1.0)
-    assert (first["tokens_per_second"], first["images_per_second"], first["data_wait_share"]) == (150, 2, 0.25)
-    assert first["seconds_left"] == 4.0 * 11 and first["samples"] == 5 and first["skipped"] == 0
-    assert first["bad_records"] == 1
-    second = rows.row(2, METRICS, 1e-4, 5, waited=0.0)
-    needed = flops.step_flops(model, cfg.train).of(METRICS)
-    assert second["flops"] == needed and second["peak_share"] == pytest.approx(needed / 1e9)
-    assert second["seconds_left"] == 2.5 * 10  # the median of 4 and 1
+def _row(step: int, loss: float = 1.0, skipped: int = 0) -> dict:
+    return {"step": step, "loss": loss, "skipped": skipped}
 
 
-def test_a_line_speaks_of_the_steps_since_the_last_without_compiling():
-    compiled = {"seconds": 9.0, "compile_seconds": 8.0, "tokens": 50, "images": 1, "data_wait_share": 0.0}
-    plain = {"seconds": 1.0, "compile_seconds": 0.0, "tokens": 150, "images": 3, "data_wait_share": 0.5, "loss": 3.0}
-    plain |= {"tokens_per_second": 150.0, "images_per_second": 3.0, "peak_share": 0.4}
-    line = averaged([compiled | {"peak_share": 0.02, "loss": 4.0}, plain])
-    assert (line["tokens_per_second"], line["images_per_second"], line["loss"]) == (100, 2, 3.0)
-    assert line["data_wait_share"] == pytest.approx(0.05) and line["peak_share"] == pytest.approx((0.18 + 0.4) / 2)
-    rollout = {"seconds": 2.0, "tokens": 30, "images": 4, "tokens_per_second": 15.0}
-    assert averaged([rollout, rollout | {"tokens": 50}]) == rollout | {"tokens": 50, "tokens_per_second": 20.0}
+def test_resuming_drops_the_lines_of_steps_that_run_again_and_a_torn_one(tmp_path: Path):
+    with MetricsLog(tmp_path, 0, LOGGING) as log:
+        for step in (1, 2, 3):
+            log.write(_row(step, loss=step))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+    with MetricsLog(tmp_path, 2, LOGGING) as log:
+        log.write(_row(3, loss=30))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == [1, 2, 30]
+
+
+def test_a_loss_that_is_not_finite_is_null_in_the_file_and_itself_in_memory(tmp_path: Path):
+    """Also after a resume, which writes the lines before it again."""
+    for start in (0, 1):
+        with MetricsLog(tmp_path, start, LOGGING) as log:
+            log.write(_row(start + 1, loss=float("nan"), skipped=1))
+        assert all(np.isnan(row["loss"]) for row in log.rows)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail)["loss"] for line in lines] == [None, None]
+    assert [np.isnan(row["loss"]) for row in read_metrics(tmp_path)] == [True, True]
+
+
+def test_processes_other_than_the_first_write_nothing(tmp_path: Path):
+    with MetricsLog(tmp_path, 0, LOGGING, active=False) as log:
+        log.write(_row(1))
+    assert log.rows == [_row(1)] and not any(tmp_path.iterdir())
 
 
 def test_the_progress_line_shows_what_is_there():
@@ -100,20 +94,6 @@ def test_a_run_whose_every_update_was_skipped_has_no_curve(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("steps", "expected"), [(0, []), (2, ["start", "stop"]), (50, ["start", "stop"])])
-def test_a_trace_covers_its_steps_and_ends_with_the_run(tmp_path, monkeypatch, steps, expected):
-    calls = []
-    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(("start", step)))
-    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(("stop", step)))
-    trace = Trace(tmp_path, first=3, steps=steps)
-    for step in range(1, 7):
-        trace.before(step)
-        trace.after(step, {})
-    trace.close()
-    assert [name for name, _ in calls] == expected
-    assert not calls or (calls[0] == ("start", 3) and calls[1][1] == min(3 + steps - 1, 6))
-
-
 def _logging(project: str) -> config.Config:
     return config.Config(train=config.Train(log_every=2, wandb=project))
 
@@ -153,6 +133,8 @@ def test_the_board_holds_the_numbers_not_finite_ones_too_before_it_is_closed(tmp
 
 
 FULL = Path("/dev/full")
+
+
 needs_full_disk = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full, a disk that is always full")
 
 

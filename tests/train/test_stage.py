@@ -18,8 +18,10 @@ from PIL import Image
 from data_prep.tokenizer import make_tokenizer
 from infimed_jax import config
 from infimed_jax.config import Config, ConfigError
-from infimed_jax.data.chat import load_tokenizer
+from infimed_jax.data.batch import build_row, stack_rows
+from infimed_jax.data.chat import load_tokenizer, render
 from infimed_jax.data.loader import Loader, make_loader
+from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.models.params import init_params
@@ -30,7 +32,7 @@ from infimed_jax.runs.metrics import read_metrics
 from infimed_jax.runs.parameters import load_params, save_params
 from infimed_jax.sharding import make_mesh
 from infimed_jax.train import stage as stages
-from infimed_jax.train.stage import train
+from infimed_jax.train.stage import describe_row, mean_loss, train
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -410,7 +412,30 @@ def test_data_for_evaluation_only_is_refused_before_anything_is_written(stage, d
 def test_settings_that_cannot_be_are_refused_before_anything_is_written(stage, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"train\.output"):
         train(stage(output=""))
-    with pytest.raises(UserError, match="names 'tail'"):
+    with pytest.raises(UserError, match=r"train\.train must be one of .*, not 'tail'"):
         train(stage(train=("tail",)))
     with pytest.raises(UserError, match="does not exist"):
         train(stage(init_from=str(tmp_path / "nowhere"), output=str(tmp_path / "other")))
+
+
+def test_the_printed_sample_shows_places_and_what_is_learnt(tokenizer_folder: Path):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    turns = (Turn("user", (0, "\nwhat is the heart?")), Turn("assistant", ("large",)))
+    sample = Sample("toy/train/0", "toy", "train", "open", (b"",), turns)
+    segment = render(sample, tokenizer, 4, [np.zeros((8, 8, 3), np.uint8)])
+    shape = {"context": 96, "images": 1, "visual_tokens": 4, "image_size": 8}
+    batch = stack_rows([build_row([], **shape), build_row([segment, segment], **shape)])
+    text = describe_row(batch, tokenizer)
+    assert text == (
+        "<|im_start|>user\n[4 image places]\nwhat is the heart?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n«large<|im_end|>»\n"
+    )
+
+
+def test_mean_loss_takes_a_twentieth_and_no_skipped_update():
+    rows = [{"loss": float(step), "skipped": 0} for step in range(1, 41)]
+    assert mean_loss(rows) == 1.5 and mean_loss(rows, last=True) == 39.5
+    rows[0] = {"loss": float("nan"), "skipped": 1}
+    assert mean_loss(rows) == 2.5
+    assert mean_loss(rows[2:3]) == 3
+    assert np.isnan(mean_loss([])) and mean_loss(rows[1:], last=True) == pytest.approx(39.5)
