@@ -16,7 +16,7 @@ from infimed_jax.train.step import make_train_step
 
 CONFIG = config.Config(
     optimizer=config.Optimizer(learning_rate=0.05, weight_decay=0.1, clip_norm=1.0),
-    train=config.Train(train=("head",), compute_dtype="float32"),
+    train=config.Train(train=("projector",), compute_dtype="float32"),
 )
 OPTIMIZER = make_optimizer(CONFIG.optimizer)
 
@@ -31,8 +31,8 @@ def _mesh():
 def _params() -> dict[str, Any]:
     rng = np.random.default_rng(1)
     return {
-        "body": {"kernel": rng.normal(size=(6, 4)).astype(np.float32)},
-        "head": {"kernel": rng.normal(size=(4, 2)).astype(np.float32), "bias": np.zeros(2, np.float32)},
+        "vision": {"kernel": rng.normal(size=(6, 4)).astype(np.float32)},
+        "projector": {"kernel": rng.normal(size=(4, 2)).astype(np.float32), "bias": np.zeros(2, np.float32)},
     }
 
 
@@ -47,8 +47,8 @@ def _batch(rows: int = 8) -> dict[str, np.ndarray]:
 
 
 def _loss(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    hidden = jnp.tanh(jnp.einsum("bi,ij->bj", batch["x"], params["body"]["kernel"]))
-    error = jnp.einsum("bj,jk->bk", hidden, params["head"]["kernel"]) + params["head"]["bias"] - batch["y"]
+    hidden = jnp.tanh(jnp.einsum("bi,ij->bj", batch["x"], params["vision"]["kernel"]))
+    error = jnp.einsum("bj,jk->bk", hidden, params["projector"]["kernel"]) + params["projector"]["bias"] - batch["y"]
     rows = jnp.sum(error**2, axis=1)
     weight = batch["weight"]
     return jnp.sum(weight * rows), {"weight": jnp.sum(weight), "error": jnp.sum(weight * jnp.abs(error).sum(1))}
@@ -71,8 +71,8 @@ def _run(batch: Any, micro_batches: int, steps: int = 4) -> tuple[TrainState, li
 def _numpy_reference(batch: Any, steps: int = 4) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
     """AdamW, clipping and decay written out, gradient by the chain rule, float64."""
     o = CONFIG.optimizer
-    body = np.float64(_params()["body"]["kernel"])
-    head = {name: np.float64(leaf) for name, leaf in _params()["head"].items()}
+    body = np.float64(_params()["vision"]["kernel"])
+    head = {name: np.float64(leaf) for name, leaf in _params()["projector"].items()}
     m = {name: np.zeros_like(leaf) for name, leaf in head.items()}
     v = {name: np.zeros_like(leaf) for name, leaf in head.items()}
     x, y, w = (np.float64(batch[name]) for name in ("x", "y", "weight"))
@@ -101,7 +101,7 @@ def test_any_number_of_micro_batches_equals_the_written_out_reference(micro_batc
     head, expected = _numpy_reference(batch)
     for name in head:
         # Float32 against float64 over four updates: a few of the last digits.
-        np.testing.assert_allclose(state.trainable["head"][name], head[name], rtol=2e-5, atol=2e-6)
+        np.testing.assert_allclose(state.trainable["projector"][name], head[name], rtol=2e-5, atol=2e-6)
     for ours, theirs in zip(history, expected, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
@@ -115,7 +115,7 @@ def test_the_batch_is_cut_into_every_kth_row_and_each_row_is_used_once():
 
     def loss(params, batch):
         jax.debug.callback(lambda x: seen.append(x.tolist()), batch["id"], ordered=True)
-        return jnp.sum(params["head"]["kernel"]) * jnp.sum(batch["id"]), {"weight": jnp.float32(1)}
+        return jnp.sum(params["projector"]["kernel"]) * jnp.sum(batch["id"]), {"weight": jnp.float32(1)}
 
     step = make_train_step(loss, OPTIMIZER, 2)
     step(init_state(_params(), CONFIG, OPTIMIZER), _place({"id": np.arange(6, dtype=np.float32)}), 0.1)
@@ -125,16 +125,16 @@ def test_the_batch_is_cut_into_every_kth_row_and_each_row_is_used_once():
 
 def test_frozen_parts_stay_bit_for_bit_and_have_no_moments():
     state, _ = _run(_batch(), 2)
-    assert np.array_equal(state.frozen["body"]["kernel"], _params()["body"]["kernel"])
+    assert np.array_equal(state.frozen["vision"]["kernel"], _params()["vision"]["kernel"])
     sizes = sorted(leaf.size for leaf in jax.tree.leaves(state.opt))
     assert sizes == [1, 2, 2, 8, 8]  # the count, and two moments of the head alone
 
 
 def test_frozen_parts_are_kept_in_the_compute_dtype_and_masters_in_float32():
-    half = config.Config(train=config.Train(train=("head",), compute_dtype="bfloat16"))
+    half = config.Config(train=config.Train(train=("projector",), compute_dtype="bfloat16"))
     state = init_state(_params(), half, OPTIMIZER)
-    assert state.frozen["body"]["kernel"].dtype == jnp.bfloat16
-    assert state.trainable["head"]["kernel"].dtype == jnp.float32
+    assert state.frozen["vision"]["kernel"].dtype == jnp.bfloat16
+    assert state.trainable["projector"]["kernel"].dtype == jnp.float32
 
 
 @pytest.mark.parametrize("poison", ["x", "weight"])
@@ -158,7 +158,7 @@ def test_a_batch_without_weight_changes_nothing_and_is_flagged():
     batch = _batch() | {"weight": np.zeros(8, np.float32)}
     state, (metrics,) = _run(batch, 1, steps=1)
     assert metrics["weight"] == 0 and metrics["non_finite"] == 1
-    np.testing.assert_array_equal(state.trainable["head"]["kernel"], _params()["head"]["kernel"])
+    np.testing.assert_array_equal(state.trainable["projector"]["kernel"], _params()["projector"]["kernel"])
 
 
 def test_the_callers_parameters_survive_the_donated_state():
@@ -194,5 +194,5 @@ def test_micro_batches_keep_the_rows_placement(_mesh):
 
 
 def test_an_unknown_part_is_refused():
-    with pytest.raises(UserError, match=r"'tail'.*body, head"):
+    with pytest.raises(UserError, match=r"'tail'.*projector, vision"):
         split_params(_params(), ("tail",))
