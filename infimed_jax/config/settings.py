@@ -285,6 +285,9 @@ class Sampling(Group, path="sampling"):
     """Maximum number of new tokens."""
     slots: Count = 64
     """Sequences decoded at once, a static shape."""
+    share_images: bool = True
+    """Compute an image, and what stands before it, once for all prompts that begin so. An attention kernel that cannot
+    do so computes every prompt, which is logged."""
     burst: Count = 16
     """Tokens decoded on the device before the host refills finished slots."""
 

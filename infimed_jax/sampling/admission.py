@@ -1,122 +1,156 @@
-"""From waiting requests to one prefill: their order, its shape, its rows and its images."""
+"""One prefill under construction: which prompts its rows hold, where in them, and with which images."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import numpy as np
 
-from infimed_jax import config
 from infimed_jax.data.batch import Segment, build_row, stack_rows
 from infimed_jax.sampling import decode
 from infimed_jax.sampling.sampler import Settings
+from infimed_jax.sampling.trunks import Request, TrunkKey, power_of_two, split, trunk_key
 from infimed_jax.sampling.weights import Decoder
 
 PREFILL_TOKENS = 4096
 """Tokens of a prefill on one shard of the batch; enough to fill a device, few enough not to pad short queues much."""
 ENCODE_IMAGES = 8
 """Images encoded at once, a static shape."""
+PACKED = 4
+"""A row with shared trunks has room for so many times the longest prompt, in tokens and in images."""
 
 
 @dataclass(frozen=True)
-class Request:
-    number: int
-    prompt: Segment
-    sampling: config.Sampling
+class Place:
+    """Where a prompt's tokens stand among the rows."""
+
+    row: int
+    start: int
+    """Place in the row of its first token, which is its trunk's where it shares one."""
+    cut: int
+    """Tokens that stand there; what follows is its branch."""
+    branch: int
+    """Place in the row of the branch."""
 
 
-def in_order(requests: Sequence[Request]) -> list[Request]:
-    """Long prompts first; those of one length class with the same image, then prompt, side by side."""
-    first_seen: dict[int, int] = {}
+@dataclass
+class Prefill:
+    """Rows of one shape a context, so that one program serves all prefills of it."""
 
-    def place(request: Request) -> tuple[int, int, int]:
-        prompt, number = request.prompt, request.number
-        image = prompt.pixels[0] if prompt.pixels else prompt
-        return (
-            -bucket(len(prompt)),
-            first_seen.setdefault(id(image), number),
-            first_seen.setdefault(id(prompt), number),
+    context: int
+    """Tokens of the longest prompt, rounded up."""
+    packed: bool
+    """Rows hold trunks with their branches, and whole prompts beside them; otherwise one prompt each."""
+    slots: int
+    shards: int
+    rows: list[list[Segment]] = field(default_factory=list)
+    places: dict[int, Place] = field(default_factory=dict)
+    """By the prompt's identity."""
+    _trunks: dict[TrunkKey, tuple[int, int]] = field(default_factory=dict)
+    """The trunks of the last row: (place of the first token, number in the row)."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a row."""
+        return min(PACKED * self.context, max(self.context, PREFILL_TOKENS)) if self.packed else self.context
+
+    @property
+    def height(self) -> int:
+        """Rows at most."""
+        rows = max(1, PREFILL_TOKENS // self.tokens)
+        return min(self.slots, self.shards * (1 << (rows.bit_length() - 1)))
+
+    def add(self, request: Request) -> bool:
+        """Whether the request's prompt stands among the rows, which it may do already."""
+        if id(request.prompt) in self.places:
+            return True
+        if request.context > self.context:
+            return False
+        if self.packed and self.rows and self._append(request):
+            return True
+        if len(self.rows) == self.height:
+            return False
+        self.rows.append([])
+        self._trunks = {}
+        return self._append(request)
+
+    def _append(self, request: Request) -> bool:
+        """Whether the last row has room for the prompt: for its branch alone where its trunk stands there already."""
+        prompt, row = request.prompt, self.rows[-1]
+        place = sum(map(len, row))
+        images = {id(image) for segment in row for image in segment.pixels} | {id(image) for image in prompt.pixels}
+        if self.packed and len(images) > PACKED * max(1, len(prompt.pixels)):
+            return False
+        trunk, branch = split(prompt, request.trunk) if self.packed and request.trunk else (prompt, None)
+        key = trunk_key(prompt, len(trunk), len(trunk.pixels))
+        start, number = self._trunks.get(key, (place, 0))
+        new = [] if number else [trunk]
+        if branch is not None and len(branch):
+            new.append(replace(branch, continues=number or len(row) + 1))
+        if place + sum(map(len, new)) > self.tokens:
+            return False
+        row += new
+        self._trunks[key] = start, number or len(row) + 1 - len(new)
+        self.places[id(prompt)] = Place(len(self.rows) - 1, start, len(trunk), place + (0 if number else len(trunk)))
+        return True
+
+    def run(self, decoder: Decoder, slots: decode.Slots, admitted: Mapping[int, Request]) -> decode.Slots:
+        """`slots` with each request in its slot; distinct images are encoded once."""
+        # A second, shorter program for the few distinct prompts that a group's slots make room for.
+        short = max(self.shards, self.height // 4)
+        height = short if len(self.rows) <= short else self.height
+        per_row = [list({id(i): i for segment in row for i in segment.pixels}.values()) for row in self.rows]
+        most = max(len(request.prompt.pixels) for request in admitted.values())
+        width = power_of_two(PACKED * most if self.packed else max(map(len, per_row)))
+        table, number = _encode(decoder, [image for row in per_row for image in row], height * width, self.shards)
+        images = np.zeros((height, width), np.int32)
+        for r, row in enumerate(per_row):
+            images[r, : len(row)] = [number[id(image)] for image in row]
+        layout = functools.partial(
+            build_row,
+            context=self.tokens,
+            images=width,
+            visual_tokens=decoder.model.projector.visual_tokens,
+            image_size=decoder.model.vision.image_size,
+        )
+        batch = stack_rows([layout(row) for row in self.rows] + [layout([])] * (height - len(self.rows)))
+        return decode.prefill(
+            decoder, slots, replace(batch, pixels=None), table, images, self._admission(slots, admitted)
         )
 
-    return sorted(requests, key=place)
+    def _admission(self, slots: decode.Slots, admitted: Mapping[int, Request]) -> decode.Admission:
+        size, history = len(slots.token), slots.history
 
+        def zeros(dtype: str = "int32") -> np.ndarray:
+            return np.zeros(size, dtype)
 
-def bucket(length: int) -> int:
-    """The prompt length compiled for: 1, 2, 3, 4, 6, 8, 12, … times 16, or times a kernel's tile of 128."""
-    tile = 16 if jax.default_backend() == "cpu" else 128
-    size = tile * _power_of_two(-(-length // tile))
-    return size * 3 // 4 if size * 3 // 4 >= length and size >= 4 * tile else size
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n; 0 stays 0."""
-    return 1 << (n - 1).bit_length() if n else 0
-
-
-def prefill_rows(context: int, slots: int, shards: int) -> int:
-    """Rows of a prefill of `context` tokens each: one number a context, so one compilation."""
-    rows = max(1, PREFILL_TOKENS // context)
-    return min(slots, shards * (1 << (rows.bit_length() - 1)))
-
-
-def lay_out(
-    decoder: Decoder, slots: decode.Slots, admitted: Mapping[int, Request], shape: tuple[int, int], shards: int
-) -> decode.Slots:
-    """`slots` with each request in its slot, by a prefill of `shape`: (rows, tokens of a row).
-
-    A row holds one distinct prompt; distinct images are encoded once.
-    """
-    model, (rows, context) = decoder.model, shape
-    prompts = list({id(request.prompt): request.prompt for request in admitted.values()}.values())
-    row_of = {id(prompt): row for row, prompt in enumerate(prompts)}
-    admission = _admission(slots, admitted)
-    for slot, request in admitted.items():
-        admission.source[slot] = row_of[id(request.prompt)]
-    per_row = [list({id(image): image for image in prompt.pixels}.values()) for prompt in prompts]
-    width = _power_of_two(max(map(len, per_row)))
-    table, place = _encode(decoder, [image for row in per_row for image in row], rows * width, shards)
-    images = np.zeros((rows, width), np.int32)
-    for r, row in enumerate(per_row):
-        images[r, : len(row)] = [place[id(image)] for image in row]
-    layout = functools.partial(
-        build_row,
-        context=context,
-        images=width,
-        visual_tokens=model.projector.visual_tokens,
-        image_size=model.vision.image_size,
-    )
-    batch = stack_rows([layout([prompt]) for prompt in prompts] + [layout([])] * (rows - len(prompts)))
-    return decode.prefill(decoder, slots, replace(batch, pixels=None), table, images, admission)
-
-
-def _admission(slots: decode.Slots, admitted: Mapping[int, Request]) -> decode.Admission:
-    """What the slots begin with; `source` is still -1 everywhere."""
-    size, history = len(slots.token), slots.history
-
-    def zeros(dtype: str = "int32") -> np.ndarray:
-        return np.zeros(size, dtype)
-
-    new = decode.Admission(
-        source=np.full(size, -1, np.int32),
-        token=zeros(),
-        length=zeros(),
-        limit=zeros(),
-        request=zeros(),
-        settings=Settings.filled(lambda name: zeros(Settings.dtype(name))),
-        prompt=None if history is None else np.zeros(history.prompt.shape, bool),
-    )
-    for slot, request in admitted.items():
-        prompt, sampling = request.prompt, request.sampling
-        new.token[slot], new.length[slot] = prompt.tokens[-1], len(prompt) - 1
-        new.limit[slot], new.request[slot] = sampling.max_tokens, request.number
-        for name, values in vars(new.settings).items():
-            values[slot] = getattr(sampling, name)
-        if new.prompt is not None:
-            new.prompt[slot, prompt.tokens] = True
-    return new
+        new = decode.Admission(
+            source=np.full(size, -1, np.int32),
+            place=np.zeros((size, self.context), np.int32) if self.packed else None,
+            token=zeros(),
+            length=zeros(),
+            limit=zeros(),
+            request=zeros(),
+            settings=Settings.filled(lambda name: zeros(Settings.dtype(name))),
+            prompt=None if history is None else np.zeros(history.prompt.shape, bool),
+        )
+        for slot, request in admitted.items():
+            prompt, sampling, place = request.prompt, request.sampling, self.places[id(request.prompt)]
+            new.source[slot] = place.row
+            if new.place is not None:
+                position = np.arange(len(prompt) - 1)
+                first = np.where(position < place.cut, place.start, place.branch - place.cut)
+                new.place[slot, : len(position)] = first + position
+            new.token[slot], new.length[slot] = prompt.tokens[-1], len(prompt) - 1
+            new.limit[slot], new.request[slot] = sampling.max_tokens, request.number
+            for name, values in vars(new.settings).items():
+                values[slot] = getattr(sampling, name)
+            if new.prompt is not None:
+                new.prompt[slot, prompt.tokens] = True
+        return new
 
 
 def _encode(decoder: Decoder, images: Sequence[np.ndarray], room: int, shards: int) -> tuple[jax.Array, dict[int, int]]:

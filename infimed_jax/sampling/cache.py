@@ -82,18 +82,20 @@ def insert(
     layer: LayerCache,
     new: tuple[Float[Array, "R T K H"], Float[Array, "R T K H"]],
     source: Int[Array, " slots"],
+    place: Int[Array, "slots X"] | None = None,
 ) -> LayerCache:
-    """The cache with row `source[b]` of `new` as slot b's first T places; -1 leaves a slot as it is.
+    """The cache with row `source[b]` of `new` as slot b's first positions; -1 leaves a slot as it is.
 
-    One row may go to many slots: a group's prompt is computed once.
+    Position s takes place `place[b, s]` of the row; without `place` these are the first T positions in order. One row
+    may go to many slots: a group's prompt, and the trunk of prompts that begin alike, are computed once.
     """
 
-    def place(old: Array, new: Array, source: Array) -> Array:
-        slot = jnp.where(source >= 0, jnp.arange(len(source)), len(source))
-        rows = jnp.swapaxes(new, 1, 2)[jnp.maximum(source, 0)]
-        return old.at[slot, :, : new.shape[1]].set(rows, mode="drop")
+    def write(old: Array, new: Array, source: Array, place: Array | None) -> Array:
+        slot, row = jnp.where(source >= 0, jnp.arange(len(source)), len(source)), jnp.maximum(source, 0)
+        rows = jnp.swapaxes(new, 1, 2)[row] if place is None else jnp.swapaxes(new[row[:, None], place], 1, 2)
+        return old.at[slot, :, : rows.shape[2]].set(rows, mode="drop")
 
-    write = jax.shard_map(place, in_specs=(_CACHE, _HEADS_EVERYWHERE, ROWS), out_specs=_CACHE)
+    local = jax.shard_map(write, in_specs=(_CACHE, _HEADS_EVERYWHERE, ROWS, ROWS), out_specs=_CACHE)
     return tuple(
-        write(old, jax.sharding.reshard(x, _HEADS_EVERYWHERE), source) for old, x in zip(layer, new, strict=True)
+        local(old, jax.sharding.reshard(x, _HEADS_EVERYWHERE), source, place) for old, x in zip(layer, new, strict=True)
     )

@@ -58,6 +58,8 @@ class Admission:
 
     source: np.ndarray
     """i32[slots]: which row of the prefill batch."""
+    place: np.ndarray | None
+    """i32[slots, S]: where in that row the tokens of positions 0, 1, … stand; None where they are its first ones."""
     token: np.ndarray
     """i32[slots]: the prompt's last token."""
     length: np.ndarray
@@ -116,7 +118,7 @@ def prefill(
     images: Int[Array, "R M"],
     admission: Admission,
 ) -> Slots:
-    """`slots` with the prompts of `batch` (R rows of T tokens, without pixels) admitted: one prompt a row.
+    """`slots` with the prompts of `batch` (R rows of T tokens, without pixels) admitted.
 
     `images[r, m]` is the place in `table` of row r's m-th image.
     """
@@ -124,7 +126,8 @@ def prefill(
     weights, model, compute = decoder.weights, decoder.model, decoder.compute
     visual = table.at[images].get(mode="clip", out_sharding=ROWS)
     visual = jnp.reshape(visual, (len(images), -1, table.shape[-1]), out_sharding=ROWS)
-    mask = Mask(causal=True, query_segments=batch.segment_ids, key_segments=batch.segment_ids)
+    segments = batch.segment_ids
+    mask = Mask(causal=True, query_segments=segments, key_segments=segments, query_prefixes=batch.prefix_ids)
 
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
         return attention(q, k, v, mask, implementation=compute.implementation), (k, v)
@@ -133,7 +136,7 @@ def prefill(
     cache = []
     for layer, old in zip(weights["text"]["layers"], slots.cache, strict=True):
         x, new = forward.text_block(layer, x, batch.positions, attend, model, compute)
-        cache.append(insert(old, new, admission.source))
+        cache.append(insert(old, new, admission.source, admission.place))
     return _admitted(replace(slots, cache=tuple(cache)), admission)
 
 

@@ -7,6 +7,9 @@ tokens, never on its slot or its neighbours.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,11 +21,15 @@ import numpy as np
 from infimed_jax import config
 from infimed_jax.data.batch import Segment
 from infimed_jax.errors import UserError
+from infimed_jax.ops.attention import shares_prefixes
 from infimed_jax.progress import Report
 from infimed_jax.sampling import decode
-from infimed_jax.sampling.admission import Request, bucket, in_order, lay_out, prefill_rows
+from infimed_jax.sampling.admission import Prefill
 from infimed_jax.sampling.sampler import penalizes
+from infimed_jax.sampling.trunks import Request, bucket, in_order
 from infimed_jax.sampling.weights import Decoder
+
+log = logging.getLogger(__name__)
 
 Finish = Literal["stop", "length"]
 
@@ -78,6 +85,7 @@ class Engine:
         self._decoder, self._settings, self._key = decoder, settings, key
         self._longest, self._penalties = longest, penalties
         self._shards = _shards()
+        self._share = settings.share_images and _shares_prefixes(decoder.compute.implementation)
         if settings.slots % self._shards:
             raise UserError(
                 f"sampling.slots={settings.slots} must be a multiple of mesh.data * mesh.fsdp = {self._shards}"
@@ -99,8 +107,11 @@ class Engine:
     def submit(self, prompt: Segment, sampling: config.Sampling) -> int:
         """Queue a prompt, and return the request's number: 0, 1, …; of `sampling` all but slots and burst is used.
 
-        Prompts that are the same object (a GRPO group) are prefilled once, images that are the same array are encoded
-        once, within a prefill. Raises UserError for a prompt or settings that cannot be decoded.
+        Within a prefill, prompts that are the same object (a GRPO group) are computed once, images that are the same
+        array are encoded once, and prompts that are equal up to the end of an image share that beginning, where
+        `share_images` is set and the attention kernel knows prefixes.
+
+        Raises UserError for a prompt or settings that cannot be decoded.
         """
         number = self._submitted
         problem = _problem(prompt, self._decoder.model) or self._misfit(prompt, sampling)
@@ -125,7 +136,7 @@ class Engine:
 
         Raises UserError where the model's logits are not finite.
         """
-        self._queue.extend(in_order(self._arrived))
+        self._queue.extend(in_order(self._arrived, self._share))
         self._arrived = []
         slots, queue, running = self._settings.slots, self._queue, self._running
         # A prefill costs as much for one prompt as for many: wait for a quarter of the slots, or for all that wait.
@@ -152,21 +163,13 @@ class Engine:
 
     def _admit(self) -> None:
         """Move requests from the queue into free slots by one prefill."""
-        context = bucket(len(self._queue[0].prompt))
-        rows = prefill_rows(context, self._settings.slots, self._shards)
-        admitted: dict[int, Request] = {}
-        prompts: dict[int, Segment] = {}
         free = [slot for slot in range(self._settings.slots) if slot not in self._running]
-        while self._queue and free:
-            request = self._queue[0]
-            if id(request.prompt) not in prompts and (len(prompts) == rows or bucket(len(request.prompt)) > context):
-                break
-            prompts[id(request.prompt)] = request.prompt
-            admitted[free.pop(0)] = self._queue.popleft()
-        # A second, shorter program for the few distinct prompts that a group's slots make room for.
-        short = max(self._shards, rows // 4)
-        shape = (short if len(prompts) <= short else rows, context)
-        self._slots = lay_out(self._decoder, self._slots, admitted, shape, self._shards)
+        packed = any(request.trunk for request in itertools.islice(self._queue, len(free)))
+        prefill = Prefill(self._queue[0].context, packed, self._settings.slots, self._shards)
+        admitted: dict[int, Request] = {}
+        while self._queue and len(admitted) < len(free) and prefill.add(self._queue[0]):
+            admitted[free[len(admitted)]] = self._queue.popleft()
+        self._slots = prefill.run(self._decoder, self._slots, admitted)
         self._running |= {slot: request.number for slot, request in admitted.items()}
 
 
@@ -201,6 +204,14 @@ def complete(
 def _join(deltas: Sequence[Delta]) -> Completion:
     tokens = np.concatenate([delta.tokens for delta in deltas])
     return Completion(tokens, np.concatenate([delta.logprobs for delta in deltas]), deltas[-1].finish or "length")
+
+
+@functools.cache  # so that it is logged once
+def _shares_prefixes(implementation: str | None) -> bool:
+    if shares_prefixes(implementation):
+        return True
+    log.info("this attention kernel knows no prefixes: prompts that begin with the same image are computed each")
+    return False
 
 
 def _shards() -> int:

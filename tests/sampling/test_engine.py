@@ -14,6 +14,7 @@ from infimed_jax.config import Sampling
 from infimed_jax.data.batch import Segment
 from infimed_jax.errors import UserError
 from infimed_jax.sampling import decode
+from infimed_jax.sampling import engine as engine_module
 from infimed_jax.sampling.engine import Engine, complete
 from infimed_jax.sampling.sampler import penalizes
 from infimed_jax.sampling.weights import Decoder, sampler_weights
@@ -139,6 +140,82 @@ def test_group_is_prefilled_once_and_equals_separate_prompts(tiny, monkeypatch):
     assert (rows[1:], encoded[1:]) == ([4], [4])
     _assert_equal(shared, separate)
     assert len({tuple(reply.tokens) for reply in (shared[0], shared[2], shared[3])}) > 1
+
+
+def _questions_on_images(tiny, images=3, questions=5):
+    """Prompts that begin alike up to the end of an image: one or two images each, some with nothing shared."""
+    pixels = [tiny.image(seed) for seed in range(images)]
+    rng = np.random.default_rng(0)
+
+    def prompt(start, shown, length):
+        pieces = [np.array(start)] + [np.full(4, IMAGE_TOKEN), rng.integers(8, 61, 1)] * (len(shown) - 1)
+        pieces += [np.full(4, IMAGE_TOKEN), rng.integers(8, 61, length)] if shown else [rng.integers(8, 61, length)]
+        tokens = np.concatenate(pieces).astype(np.int32)
+        return Segment(tokens, np.zeros(len(tokens), np.float32), tokens == IMAGE_TOKEN, tuple(shown))
+
+    asked = [prompt([9, 10], [pixels[n % images]], 1 + n % questions) for n in range(images * questions)]
+    first = prompt([9, 10], pixels[:2], 3)  # a second image; the first one's end is shared with the above
+    again = replace(first, tokens=first.tokens.copy())
+    return [*asked, first, again, prompt([9, 10], [], 6), prompt([11], [pixels[0]], 4), asked[1], asked[1]]
+
+
+def _watch_prefills(monkeypatch):
+    """Tokens of each prefill that are no padding, and whether it had prefixes."""
+    seen, prefill = [], decode.prefill
+
+    def watch(decoder, slots, batch, *rest):
+        seen.append((int((batch.segment_ids > 0).sum()), batch.prefix_ids is not None))
+        return prefill(decoder, slots, batch, *rest)
+
+    monkeypatch.setattr(decode, "prefill", watch)
+    return seen
+
+
+@pytest.mark.parametrize("slots", [4, 21])
+def test_prompts_that_begin_alike_share_their_image_and_answer_as_without(tiny, monkeypatch, slots):
+    seen = _watch_prefills(monkeypatch)
+    prompts = _questions_on_images(tiny)
+    for sampling in (replace(GREEDY, slots=slots), replace(DRAWN, slots=slots)):
+        shared = _run(tiny, prompts, sampling)
+        tokens = sum(count for count, _ in seen)
+        assert any(prefixes for _, prefixes in seen)
+        seen.clear()
+        _assert_equal(shared, _run(tiny, prompts, replace(sampling, share_images=False)))
+        assert not any(prefixes for _, prefixes in seen)
+        assert tokens < sum(count for count, _ in seen)
+        seen.clear()
+
+
+def test_a_trunk_is_computed_once_and_each_branch_once(tiny, monkeypatch):
+    """All of an image's questions in one row: its 2 + 4 tokens, and what follows but for the last token."""
+    seen = _watch_prefills(monkeypatch)
+    image = tiny.image(0)
+    base = [9, 10] + [IMAGE_TOKEN] * 4
+    asked = [np.array(base + list(range(20, 20 + n)), np.int32) for n in (1, 3, 3, 6)]
+    prompts = [Segment(t, np.zeros(len(t), np.float32), t == IMAGE_TOKEN, (image,)) for t in asked]
+    _run(tiny, prompts, replace(GREEDY, slots=8))
+    assert seen == [(6 + 0 + 2 + 2 + 5, True)]
+
+
+def test_equal_tokens_before_other_pixels_are_not_shared(tiny, monkeypatch):
+    seen = _watch_prefills(monkeypatch)
+    prompts = _questions_on_images(tiny, images=1, questions=2)[:2]
+    other = [replace(prompt, pixels=(tiny.image(50 + n),)) for n, prompt in enumerate(prompts)]
+    replies = _run(tiny, [*prompts[:1], *other])
+    assert not any(prefixes for _, prefixes in seen)
+    _assert_equal(replies[:1], _run(tiny, prompts[:1]))
+
+
+def test_a_kernel_without_prefixes_computes_every_prompt_and_says_so_once(tiny, monkeypatch, caplog):
+    seen = _watch_prefills(monkeypatch)
+    monkeypatch.setattr(engine_module, "shares_prefixes", lambda _: False)
+    engine_module._shares_prefixes.cache_clear()
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            _run(tiny, _questions_on_images(tiny)[:4])
+    engine_module._shares_prefixes.cache_clear()
+    assert not any(prefixes for _, prefixes in seen)
+    assert caplog.text.count("knows no prefixes") == 1
 
 
 def test_group_larger_than_the_slots(tiny):
