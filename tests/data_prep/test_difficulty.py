@@ -9,15 +9,14 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep import difficulty
-from data_prep.difficulty import Plan, choose, histogram, measure
+from data_prep.difficulty import histogram, measure
 from infimed_jax import config
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
+from infimed_jax.rl import difficulty
+from infimed_jax.rl.difficulty import Plan
 from infimed_jax.rl.step import rollout_sampling
 from infimed_jax.sampling.engine import Completion
 from infimed_jax.sampling.policy import Policy
@@ -187,31 +186,6 @@ def test_a_real_model_is_asked_as_in_grpo(tmp_path, tiny):
     assert Counter(id for id, *_ in said) == {sample.id: 4 for sample in samples}
     assert len({reply for _, reply, _ in said}) > 3  # temperature 1, not greedy
     assert report["questions"] == report["samples"] == 3
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(0, 8), max_size=80), st.floats(0, 1), st.floats(0, 1), st.integers(0, 99))
-def test_of_each_count_its_share_is_kept(right, between, extreme, seed):
-    plan = Plan(between=between, extreme=extreme, seed=seed)
-    kept = choose(np.array(right, np.int64), plan)
-    assert list(kept) == sorted(set(kept)) and list(kept) == list(choose(np.array(right, np.int64), plan))
-    before, after = Counter(right), Counter(right[i] for i in kept)
-    for count, n in before.items():
-        share = 1.0 if 3 <= count <= 5 else extreme if count in (0, 8) else between
-        assert after[count] == round(share * n)
-
-
-@pytest.mark.parametrize(
-    "options", [{"draws": 1}, {"low": 0}, {"low": 6}, {"high": 8}, {"between": 1.5}, {"extreme": -0.1}]
-)
-def test_impossible_plans_are_refused(options):
-    with pytest.raises(UserError):
-        Plan(**options)
-
-
-def test_a_seed_below_0_is_a_mistake():
-    with pytest.raises(UserError, match="seed must not be negative, not -1"):
-        Plan(seed=-1)
 
 
 @pytest.mark.parametrize(

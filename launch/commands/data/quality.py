@@ -13,7 +13,7 @@ from launch.commands.endpoint import add_endpoint, endpoint_of
 from launch.progress import progress_bar
 
 ASSESS, REFLECT = "data_prep.quality.assess:Plan", "data_prep.reflection.reflect:Plan"
-DIFFICULTY = "data_prep.difficulty:Plan"
+DIFFICULTY = "infimed_jax.rl.difficulty:Plan"
 
 
 def add(steps: argparse._SubParsersAction) -> None:
@@ -91,8 +91,9 @@ def reflect(args: argparse.Namespace) -> None:
 
 
 def difficulty(args: argparse.Namespace) -> None:
-    from data_prep.difficulty import Plan, measure
+    from data_prep.difficulty import measure
     from infimed_jax.data.training import open_for_training
+    from infimed_jax.rl.difficulty import Plan
     from infimed_jax.sampling.policy import Policy
 
     plan = build(Plan, args)
