@@ -37,7 +37,17 @@ from data_prep.hashes import (
     normalised,
     perceptual_hashes,
 )
-from data_prep.steps import MAX_BAD_RECORDS, Slice, make_dataset, readable, removed_report, slices, write_kept
+from data_prep.steps import (
+    MAX_BAD_RECORDS,
+    Slice,
+    Step,
+    choose_kept,
+    derived,
+    make_dataset,
+    readable,
+    removed_report,
+    slices,
+)
 from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import Samples, open_samples
 from infimed_jax.errors import UserError
@@ -162,7 +172,7 @@ def decontaminate(
     max_bad_records: float = MAX_BAD_RECORDS,
     on_progress: Report | None = None,
 ) -> dict[str, Any]:
-    """Write what no test set has to `output`, and `output.json`, which is returned.
+    """Write a view of what no test set has to `output`, and `output.json`, which is returned.
 
     The report lists the removed samples, and under `affected` the test samples that training on `input` would touch:
     by image, by question, and by both, which is the whole question learnt by heart. UserError: nothing is left.
@@ -176,18 +186,21 @@ def decontaminate(
     }
     known = read_tests(tests)
     return make_dataset(
-        output,
-        name=samples.name,
-        recipe=recipe,
-        info={"derived_from": samples.manifest["info"]},
-        work=partial(_clean_slice, known),
-        pieces=slices(samples),
-        report=partial(_report, input, [str(folder) for folder in tests], fingerprints, known),
-        engine=engine,
-        records=len(samples),
-        max_bad_records=max_bad_records,
-        inputs=tests,
-        on_progress=on_progress,
+        Step(
+            output,
+            name=samples.name,
+            recipe=recipe,
+            info=derived(samples),
+            view_of=[samples],
+            work=partial(_clean_slice, known),
+            pieces=slices(samples),
+            report=partial(_report, input, [str(folder) for folder in tests], fingerprints, known),
+            records=len(samples),
+            max_bad_records=max_bad_records,
+            inputs=tests,
+        ),
+        engine,
+        on_progress,
     )
 
 
@@ -201,7 +214,7 @@ def _clean_slice(tests: Tests, piece: Slice, folder: Path, name: str) -> dict[st
             touched[how] |= ids
         return " and ".join(how for how in (IMAGE, QUESTION) if found[how])
 
-    facts = write_kept(piece, folder, name, why_not)
+    facts = choose_kept(piece, folder, name, why_not)
     return facts | {"touched": {how: sorted(ids) for how, ids in touched.items()}}
 
 

@@ -16,15 +16,15 @@ from data_prep.steps import (
     NoSamples,
     counted,
     finished_report,
-    make_from_stream,
+    make_at_once,
     readable,
     refuse_damage,
     refuse_other_files,
 )
 from infimed_jax import config
-from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import Samples
 from infimed_jax.data.training import open_for_training
+from infimed_jax.data.views import Choice
 from infimed_jax.errors import UserError
 from infimed_jax.progress import Report
 from infimed_jax.rl.difficulty import Plan, choose, count_right
@@ -45,7 +45,7 @@ def measure(
     max_bad_records: float = MAX_BAD_RECORDS,
     on_progress: Report | None = None,
 ) -> dict[str, Any]:
-    """Answer every candidate `plan.draws` times, write the dataset `output` of those kept, and return the report.
+    """Answer every candidate `plan.draws` times, write the view `output` of those kept, and return the report.
 
     `checkpoint` names the policy's weights: other weights are another measurement. Beside `output` stand `output.json`
     (the report), `output.png` (the histogram), and `output.parts/`, from which a stopped run continues.
@@ -92,22 +92,23 @@ def measure(
     draw_histogram(report, output.with_name(f"{output.name}.png"))
 
     try:
-        return make_from_stream(
+        return make_at_once(
             output,
             name="difficulty",
             recipe=recipe,
             origin=dataset,
             samples=_marked(dataset, pool, right, kept, plan),
+            view=True,
             report=report,
         )
     except NoSamples as error:
         raise UserError(f"none of {len(right)} questions is kept: raise --between or --extreme") from error
 
 
-def _marked(dataset: Samples, pool: Questions, right: np.ndarray, kept: np.ndarray, plan: Plan) -> Iterator[Sample]:
+def _marked(dataset: Samples, pool: Questions, right: np.ndarray, kept: np.ndarray, plan: Plan) -> Iterator[Choice]:
     for place in kept:
-        sample = dataset[pool.numbers[place]]
-        yield replace(sample, meta=sample.meta | {"right_of_draws": f"{right[place]}/{plan.draws}"})
+        number = int(pool.numbers[place])
+        yield Choice(0, number, *dataset.read(number), {"right_of_draws": f"{right[place]}/{plan.draws}"})
 
 
 def draw_histogram(report: dict[str, Any], path: Path) -> None:

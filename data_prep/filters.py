@@ -17,7 +17,7 @@ from PIL import Image
 
 from data_prep.engine import HERE, Engine
 from data_prep.sources.rows import read_json
-from data_prep.steps import MAX_BAD_RECORDS, Slice, make_dataset, removed_report, slices, write_kept
+from data_prep.steps import MAX_BAD_RECORDS, Slice, Step, choose_kept, derived, make_dataset, removed_report, slices
 from infimed_jax.data.images import FORMATS
 from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import open_samples
@@ -225,7 +225,7 @@ def filter_dataset(
     max_bad_records: float = MAX_BAD_RECORDS,
     on_progress: Report | None = None,
 ) -> dict[str, Any]:
-    """Write what stays of `input` to `output`, and `output.json`, which is returned. UserError: nothing stays.
+    """Write a view of what stays of `input` to `output`, and `output.json`, returned too. UserError: nothing stays.
 
     Sources on which an assessment decided nothing stay, and are named as `not_assessed`.
     """
@@ -236,21 +236,24 @@ def filter_dataset(
     recipe = {"version": VERSION, "input": samples.fingerprint, "rules": asdict(rules)}
     recipe["rules"] = {key: list(v) if isinstance(v, tuple) else v for key, v in recipe["rules"].items()}
     return make_dataset(
-        output,
-        name=samples.name,
-        recipe=recipe,
-        info={"derived_from": samples.manifest["info"]},
-        work=partial(_filter_slice, rules),
-        pieces=slices(samples),
-        report=lambda _, facts: (
-            {"input": str(input), "rules": recipe["rules"], "not_assessed": not_assessed} | removed_report(facts)
+        Step(
+            output,
+            name=samples.name,
+            recipe=recipe,
+            info=derived(samples),
+            view_of=[samples],
+            work=partial(_filter_slice, rules),
+            pieces=slices(samples),
+            report=lambda _, facts: (
+                {"input": str(input), "rules": recipe["rules"], "not_assessed": not_assessed} | removed_report(facts)
+            ),
+            records=len(samples),
+            max_bad_records=max_bad_records,
         ),
-        engine=engine,
-        records=len(samples),
-        max_bad_records=max_bad_records,
-        on_progress=on_progress,
+        engine,
+        on_progress,
     )
 
 
 def _filter_slice(rules: Rules, piece: Slice, folder: Path, name: str) -> dict[str, Any]:
-    return write_kept(piece, folder, name, lambda sample: why_left_out(sample, rules))
+    return choose_kept(piece, folder, name, lambda sample: why_left_out(sample, rules))

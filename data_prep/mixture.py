@@ -17,12 +17,14 @@ from data_prep.engine import HERE, Engine
 from data_prep.sources import SOURCES
 from data_prep.steps import (
     MAX_BAD_RECORDS,
+    Step,
     make_dataset,
-    readable,
+    read_whole,
     unreadable_report,
 )
-from infimed_jax.data.storage import MANIFEST, SHARD_SIZE, Samples, open_samples, write_shard
-from infimed_jax.data.training import held_out, open_for_training
+from infimed_jax.data.storage import MANIFEST, SHARD_SIZE, Samples, open_samples
+from infimed_jax.data.training import held_out, licences, open_for_training
+from infimed_jax.data.views import Choice, write_choice
 from infimed_jax.errors import UserError
 from infimed_jax.progress import Report
 
@@ -115,7 +117,7 @@ def mix(
     max_bad_records: float = MAX_BAD_RECORDS,
     on_progress: Report | None = None,
 ) -> dict[str, Any]:
-    """Write the mixture to `output` and return its report, which is also `output.json` beside it.
+    """Write the mixture, a view, to `output` and return its report, which is also `output.json` beside it.
 
     A pure function of the datasets and the seed; a mixture that was made so before is left as it is. Damaged records
     are left out by name, and nothing is drawn in their place. A test or validation split among the parts is told, and
@@ -136,24 +138,27 @@ def mix(
         "seed": seed,
         "parts": [{key: row[key] for key in ("fingerprint", "taken")} for row in rows],
     }
-    licences = _licences(rows)
+    given = _licences(rows)
     order = _order(datasets, counts, seed)
-    known = {"seed": seed, "balance": dict(balance or {}), "licences": licences, "parts": rows}
+    known = {"seed": seed, "balance": dict(balance or {}), "licences": given, "parts": rows}
     return make_dataset(
-        Path(output),
-        name="mixture",
-        recipe=recipe,
-        info={"licences": licences},
-        work=partial(_write_slice, [part.folder for part in parts]),
-        pieces=[order[start : start + SHARD_SIZE] for start in range(0, len(order), SHARD_SIZE)],
-        report=lambda manifest, facts: (
-            {key: manifest[key] for key in ("images", "origins")} | known | unreadable_report(facts)
+        Step(
+            Path(output),
+            name="mixture",
+            recipe=recipe,
+            info={"licences": given},
+            view_of=datasets,
+            work=partial(_choose_slice, [part.folder for part in parts]),
+            pieces=[order[start : start + SHARD_SIZE] for start in range(0, len(order), SHARD_SIZE)],
+            report=lambda manifest, facts: (
+                {key: manifest[key] for key in ("images", "origins")} | known | unreadable_report(facts)
+            ),
+            records=len(order),
+            max_bad_records=max_bad_records,
+            inputs=[part.folder for part in parts],
         ),
-        engine=engine,
-        records=len(order),
-        max_bad_records=max_bad_records,
-        inputs=[part.folder for part in parts],
-        on_progress=on_progress,
+        engine,
+        on_progress,
     )
 
 
@@ -190,11 +195,15 @@ def _draw(count: int, samples: int, seed: int, number: int) -> np.ndarray:
     return np.random.default_rng([seed, number]).permutation(samples)[:count]
 
 
-def _write_slice(folders: Sequence[Path], order: np.ndarray, folder: Path, name: str) -> dict[str, Any]:
+def _choose_slice(folders: Sequence[Path], order: np.ndarray, folder: Path, name: str) -> dict[str, Any]:
     datasets = [open_samples(part) for part in folders]
     unreadable: list[str] = []
-    found = (readable(datasets[part], [int(number)], unreadable) for part, number in order)
-    write_shard(folder, name, (sample for one in found for _, sample in one))
+    chosen = (
+        Choice(part, *found)
+        for part, number in order.tolist()
+        for found in read_whole(datasets[part], [number], unreadable)
+    )
+    write_choice(folder, name, chosen)
     return {"unreadable": unreadable}
 
 
@@ -213,6 +222,10 @@ def _row(part: Part, dataset: Samples, taken: int) -> dict[str, Any]:
 
 
 def _licences(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Of every source in the mixture, by name."""
+    """Of every source in the mixture, by name: as its manifest states it, otherwise as the source's adapter does."""
+    stated: dict[str, str] = {}
+    for row in rows:
+        stated |= licences(Path(row["folder"]))
     names = sorted({origin.partition("/")[0] for row in rows for origin in row["origins"]})
-    return {name: SOURCES[name].licence if name in SOURCES else "unknown" for name in names}
+    known = {name: SOURCES[name].licence for name in names if name in SOURCES}
+    return {name: stated.get(name) or known.get(name, "unknown") for name in names}

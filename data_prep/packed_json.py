@@ -17,7 +17,7 @@ from typing import Any, get_args
 from data_prep.engine import HERE, Engine
 from data_prep.faults import NOT_JSON, Unusable
 from data_prep.sources.rows import json_rows, read_json
-from data_prep.steps import MAX_BAD_RECORDS, make_dataset, readable, refuse_damage, write_stream
+from data_prep.steps import MAX_BAD_RECORDS, Step, make_dataset, readable, refuse_damage, write_stream
 from infimed_jax.data.packing import PackingIndex
 from infimed_jax.data.sample import Kind, Sample, Turn
 from infimed_jax.data.storage import Samples
@@ -71,15 +71,17 @@ def import_json(
         states.append([str(file.resolve()), state.st_size, state.st_mtime_ns])
     alone = len(files) == 1
     return make_dataset(
-        output,
-        name=name,
-        recipe={"version": VERSION, "files": states},
-        info={},
-        work=partial(_import_piece, on_progress if alone else None),
-        pieces=list(files),
-        report=lambda *_: {"input": list(map(str, files))},
-        engine=HERE if alone else engine,
-        on_progress=None if alone else on_progress,
+        Step(
+            output,
+            name=name,
+            recipe={"version": VERSION, "files": states},
+            info={},
+            work=partial(_import_piece, on_progress if alone else None),
+            pieces=list(files),
+            report=lambda *_: {"input": list(map(str, files))},
+        ),
+        HERE if alone else engine,
+        None if alone else on_progress,
     )
 
 

@@ -18,7 +18,7 @@ from data_prep.sources import find_source
 from data_prep.sources.files import NoFiles
 from data_prep.sources.rows import read_json
 from data_prep.sources.source import Source, check_split, with_options
-from data_prep.steps import NoSamples, finished_report, forget, make_dataset
+from data_prep.steps import NoSamples, Step, finished_report, forget, make_dataset
 from infimed_jax.data.sample import Sample, Skipped
 from infimed_jax.data.storage import SHARD_SIZE, write_shard
 from infimed_jax.errors import UserError
@@ -124,16 +124,18 @@ def _ingest_split(
     work = partial(_ingest_piece, adapter.address, options, input, split, limit, report)
     try:
         return make_dataset(
-            output / split,
-            name=adapter.name,
-            recipe=recipe,
-            info={"licence": adapter.licence, "training_allowed": adapter.training_allowed},
-            work=work,
-            pieces=pieces,
-            report=partial(_report, adapter, recorded, split, limit),
-            engine=engine,
-            inputs=[input],
-            on_progress=None if len(pieces) == 1 else on_progress,
+            Step(
+                output / split,
+                name=adapter.name,
+                recipe=recipe,
+                info={"licence": adapter.licence, "training_allowed": adapter.training_allowed},
+                work=work,
+                pieces=pieces,
+                report=partial(_report, adapter, recorded, split, limit),
+                inputs=[input],
+            ),
+            engine,
+            None if len(pieces) == 1 else on_progress,
         )
     except NoSamples as error:
         skipped = [record for facts in error.facts for record in facts["skipped"]]

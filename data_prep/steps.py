@@ -14,14 +14,15 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from data_prep.engine import HERE, Engine, Work, run_pieces
 from infimed_jax.config import Data
 from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import (
+    INDICES,
     MANIFEST,
     SHARD_SIZE,
     UNREADABLE,
@@ -32,6 +33,8 @@ from infimed_jax.data.storage import (
     record_name,
     write_shard,
 )
+from infimed_jax.data.training import training_allowed
+from infimed_jax.data.views import Choice, join_view, write_choice
 from infimed_jax.errors import UserError
 from infimed_jax.files import to_json, write_json
 from infimed_jax.progress import Report
@@ -61,27 +64,39 @@ class Slice:
     start: int
     stop: int
 
+    @property
+    def numbers(self) -> range:
+        """Of its samples in the dataset."""
+        return range(self.start, self.stop)
+
     def read(self, unreadable: list[str]) -> Iterator[Sample]:
         """Its samples; the names of damaged records join `unreadable`."""
-        found = readable(open_samples(self.folder), range(self.start, self.stop), unreadable)
-        return (sample for _, sample in found)
+        return (sample for _, sample in readable(open_samples(self.folder), self.numbers, unreadable))
 
 
 def slices(samples: Samples) -> list[Slice]:
-    """A dataset's shards."""
-    ends = list(itertools.accumulate(shard["samples"] for shard in samples.manifest["shards"]))
+    """A dataset's shards; of a view, as many samples as a shard has."""
+    if "shards" in samples.manifest:
+        ends = list(itertools.accumulate(shard["samples"] for shard in samples.manifest["shards"]))
+    else:
+        ends = [*range(SHARD_SIZE, len(samples), SHARD_SIZE), len(samples)]
     return [Slice(samples.folder, start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
 
 
 def readable(samples: Samples, numbers: Iterable[int], unreadable: list[str]) -> Iterator[tuple[int, Sample]]:
-    """The one door to samples that may be damaged: (number, sample), and into `unreadable` the others' names."""
+    """Samples that may be damaged: (number, sample), and into `unreadable` the others' names."""
+    return ((number, sample) for number, sample, _ in read_whole(samples, numbers, unreadable))
+
+
+def read_whole(samples: Samples, numbers: Iterable[int], unreadable: list[str]) -> Iterator[tuple[int, Sample, bytes]]:
+    """As `readable`, with each sample's record."""
     for number in numbers:
         try:
-            sample = samples[number]
+            sample, record = samples.read(number)
         except CorruptRecord:
             unreadable.append(record_name(samples, number))
             continue
-        yield number, sample
+        yield number, sample, record
 
 
 def refuse_damage(
@@ -118,30 +133,44 @@ def write_stream(folder: Path, name: str, samples: Iterable[Sample]) -> int:
             return written
 
 
-def make_dataset(
-    output: Path,
-    *,
-    name: str,
-    recipe: dict[str, Any],
-    info: dict[str, Any],
-    work: Work[T],
-    pieces: Sequence[T],
-    report: Callable[[dict[str, Any], list[dict[str, Any]]], dict[str, Any]],
-    engine: Engine,
-    inputs: Sequence[Path] = (),
-    records: int = 0,
-    max_bad_records: float = MAX_BAD_RECORDS,
-    on_progress: Report | None = None,
-) -> dict[str, Any]:
-    """Make the dataset `output` of the pieces' shards, and `output.json`, which is returned: samples, fingerprint, and
-    `report(manifest, facts)`.
+@dataclass(frozen=True)
+class Step(Generic[T]):
+    """What makes one dataset."""
 
-    `work` writes shards whose names begin with the piece's; `inputs` are the datasets that it reads beside those of the
-    pieces. UserError: see `refuse_other_files`. NoSamples: no piece gave a sample; the report alone is written, for
-    what was left out is all that there is to see. Of the `records` that the pieces read, a share of `max_bad_records`
-    may be damaged.
+    output: Path
+    name: str
+    recipe: dict[str, Any]
+    """All that the result depends on, as JSON values; it is kept in the manifest, with `info`."""
+    work: Work[T]
+    """Writes shards (or choices) whose names begin with the piece's."""
+    pieces: Sequence[T]
+    report: Callable[[dict[str, Any], list[dict[str, Any]]], dict[str, Any]]
+    """(manifest, facts of the pieces) → what `output.json` says."""
+    info: dict[str, Any] = field(default_factory=dict)
+    inputs: Sequence[Path] = ()
+    """Folders that `work` reads beside those of the pieces."""
+    records: int = 0
+    """Records that the pieces read; a share of `max_bad_records` may be damaged."""
+    max_bad_records: float = MAX_BAD_RECORDS
+    view_of: Sequence[Samples] = ()
+    """The datasets that the pieces choose from, as a `Choice` counts them; none where the pieces write shards."""
+
+
+def derived(samples: Samples) -> dict[str, Any]:
+    """The `info` of a dataset whose samples come from another one."""
+    return {"derived_from": samples.manifest["info"], "training_allowed": training_allowed(samples)}
+
+
+def make_dataset(step: Step[T], engine: Engine, on_progress: Report | None = None) -> dict[str, Any]:
+    """Make the step's dataset, and `output.json`, which is returned: samples, fingerprint, and the step's report.
+
+    UserError: see `refuse_other_files`. NoSamples: no piece gave a sample; the report alone is written, for what was
+    left out is all that there is to see.
     """
-    refuse_other_files(output, [*inputs, *{piece.folder for piece in pieces if isinstance(piece, Slice)}])
+    output, recipe = step.output, step.recipe
+    bases = [base.folder for samples in step.view_of for base in samples.bases]
+    read = {piece.folder for piece in step.pieces if isinstance(piece, Slice)}
+    refuse_other_files(output, [*step.inputs, *bases, *read])
     finished = finished_report(output, recipe)
     if finished is not None:
         return finished
@@ -151,10 +180,12 @@ def make_dataset(
         # there, where a run was killed after writing the report and before the folder was renamed
         whole = _report_of(fresh, file) if (fresh / MANIFEST).is_file() else None
         if whole is None:
-            facts = run_pieces(work, pieces, fresh, engine, on_progress)
+            facts = run_pieces(step.work, step.pieces, fresh, engine, on_progress)
             try:
                 refuse_damage(
-                    [name for piece in facts for name in piece.get("unreadable", ())], records, max_bad_records
+                    [name for piece in facts for name in piece.get("unreadable", ())],
+                    step.records,
+                    step.max_bad_records,
                 )
             except UserError:
                 forget(output)  # by the next run the damaged shard may have been copied again
@@ -164,14 +195,18 @@ def make_dataset(
                 if not any(json.loads((fresh / f"{shard}.json").read_text())["samples"] for shard in shards):
                     shutil.rmtree(fresh)
                     empty = {"samples": 0, "fingerprint": ""}
-                    write_json(file, empty | report(empty | {"images": 0, "kinds": {}, "origins": {}}, facts))
+                    write_json(file, empty | step.report(empty | {"images": 0, "kinds": {}, "origins": {}}, facts))
                     raise NoSamples(f"{output}: nothing is left to write; {file} lists why", facts)
-                join_shards(fresh, shards, name=name, info=recipe | info)
+                info = recipe | step.info
+                if step.view_of:
+                    join_view(fresh, shards, step.view_of, name=step.name, info=info)
+                else:
+                    join_shards(fresh, shards, name=step.name, info=info)
             manifest = open_samples(fresh).manifest
-            whole = {key: manifest[key] for key in ("samples", "fingerprint")} | report(manifest, facts)
+            whole = {key: manifest[key] for key in ("samples", "fingerprint")} | step.report(manifest, facts)
             write_json(file, whole)
         manifest = open_samples(fresh).manifest
-        kept = {MANIFEST, *_TFDS_FILES, *(shard["file"] for shard in manifest["shards"])}
+        kept = {MANIFEST, INDICES, *_TFDS_FILES, *(shard["file"] for shard in manifest.get("shards", ()))}
         for leftover in fresh.iterdir():  # facts, and what a worker that was taken for dead had begun
             if leftover.name not in kept:
                 leftover.unlink()
@@ -180,53 +215,55 @@ def make_dataset(
         return whole
 
 
-def make_from_stream(
+def make_at_once(
     output: Path,
-    *,
     name: str,
     recipe: dict[str, Any],
     origin: Samples,
-    samples: Iterable[Sample],
+    samples: Iterable[Sample] | Iterable[Choice],
     report: dict[str, Any],
+    view: bool = False,
 ) -> dict[str, Any]:
-    """`make_dataset` of one stream, in this process, for steps whose work is done before they write."""
+    """`make_dataset` of one stream, in this process, for steps whose work is done before they write: of samples, or
+    for a `view` of choices from `origin`."""
 
-    def write(_: None, shards: Path, piece: str) -> dict[str, Any]:
-        write_stream(shards, piece, samples)
+    def write(_: None, folder: Path, piece: str) -> dict[str, Any]:
+        write_choice(folder, piece, samples) if view else write_stream(folder, piece, samples)
         return {}
 
-    return make_dataset(
+    step = Step(
         output,
-        name=name,
-        recipe=recipe,
-        info={"derived_from": origin.manifest["info"]},
-        work=write,
-        pieces=[None],
-        report=lambda *_: report,
-        engine=HERE,
-        inputs=[origin.folder],
+        name,
+        recipe,
+        write,
+        [None],
+        lambda *_: report,
+        derived(origin),
+        [origin.folder],
+        view_of=[origin] * view,
     )
+    return make_dataset(step, HERE)
 
 
-def write_kept(piece: Slice, folder: Path, name: str, why_not: Callable[[Sample], str]) -> dict[str, Any]:
-    """Write a shard of the samples against which `why_not` has no reason; the facts name the others by reason, and
-    the damaged records."""
+def choose_kept(piece: Slice, folder: Path, name: str, why_not: Callable[[Sample], str]) -> dict[str, Any]:
+    """Choose the samples against which `why_not` has no reason; the facts name the others by reason, and the damaged
+    records."""
     removed: dict[str, list[str]] = {}
     unreadable: list[str] = []
 
-    def kept() -> Iterator[Sample]:
-        for sample in piece.read(unreadable):
+    def kept() -> Iterator[Choice]:
+        for number, sample, record in read_whole(open_samples(piece.folder), piece.numbers, unreadable):
             if reason := why_not(sample):
                 removed.setdefault(reason, []).append(sample.id)
             else:
-                yield sample
+                yield Choice(0, number, sample, record)
 
-    write_shard(folder, name, kept())
-    return {"read": piece.stop - piece.start, "removed": removed, "unreadable": unreadable}
+    write_choice(folder, name, kept())
+    return {"read": len(piece.numbers), "removed": removed, "unreadable": unreadable}
 
 
 def removed_report(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the shards of `write_kept` left out, counted and by id; records that are damaged by their number."""
+    """What the shards of `choose_kept` left out, counted and by id; records that are damaged by their number."""
     removed: dict[str, list[str]] = {}
     for piece in facts:
         for reason, ids in piece["removed"].items():

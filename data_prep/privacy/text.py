@@ -16,7 +16,9 @@ from data_prep.steps import (
     UNREADABLE_RECORDS,
     NoSamples,
     Slice,
+    Step,
     counted,
+    derived,
     make_dataset,
     slices,
     unreadable_report,
@@ -96,17 +98,19 @@ def scrub(
     dataset = open_samples(folder)
     try:
         return make_dataset(
-            output,
-            name="scrubbed",
-            recipe={"step": "scrub", "version": VERSION, "from": dataset.fingerprint, "mode": mode},
-            info={"derived_from": dataset.manifest["info"]},
-            work=partial(_scrub_shard, mode),
-            pieces=slices(dataset),
-            report=partial(_report, str(folder), mode),
-            engine=engine,
-            records=len(dataset),
-            max_bad_records=max_bad_records,
-            on_progress=on_progress,
+            Step(
+                output,
+                name="scrubbed",
+                recipe={"step": "scrub", "version": VERSION, "from": dataset.fingerprint, "mode": mode},
+                info=derived(dataset),
+                work=partial(_scrub_shard, mode),
+                pieces=slices(dataset),
+                report=partial(_report, str(folder), mode),
+                records=len(dataset),
+                max_bad_records=max_bad_records,
+            ),
+            engine,
+            on_progress,
         )
     except NoSamples as error:
         report = _report(str(folder), mode, {}, list(error.facts))

@@ -36,7 +36,7 @@ from data_prep.steps import (
     NoSamples,
     counted,
     finished_report,
-    make_from_stream,
+    make_at_once,
     readable,
     refuse_damage,
     refuse_other_files,
@@ -174,7 +174,7 @@ def reflect(
 
     made = repr([(number, outcome.made) for number, outcome in sorted(outcomes.items())])
     try:
-        return make_from_stream(
+        return make_at_once(
             output,
             name="reflection",
             recipe=recipe | {"chains": hashlib.sha256(made.encode()).hexdigest()},

@@ -15,9 +15,11 @@ import re
 import shutil
 import tempfile
 import uuid
+import zipfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -25,24 +27,24 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
-from tensorflow_datasets.proto import tf_example_pb2
 
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.records import TEXT_FIELDS, Tally, check_sample, from_record, to_record
+from infimed_jax.data.sample import Sample
 from infimed_jax.errors import UserError, one_line
 from infimed_jax.files import write_json
 
 MANIFEST = "manifest.json"
+INDICES = "indices.npz"
+"""Of a view: `base` and `number`, i64[N] each, and where a step added to `meta`, `meta`, JSON by sample."""
 FORMAT = 1
 """Layout of a prepared dataset; another number in a manifest is refused."""
 TFDS_SPLIT = "samples"
 """The one TFDS split; a sample's own split is its field."""
-_KEYS = {"name": str, "kinds": dict, "origins": dict, "shards": list, "fingerprint": str, "info": dict}
+_KEYS = {"name": str, "kinds": dict, "origins": dict, "fingerprint": str, "info": dict}
 """What readers take from a manifest, with its JSON type."""
 SHARD_SIZE = 4096
 """Samples a shard: about 200 MB at the usual 50 KB an image."""
 
-_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_TEXT_FIELDS = ("id", "source", "split", "kind", "question", "answer")
 _DESCRIPTION = (
     "Samples of images and text; `turns` and `meta` are JSON, `images` are encoded files as their source had them."
 )
@@ -99,52 +101,31 @@ def write_shard(folder: Path, shard: str, samples: Iterable[Sample]) -> int:
     """
     # A part of its own: a worker that was taken for dead may still write the same shard.
     file, part = folder / shard, folder / f".{shard}.{uuid.uuid4().hex}.part"
-    kinds: Counter[str] = Counter()
-    origins: Counter[str] = Counter()
-    ids: dict[str, None] = {}
-    digests: list[bytes] = []
-    images = size = 0
+    tally = Tally()
     # group_size 1: each record is found and read alone, as random access wants. snappy: images do not compress, and
     # zstd, the default, took four times as long on VQA-RAD's for 2 % less; without any it is hardly faster.
     writer = ArrayRecordWriter(str(part), "group_size:1,snappy")
     try:
         for sample in samples:
             check_sample(sample)
-            if sample.id in ids:
-                raise UserError(f"sample id {sample.id!r} occurs twice: ids must be unique in a dataset")
-            ids[sample.id] = None
-            record = _to_record(sample)
+            record = to_record(sample)
+            tally.add(sample, record)
             try:
                 writer.write(record)
             except RuntimeError as error:
                 raise _disk_error(error) from error
-            # Not in a thread of its own: what that gained on two free cores, changes of threads cost.
-            digests.append(hashlib.sha256(record).digest())
-            kinds[sample.kind] += 1
-            origins[f"{sample.source}/{sample.split}"] += 1
-            images += len(sample.images)
-            size += len(record)
         _close(writer)
     except BaseException:  # else each run on a full disk would leave it fuller than the one before
         with suppress(OSError):
             _close(writer)
         part.unlink(missing_ok=True)
         raise
-    if ids:
+    if tally.ids:
         os.replace(part, file)
     else:
         part.unlink()
-    facts = {
-        "samples": len(ids),
-        "images": images,
-        "bytes": size,
-        "kinds": kinds,
-        "origins": origins,
-        "ids": list(ids),
-        "digests": b"".join(digests).hex(),
-    }
-    write_json(folder / f"{shard}.json", facts)
-    return len(ids)
+    write_json(folder / f"{shard}.json", tally.facts())
+    return len(tally.ids)
 
 
 def _close(writer: ArrayRecordWriter) -> None:
@@ -167,6 +148,28 @@ def join_shards(
 
     UserError: there are no samples, or an id occurs twice. May be repeated after a kill.
     """
+    summed, lengths = sum_facts(folder, shards, name)
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name=name, split=TFDS_SPLIT, filetype_suffix="array_record"
+    )
+    files = [template.sharded_filepath(shard_index=i, num_shards=len(lengths)) for i in range(len(lengths))]
+    for shard, file in zip(lengths, files, strict=True):
+        if (folder / shard).is_file():  # else renamed before a kill
+            os.rename(folder / shard, file)
+    _write_tfds_metadata(folder, name, template, list(lengths.values()), summed["bytes"])
+    files_of = [{"file": Path(f).name, "samples": n} for f, n in zip(files, lengths.values(), strict=True)]
+    manifest = summed | {"shards": files_of, "info": info or {}}
+    write_json(folder / MANIFEST, manifest)
+    for shard in shards:
+        (folder / f"{shard}.json").unlink()
+    return manifest
+
+
+def sum_facts(folder: Path, shards: Sequence[str], name: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """The manifest of all shards but for where their samples lie, and the samples of each shard that has any.
+
+    UserError: there are no samples, or an id occurs twice.
+    """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UserError(f"dataset name {name!r} must be lower-case letters, digits and underscores")
     digest = hashlib.sha256()
@@ -185,28 +188,15 @@ def join_shards(
     if not lengths:
         raise UserError(f"dataset {name}: no samples to write")
     _refuse_repeated_ids(folder, shards, np.concatenate(hashed))
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=folder, dataset_name=name, split=TFDS_SPLIT, filetype_suffix="array_record"
-    )
-    files = [template.sharded_filepath(shard_index=i, num_shards=len(lengths)) for i in range(len(lengths))]
-    for shard, file in zip(lengths, files, strict=True):
-        if (folder / shard).is_file():  # else renamed before a kill
-            os.rename(folder / shard, file)
-    _write_tfds_metadata(folder, name, template, list(lengths.values()), sums["counts"]["bytes"])
-    manifest = {
+    summed = {
         "format": FORMAT,
         "name": name,
         **sums["counts"],
         "kinds": dict(sorted(sums["kinds"].items())),
         "origins": dict(sorted(sums["origins"].items())),
-        "shards": [{"file": Path(f).name, "samples": n} for f, n in zip(files, lengths.values(), strict=True)],
         "fingerprint": digest.hexdigest(),
-        "info": info or {},
     }
-    write_json(folder / MANIFEST, manifest)
-    for shard in shards:
-        (folder / f"{shard}.json").unlink()
-    return manifest
+    return summed, lengths
 
 
 def _refuse_repeated_ids(folder: Path, shards: Sequence[str], hashed: np.ndarray) -> None:
@@ -235,7 +225,7 @@ def _write_tfds_metadata(
     """What `tfds.builder_from_directory` wants. Images are bytes to it: decoding hostile files is ours, not TFDS's."""
     text = tfds.features.Text()
     features = tfds.features.FeaturesDict(
-        {field: text for field in (*_TEXT_FIELDS, "turns", "meta")}
+        {field: text for field in (*TEXT_FIELDS, "turns", "meta")}
         | {"options": tfds.features.Sequence(text), "images": tfds.features.Sequence(text)}
     )
     split = tfds.core.SplitInfo(name=TFDS_SPLIT, shard_lengths=lengths, num_bytes=size, filename_template=template)
@@ -249,61 +239,16 @@ def _write_tfds_metadata(
     )
 
 
-def check_sample(sample: Sample) -> None:
-    """UserError where a sample contradicts itself: no id or turns, an image index without an image, misplaced roles."""
-    if not sample.id:
-        raise UserError(f"a sample of source {sample.source!r} has no id")
-    if not sample.turns:
-        raise UserError(f"sample {sample.id}: no turns")
-    for turn in sample.turns:
-        if (turn.role == "document") != (sample.kind == "document"):
-            raise UserError(f"sample {sample.id}: a {sample.kind} sample cannot have a turn of role {turn.role}")
-        if turn.reasoning and turn.role != "assistant":
-            raise UserError(f"sample {sample.id}: only assistant turns may have reasoning")
-        for piece in turn.content:
-            if not isinstance(piece, str) and not 0 <= piece < len(sample.images):
-                raise UserError(f"sample {sample.id}: image index {piece}, but it has {len(sample.images)} images")
-
-
-def _to_record(sample: Sample) -> bytes:
-    """A tf.train.Example. Its fields are in the order of their names: equal samples are equal bytes."""
-    example = tf_example_pb2.Example()
-    features = example.features.feature
-    try:
-        for field in _TEXT_FIELDS:
-            features[field].bytes_list.value.append(getattr(sample, field).encode())
-        features["turns"].bytes_list.value.append(_to_json([vars(turn) for turn in sample.turns]).encode())
-        features["meta"].bytes_list.value.append(_to_json(sample.meta).encode())
-        features["options"].bytes_list.value.extend([option.encode() for option in sample.options])
-    except UnicodeEncodeError as error:
-        raise UserError(f"sample {sample.id!r} holds text that is not Unicode: {error.reason}") from error
-    features["images"].bytes_list.value.extend(sample.images)
-    return example.SerializeToString(deterministic=True)
-
-
-def _from_record(record: bytes) -> Sample:
-    features = tf_example_pb2.Example.FromString(record).features.feature
-
-    def one(key: str) -> str:
-        (value,) = features[key].bytes_list.value
-        return value.decode()
-
-    turns = tuple(Turn(t["role"], tuple(t["content"]), t["reasoning"]) for t in json.loads(one("turns")))
-    return Sample(
-        **{field: one(field) for field in _TEXT_FIELDS},
-        images=tuple(features["images"].bytes_list.value),
-        turns=turns,
-        options=tuple(option.decode() for option in features["options"].bytes_list.value),
-        meta=json.loads(one("meta")),
-    )
-
-
 class Samples(Sequence[Sample]):
     """Random access to a prepared dataset; thread-safe, picklable, and a Grain data source. Opens shards when read."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
+        self._open()
+
+    def _open(self) -> None:
+        folder, manifest = self.folder, self.manifest
         # the lengths in brackets spare opening every shard just to count
         self._records = ArrayRecordDataSource([f"{folder / s['file']}[0:{s['samples']}]" for s in manifest["shards"]])
 
@@ -316,23 +261,94 @@ class Samples(Sequence[Sample]):
         """SHA-256 of the SHA-256s of all records in order, however they are sharded."""
         return self.manifest["fingerprint"]
 
+    @property
+    def bases(self) -> tuple[Samples, ...]:
+        """The datasets whose shards hold the samples: itself, unless it is a view."""
+        return (self,)
+
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: SupportsIndex) -> Sample:
         """One sample; CorruptRecord where its bytes cannot be read."""
+        return self.read(index)[0]
+
+    def read(self, index: SupportsIndex) -> tuple[Sample, bytes]:
+        """One sample, and its record, of which the fingerprint is made; CorruptRecord as above."""
         number = index.__index__()
         if number < 0:
             number += len(self)
         if not 0 <= number < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
+        return self._read(number)
+
+    def _read(self, number: int) -> tuple[Sample, bytes]:
         try:
-            return _from_record(self._records[number])
+            record = self._records[number]
+            return from_record(record), record
         except Exception as error:  # the reader, protobuf and JSON each have their own, and all mean the same here
             raise CorruptRecord(f"record {number} of {self.folder} cannot be read: {_one_line(error)}") from error
 
     def __repr__(self) -> str:
         return f"Samples({self.name!r}, {len(self)} samples, {self.fingerprint[:12]})"
+
+
+class View(Samples):
+    """Samples chosen from other datasets: their shards stay where they are, and only indices into them are kept."""
+
+    def _open(self) -> None:
+        self._bases = tuple(_open_base(self.folder, base) for base in self.manifest["bases"])
+        try:
+            with np.load(self.folder / INDICES, allow_pickle=False) as arrays:
+                self.base, self.number = arrays["base"], arrays["number"]
+                self.meta: np.ndarray | None = arrays.get("meta")
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise UserError(f"{self.folder / INDICES} cannot be read: make the view again") from error
+        lengths = np.array([len(base) for base in self._bases])
+        whole = len(self.base) == len(self.number) == self.manifest["samples"] > 0
+        if not whole or (self.base < 0).any() or (self.base >= len(lengths)).any() or (self.number < 0).any():
+            raise UserError(f"{self.folder / INDICES} does not fit its {MANIFEST}: make the view again")
+        if (self.number >= lengths[self.base]).any():
+            raise UserError(f"{self.folder / INDICES} names samples that its bases lack: make the view again")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_samples, (self.folder,)  # not the arrays: a worker reads them itself
+
+    @property
+    def bases(self) -> tuple[Samples, ...]:
+        """In the order in which `base` counts them; none is a view."""
+        return self._bases
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def _read(self, number: int) -> tuple[Sample, bytes]:
+        sample, record = self._bases[self.base[number]].read(self.number[number])
+        added = json.loads(str(self.meta[number]) or "{}") if self.meta is not None else {}
+        return with_meta(sample, record, added)
+
+
+def with_meta(sample: Sample, record: bytes, added: Mapping[str, str]) -> tuple[Sample, bytes]:
+    """The sample with `added` joined to its `meta`, and its record."""
+    if not added:
+        return sample, record
+    sample = replace(sample, meta=sample.meta | added)
+    return sample, to_record(sample)
+
+
+def _open_base(folder: Path, base: Any) -> Samples:
+    """A view's base; UserError where it is gone, or no longer what the view was made of."""
+    if not isinstance(base, dict) or not all(isinstance(base.get(key), str) for key in ("folder", "fingerprint")):
+        raise UserError(f"{folder / MANIFEST} lists no usable bases: make the view again")
+    place = (folder / base["folder"]).resolve()
+    if not (place / MANIFEST).is_file():
+        raise UserError(
+            f"{folder} is a view of {place}, which is not there: put it back at that place, or make the view again"
+        )
+    opened = open_samples(place)
+    if isinstance(opened, View) or opened.fingerprint != base["fingerprint"]:
+        raise UserError(f"{folder} is a view of {place}, which holds other samples by now: make the view again")
+    return opened
 
 
 def record_name(samples: Samples, number: int) -> str:
@@ -358,7 +374,11 @@ def open_samples(folder: str | Path) -> Samples:
         raise UserError(f"{folder} is in format {version}, this version reads {FORMAT}: prepare the dataset again")
     if lost := [key for key, kind in _KEYS.items() if not isinstance(manifest.get(key), kind)]:
         raise UserError(f"{folder / MANIFEST} is incomplete ({', '.join(lost)}): prepare the dataset again")
-    shards = manifest["shards"]
+    if isinstance(manifest.get("bases"), list):
+        return View(folder, manifest)
+    shards = manifest.get("shards")
+    if not isinstance(shards, list):
+        raise UserError(f"{folder / MANIFEST} is incomplete (shards): prepare the dataset again")
     if not shards or not all(_is_shard(shard) for shard in shards):
         raise UserError(f"{folder / MANIFEST} lists no usable shards: prepare the dataset again")
     for shard in shards:

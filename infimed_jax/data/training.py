@@ -1,13 +1,15 @@
-"""The gate before training: data for evaluation only is refused, held-out splits are reported."""
+"""The gate before training: data for evaluation only is refused, held-out splits and licences are reported."""
 
 from __future__ import annotations
 
 import functools
+import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from infimed_jax.data.storage import Samples, open_samples
+from infimed_jax.data.storage import MANIFEST, Samples, open_samples
 from infimed_jax.errors import UserError
 
 HELD_OUT = ("validation", "test", "dev")
@@ -31,11 +33,29 @@ def open_for_training(folder: str | Path) -> Samples:
 
 
 def training_allowed(samples: Samples) -> bool:
-    """As ingestion wrote it into the manifest; a step that only removes samples keeps the manifest before it."""
-    info = samples.manifest["info"]
-    while "derived_from" in info:
+    """As ingestion wrote it into the manifests of the datasets that hold the samples; a view's own lifts nothing."""
+    return all(_allowed(base.manifest["info"]) for base in samples.bases)
+
+
+def _allowed(info: dict[str, Any]) -> bool:
+    """A step that writes samples anew keeps the manifest before it."""
+    while "training_allowed" not in info and "derived_from" in info:
         info = info["derived_from"]
     return info.get("training_allowed", True)
+
+
+def licences(folder: Path) -> dict[str, str]:
+    """By source, as the manifests of a dataset, and of those that a view points to, state them; the latter count."""
+    file = folder / MANIFEST
+    manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    info = manifest.get("info", {})
+    while "derived_from" in info:
+        info = info["derived_from"]
+    stated = info.get("licences") or {info.get("source"): info.get("licence")}
+    stated = {source: licence for source, licence in stated.items() if source and licence}
+    for base in manifest.get("bases", ()):
+        stated |= licences(folder / base["folder"])
+    return stated
 
 
 def held_out(origins: Iterable[str]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from infimed_jax import config
 from infimed_jax.data.storage import MANIFEST
+from infimed_jax.data.training import licences
 from infimed_jax.runs.checkpoint import Metadata
 
 Entry = dict[str, Any]
@@ -34,13 +35,15 @@ def stage_entry(cfg: config.Config, content: Mapping[str, str]) -> Entry:
     `content` are the fingerprints that bind the run.
     """
     manifest = _manifest(cfg.data.dataset)
+    names = {origin.partition("/")[0] for origin in manifest.get("origins", {})}
+    stated = licences(Path(cfg.data.dataset)) if names else {}
     return {
         "stage": cfg.train.stage,
         "content": dict(content),
         "config": config.to_dict(cfg),
         "grpo": "questions_sha256" in content,
         "origins": sorted(manifest.get("origins", ())),
-        "licences": _licences(manifest),
+        "licences": {name: stated.get(name, UNKNOWN) for name in sorted(names)},
     }
 
 
@@ -52,16 +55,3 @@ def learnt_from(history: Sequence[Entry], origins: Iterable[str]) -> list[str]:
 def _manifest(dataset: str | Path) -> dict[str, Any]:
     file = Path(dataset) / MANIFEST
     return json.loads(file.read_text(encoding="utf-8")) if dataset and file.is_file() else {}
-
-
-def _licences(manifest: Mapping[str, Any]) -> dict[str, str]:
-    names = {origin.partition("/")[0] for origin in manifest.get("origins", {})}
-    given = _given(manifest.get("info", {}))
-    return {name: str(given.get(name, UNKNOWN)) for name in sorted(names)}
-
-
-def _given(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Licences as ingestion or a mixture wrote them; steps that only removed samples stand before them."""
-    while "derived_from" in info:
-        info = info["derived_from"]
-    return info.get("licences") or {info.get("source"): info.get("licence", UNKNOWN)}

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infimed_jax.data import storage
+from infimed_jax.data import records, storage
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import CorruptRecord, open_samples, write_samples
 from infimed_jax.errors import UserError
@@ -81,7 +81,7 @@ def test_every_field_comes_back_exactly(tmp_path_factory, written, shard_size):
 )
 def test_a_samples_record_never_changes(changes, digest):
     """Fingerprints of all datasets so far are of these bytes: another protobuf must not give others."""
-    assert hashlib.sha256(storage._to_record(make_sample(0, **changes))).hexdigest() == digest
+    assert hashlib.sha256(records.to_record(make_sample(0, **changes))).hexdigest() == digest
 
 
 def test_few_of_many_images_are_in_memory(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from data_prep import engine
 from data_prep.engine import Engine, run_pieces
-from data_prep.steps import make_dataset
+from data_prep.steps import Step, make_dataset
 from infimed_jax.data.storage import open_samples
 from infimed_jax.errors import UserError
 
@@ -30,11 +30,12 @@ def made(folder: Path, where: Engine, deaths: int, on_progress=None) -> tuple[di
     """(the dataset's report, how often each piece was begun)."""
     marks = folder / "marks"
     marks.mkdir(parents=True)
-    report = make_dataset(
-        folder / "set", name="toy", recipe={}, info={}, pieces=PIECES, engine=where, on_progress=on_progress,
+    step = Step(
+        folder / "set", name="toy", recipe={}, pieces=PIECES,
         work=partial(dying_work, str(marks), deaths),
         report=lambda manifest, facts: {"fingerprint": manifest["fingerprint"], "first": [f["first"] for f in facts]},
     )  # fmt: skip
+    report = make_dataset(step, where, on_progress)
     return report, [(marks / f"{number:06d}").stat().st_size for number in range(len(PIECES))]
 
 
@@ -65,12 +66,12 @@ def test_workers_that_always_die_end_the_step_and_finished_pieces_stay(name, her
     assert not (tmp_path / "out" / "set").exists()
     done = sorted(file.name for file in (tmp_path / "out" / ".set.new").glob("piece-*.json"))
     assert done and "piece-000002.json" not in done
-    report = make_dataset(
-        tmp_path / "out" / "set", name="toy", recipe={}, info={}, pieces=PIECES, engine=Engine(),
+    step = Step(
+        tmp_path / "out" / "set", name="toy", recipe={}, pieces=PIECES,
         work=partial(dying_work, str(tmp_path / "out" / "marks"), 0),
         report=lambda manifest, facts: {"fingerprint": manifest["fingerprint"], "first": [f["first"] for f in facts]},
     )  # fmt: skip
-    assert report == here
+    assert make_dataset(step, Engine()) == here
 
 
 def test_what_the_work_raises_here_is_raised_at_once(tmp_path):

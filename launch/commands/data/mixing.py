@@ -1,4 +1,4 @@
-"""`data filter`, `data decontaminate` and `data mix`: from prepared datasets to the one a stage trains on."""
+"""`data filter`, `decontaminate`, `mix` and `copy`: from prepared datasets to the one a stage trains on."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ def add(steps: argparse._SubParsersAction) -> None:
     p.add_argument("--skip-missing", action="store_true", help="leave out missing datasets, and report them")
     add_max_bad_records(p)
     add_engine(p)
+    p = add_command(steps, "copy", copy_, "Copy a dataset or view to one that needs no other folder.")
+    _add_folders(p)
 
 
 def _add_folders(parser: argparse.ArgumentParser) -> None:
@@ -102,6 +104,21 @@ def mix_(args: argparse.Namespace) -> None:
         print(f"unreadable records, left out: {len(lost):,} ({', '.join(lost[:3])}{', …' if len(lost) > 3 else ''})")
     for folder in missing:
         print(f"missing, so left out: {folder}")
+    print(f"Outputs: {args.output}, {args.output}.json")
+
+
+def copy_(args: argparse.Namespace) -> None:
+    from data_prep.copying import copy_dataset
+
+    with progress_bar("copy") as bar:
+        report = copy_dataset(
+            args.input,
+            args.output,
+            engine=engine_of(args),
+            max_bad_records=args.max_bad_records,
+            on_progress=bar,
+        )
+    print(f"{report['samples']:,} samples copied")
     print(f"Outputs: {args.output}, {args.output}.json")
 
 
