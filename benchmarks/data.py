@@ -29,7 +29,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.engine import Engine
-from data_prep.pipeline import ingest
+from data_prep.steps.ingest import ingest
 from infimed_jax.data.bins import first_fit_decreasing, least_bins, minimum_bin_slack
 from infimed_jax.files import to_json, write_json
 

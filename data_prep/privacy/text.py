@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from data_prep.engine import HERE, Engine
 from data_prep.privacy.patterns import KINDS, PATTERNS
-from data_prep.steps import (
+from data_prep.steps.step import (
     MAX_BAD_RECORDS,
     UNREADABLE_RECORDS,
     NoSamples,

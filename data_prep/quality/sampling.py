@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_prep.steps import readable
+from data_prep.steps.step import readable
 from infimed_jax.data.storage import Samples
 
 Place = tuple[int, int]

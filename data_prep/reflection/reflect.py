@@ -30,7 +30,7 @@ from data_prep.reflection.chains import (
     reexamined,
     verified,
 )
-from data_prep.steps import (
+from data_prep.steps.step import (
     MAX_BAD_RECORDS,
     UNREADABLE_RECORDS,
     NoSamples,

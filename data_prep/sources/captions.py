@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.faults import NO_TEXT, Unusable
+from data_prep.reading.faults import NO_TEXT, Unusable
 from data_prep.sources.files import Images, all_files, find_files, shard_name
 from data_prep.sources.parquet import parquet_parts, parquet_rows
 from data_prep.sources.parts import csv_parts, json_parts

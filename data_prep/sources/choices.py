@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.faults import NO_ANSWER, NO_IMAGE, NO_QUESTION, NOT_AN_OPTION, Unusable
+from data_prep.reading.faults import NO_ANSWER, NO_IMAGE, NO_QUESTION, NOT_AN_OPTION, Unusable
 from data_prep.sources.files import Images, find_files, shard_name, shards_of
 from data_prep.sources.parquet import parquet_rows
 from data_prep.sources.parts import csv_parts

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.faults import BAD_TURNS, IMAGE_MARKS, NO_TEXT, VIDEO, Unusable
+from data_prep.reading.faults import BAD_TURNS, IMAGE_MARKS, NO_TEXT, VIDEO, Unusable
 from data_prep.sources.files import Images, find_files
 from data_prep.sources.parts import json_parts
 from data_prep.sources.rows import WHOLE, Part, json_rows

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.faults import DUPLICATE, Unusable
+from data_prep.reading.faults import DUPLICATE, Unusable
 from data_prep.sources.source import Option, Secret, Source, caption_sample, filled, one_of, secret_file, text
 from infimed_jax.data.images import MAX_PIXELS
 from infimed_jax.data.sample import Sample, Skipped

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.archives import MAX_MEMBER, ZipFiles
-from data_prep.faults import IMAGE_MISSING, IMAGE_TOO_LARGE, Unusable
+from data_prep.reading.archives import MAX_MEMBER, ZipFiles
+from data_prep.reading.faults import IMAGE_MISSING, IMAGE_TOO_LARGE, Unusable
 from infimed_jax.errors import UserError
 
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.archives import read_webdataset
-from data_prep.faults import (
+from data_prep.reading.archives import read_webdataset
+from data_prep.reading.faults import (
     DAMAGED_FILE,
     IMAGE_MISSING,
     IMAGE_MISSING_KEPT,

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.archives import is_bomb
-from data_prep.faults import DAMAGED_FILE, NOT_UNICODE, PARQUET_BOMB, Unusable
+from data_prep.reading.archives import is_bomb
+from data_prep.reading.faults import DAMAGED_FILE, NOT_UNICODE, PARQUET_BOMB, Unusable
 from data_prep.sources.files import shard_name
 from data_prep.sources.parts import even_parts
 from data_prep.sources.rows import WHOLE, Part, check_state, state_of

@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 import joblib
 import numpy as np
 
-from data_prep.faults import IMAGE_MISSING
+from data_prep.reading.faults import IMAGE_MISSING
 from data_prep.sources.files import read_image
 from data_prep.sources.rows import read_json, read_rows
 from data_prep.sources.source import Source

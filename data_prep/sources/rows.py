@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.faults import (
+from data_prep.reading.faults import (
     COLUMNS,
     NOT_AN_OBJECT,
     NOT_JSON,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.faults import LANGUAGE, Unusable
+from data_prep.reading.faults import LANGUAGE, Unusable
 from data_prep.sources.files import Images
 from data_prep.sources.rows import read_rows
 from data_prep.sources.source import Row, Source, filled, qa_sample, question_and_answer, records, text

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.faults import DUPLICATE, NO_ANSWER, NO_QUESTION, NO_TEXT, NOT_AN_OPTION, Unusable
+from data_prep.reading.faults import DUPLICATE, NO_ANSWER, NO_QUESTION, NO_TEXT, NOT_AN_OPTION, Unusable
 from infimed_jax.data.prompts import LETTERS, question_sample
 from infimed_jax.data.sample import Kind, Sample, Skipped, Turn
 from infimed_jax.errors import UserError

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.faults import DAMAGED_FILE, NO_TEXT, NOT_UNICODE, Unusable
+from data_prep.reading.faults import DAMAGED_FILE, NO_TEXT, NOT_UNICODE, Unusable
 from data_prep.sources.files import Images, NoFiles, find_files, shard_name
 from data_prep.sources.parquet import parquet_parts, parquet_rows
 from data_prep.sources.parts import even_parts

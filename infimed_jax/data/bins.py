@@ -12,12 +12,12 @@ Bins = tuple[np.ndarray, np.ndarray]
 """(offsets i64[R+1], items i64[N]): bin r holds items[offsets[r]:offsets[r+1]], in ascending order."""
 
 
-_SCALE = 30_000
-"""Items that are packed one by one; of more, so many at a time stand for all."""
-_RARE = 8
-"""A length is rare where the most frequent one has so many times its items."""
-_GROWING = 8
-"""Bins that take what comes; an item that suits none of so many is left."""
+_SAMPLE_SIZE = 30_000
+"""Above this many items, pack a 1/k sample of every (length, images) kind and repeat each bin k times."""
+_RARE_FACTOR = 8
+"""A length is rare if the most frequent length has at least this many times as many items."""
+_MAX_OPEN = 8
+"""At most this many partly filled bins; an item that fits none of them is set aside."""
 Run = tuple[int, int, int, int]
 """(first bin, bins, free tokens, free images) of neighbouring bins that hold the same."""
 
@@ -104,8 +104,8 @@ def minimum_bin_slack(lengths: np.ndarray, images: np.ndarray, context: int, ima
         return decreasing
     left = np.diff(starts)
     placed: list[list[tuple[int, int, int]]] = [[] for _ in kinds]
-    opened, copies = 0, max(1, len(order) // _SCALE)
-    while copies and left.sum() <= 4 * _SCALE * copies:  # else the widely spread rest is not worth its time
+    opened, copies = 0, max(1, len(order) // _SAMPLE_SIZE)
+    while copies and left.sum() <= 4 * _SAMPLE_SIZE * copies:  # else the widely spread rest is not worth its time
         for members in _full_bins(kinds, left // copies, context, images_per_row):
             for kind in members:
                 placed[kind].append((opened, copies, 1))
@@ -143,7 +143,7 @@ def _full_bins(
         )
         if (place := next(suits, None)) is not None:
             members, tokens, free = growing.pop(place)
-        elif len(growing) < _GROWING and viable[context - length]:
+        elif len(growing) < _MAX_OPEN and viable[context - length]:
             members, tokens, free = [], context, images_per_row
         else:
             continue
@@ -160,7 +160,7 @@ def _full_bins(
 def _common(kinds: list[tuple[int, int]], counts: np.ndarray, context: int) -> tuple[list[bool], list[bool]]:
     """By length, whether its items are many enough to be waited for, and whether such lengths add up to it."""
     number = np.bincount([length for length, _ in kinds], counts, context + 1)
-    common = number * _RARE > number.max()
+    common = number * _RARE_FACTOR > number.max()
     some = np.flatnonzero(common)
     viable = np.zeros(context + 1, bool)
     viable[0] = True

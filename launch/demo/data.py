@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.mixture import Part, mix
-from data_prep.pipeline import ingest
 from data_prep.sources.phantom import write_phantom
 from data_prep.sources.shapes import write_shapes
+from data_prep.steps.ingest import ingest
+from data_prep.steps.mix import Part, mix
 from data_prep.tokenizer import make_tokenizer
 from infimed_jax.data.chat import load_tokenizer
 from infimed_jax.data.prompts import QUESTION_KINDS, prompt_for

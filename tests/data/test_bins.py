@@ -48,12 +48,12 @@ def test_first_fit_decreasing_is_the_textbooks(problem):
 @given(problem=problems(), scale=st.sampled_from([1, 5, 30_000]))
 def test_every_item_once_within_both_budgets_and_no_fewer_bins_than_can_be(pack, problem, scale):
     lengths, images, context, budget = problem
-    before = bins._SCALE
-    bins._SCALE = scale  # so that a few items are packed as millions are
+    before = bins._SAMPLE_SIZE
+    bins._SAMPLE_SIZE = scale  # so that a few items are packed as millions are
     try:
         packed = lists(*pack(*problem))
     finally:
-        bins._SCALE = before
+        bins._SAMPLE_SIZE = before
     assert sorted(itertools.chain(*packed)) == list(range(len(lengths)))
     assert all(0 < sum(lengths[i] for i in members) <= context for members in packed)
     assert all(sum(images[i] for i in members) <= budget for members in packed)

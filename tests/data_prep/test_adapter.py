@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.engine import Engine
-from data_prep.pipeline import ingest
 from data_prep.sources import SOURCES, find_source
+from data_prep.steps.ingest import ingest
 from infimed_jax.data.storage import open_samples
 from infimed_jax.errors import UserError
 from launch.run import main

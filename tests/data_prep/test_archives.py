@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import archives
-from data_prep.archives import Member, ZipFiles, read_tar, read_webdataset, safe_name
-from data_prep.faults import Unusable
+from data_prep.reading import archives
+from data_prep.reading.archives import Member, ZipFiles, read_tar, read_webdataset, safe_name
+from data_prep.reading.faults import Unusable
 
 
 def tar_of(file: Path, members: list[tuple], mode: str = "w") -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.faults import Unusable
+from data_prep.reading.faults import Unusable
 from data_prep.sources import SOURCES
 from data_prep.sources.conversations import conversation
 from data_prep.sources.source import with_options

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.decontaminate import decontaminate
-from data_prep.hashes import ALIKE, THRESHOLD, distances, likeness, ngrams, normalised, perceptual_hashes
+from data_prep.reading.hashes import ALIKE, THRESHOLD, distances, likeness, ngrams, normalised, perceptual_hashes
+from data_prep.steps.decontaminate import decontaminate
 from infimed_jax.data.prompts import question_sample
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import open_samples, write_samples
@@ -140,7 +140,9 @@ def test_images_of_one_shade_are_compared_by_bytes(tmp_path, monkeypatch):
     rows = [asked(f"toy/train/{side}", black(side), "What is it?") for side in (64, 65, 66)]
     rows.append(asked("toy/train/jpeg", black(64, "JPEG"), "What is it?"))
     write_samples(tmp_path / "train", rows, name="toy")
-    monkeypatch.setattr("data_prep.decontaminate.likeness", lambda *_: pytest.fail("each pair of them was compared"))
+    monkeypatch.setattr(
+        "data_prep.steps.decontaminate.likeness", lambda *_: pytest.fail("each pair of them was compared")
+    )
     report = decontaminate(tmp_path / "train", [tmp_path / "test"], tmp_path / "clean")
     assert report["removed_ids"] == {"image": ["toy/train/64"]}
     assert report["test_images_compared_by_bytes_only"] == 1

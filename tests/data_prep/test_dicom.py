@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from data_prep.engine import Engine
-from data_prep.pipeline import ingest
 from data_prep.sources import dicom
 from data_prep.sources.dicom import BODY_PARTS, SOURCE, hashed
 from data_prep.sources.source import secret_file, with_options
+from data_prep.steps.ingest import ingest
 from infimed_jax.data.sample import Sample, Skipped
 from infimed_jax.data.storage import open_samples
 from infimed_jax.errors import UserError

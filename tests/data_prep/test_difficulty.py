@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.difficulty import histogram, measure
+from data_prep.steps.difficulty import histogram, measure
 from infimed_jax import config
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError

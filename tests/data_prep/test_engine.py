@@ -12,7 +12,7 @@ import pytest
 
 from data_prep import engine
 from data_prep.engine import Engine, run_pieces
-from data_prep.steps import Step, make_dataset
+from data_prep.steps.step import Step, make_dataset
 from infimed_jax.data.storage import open_samples
 from infimed_jax.errors import UserError
 

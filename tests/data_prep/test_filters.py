@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.filters import Rules, assessed_sources, filter_dataset, is_refusal, is_repeating, language, why_left_out
 from data_prep.sources import slake, vqa_rad
+from data_prep.steps.filter import (
+    Rules,
+    assessed_sources,
+    filter_dataset,
+    is_refusal,
+    is_repeating,
+    language,
+    why_left_out,
+)
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError

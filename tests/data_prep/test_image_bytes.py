@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from data_prep.image_bytes import keep_image
+from data_prep.reading.image_bytes import keep_image
 from infimed_jax.data.images import decode_image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 31, 3), np.uint8)

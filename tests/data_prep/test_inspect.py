@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageColor
 
-from data_prep.inspect import _draw, _Row, _Shown, write_inspection
+from data_prep.steps.inspect import _draw, _Row, _Shown, write_inspection
 from data_prep.tokenizer import make_tokenizer
 from infimed_jax import config
 from infimed_jax.data.chat import load_tokenizer

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.faults import Unusable
+from data_prep.reading.faults import Unusable
 from data_prep.sources import SOURCES
 from data_prep.sources.interleaved import document
 from infimed_jax.data.sample import Sample, Skipped, Turn

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.decontaminate import decontaminate
-from data_prep.filters import Rules, filter_dataset
-from data_prep.mixture import Part, mix
 from data_prep.privacy import scrub
 from data_prep.sources import SOURCES
+from data_prep.steps.decontaminate import decontaminate
+from data_prep.steps.filter import Rules, filter_dataset
+from data_prep.steps.mix import Part, mix
 from infimed_jax.config import Config, Data
 from infimed_jax.data.storage import write_samples
 from infimed_jax.runs.history import stage_entry

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_prep.mixture import Part, load_mixture, mix
 from data_prep.sources import SOURCES
+from data_prep.steps.mix import Part, load_mixture, mix
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.data.training import held_out, open_for_training

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from data_prep.packed_json import export_json, import_json, read_rows
+from data_prep.steps.packed_json import export_json, import_json, read_rows
 from data_prep.tokenizer import make_tokenizer
 from infimed_jax import config
 from infimed_jax.data.chat import load_tokenizer

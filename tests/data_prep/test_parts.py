@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.engine import Engine
-from data_prep.pipeline import ingest
 from data_prep.sources import SOURCES, parts, rows
 from data_prep.sources.parts import csv_parts, json_parts
 from data_prep.sources.rows import Part, Table, csv_rows, json_rows
+from data_prep.steps.ingest import ingest
 from infimed_jax.data.storage import SHARD_SIZE, open_samples
 from infimed_jax.errors import UserError
 from tests.data_prep.samples import picture

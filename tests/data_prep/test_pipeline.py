@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import pipeline, steps
-from data_prep.pipeline import ingest
 from data_prep.sources import SOURCES
 from data_prep.sources.phantom import write_phantom
+from data_prep.steps import ingest as ingestion
+from data_prep.steps import step
+from data_prep.steps.ingest import ingest
 from infimed_jax.data.sample import Sample, Skipped, Turn
 from infimed_jax.data.storage import MANIFEST, open_samples
 from infimed_jax.errors import UserError
@@ -171,7 +172,7 @@ def test_limit_keeps_the_first_samples(hostile, tmp_path):
 def test_done_work_is_kept_until_its_inputs_change(hostile, tmp_path, monkeypatch):
     first = ingest("vqa_rad", hostile, tmp_path / "out", ["train"])
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write_shard", lambda *_: pytest.fail("written again"))
+        patch.setattr(ingestion, "write_shard", lambda *_: pytest.fail("written again"))
         assert ingest("vqa_rad", hostile, tmp_path / "out", ["train"]) == first
     rows = json.loads((hostile / "trainset.json").read_text())[1:]
     (hostile / "trainset.json").write_text(json.dumps(rows))
@@ -182,7 +183,7 @@ def test_done_work_is_kept_until_its_inputs_change(hostile, tmp_path, monkeypatc
 
 def test_the_same_folder_by_another_path_is_not_prepared_again(hostile, tmp_path, monkeypatch):
     first = ingest("vqa_rad", hostile, tmp_path / "out", ["train"])
-    monkeypatch.setattr(pipeline, "write_shard", lambda *_: pytest.fail("written again"))
+    monkeypatch.setattr(ingestion, "write_shard", lambda *_: pytest.fail("written again"))
     monkeypatch.chdir(hostile)
     for path in (".", f"../{hostile.name}", f"{hostile}/"):
         assert ingest("vqa_rad", path, tmp_path / "out", ["train"]) == first
@@ -247,15 +248,15 @@ def test_a_kill_between_writing_and_renaming_is_survived(hostile, tmp_path, monk
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         if at == "join_shards":
-            patch.setattr(steps, "join_shards", killed)
+            patch.setattr(step, "join_shards", killed)
         elif at == "report":
-            patch.setattr(steps, "write_json", killed)
+            patch.setattr(step, "write_json", killed)
         else:
-            patch.setattr(steps.os, "rename", killed)
+            patch.setattr(step.os, "rename", killed)
         ingest("vqa_rad", hostile, out, ["train"])
     assert not (out / "train").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write_shard", lambda *_: pytest.fail("written again"))
+        patch.setattr(ingestion, "write_shard", lambda *_: pytest.fail("written again"))
         assert ingest("vqa_rad", hostile, out, ["train"]) == whole
     files = sorted(file.name for file in (tmp_path / "whole" / "train").iterdir())
     assert sorted(file.name for file in (out / "train").iterdir()) == files
@@ -263,11 +264,11 @@ def test_a_kill_between_writing_and_renaming_is_survived(hostile, tmp_path, monk
 
 
 def test_a_stopped_stream_goes_on_behind_its_last_whole_shard(hostile, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "SHARD_SIZE", 2)
+    monkeypatch.setattr(ingestion, "SHARD_SIZE", 2)
     whole = ingest("vqa_rad", hostile, tmp_path / "whole", ["train"])
     judged = []
-    keep = pipeline._keep
-    monkeypatch.setattr(pipeline, "_keep", lambda data, seen: judged.append(data) or keep(data, seen))
+    keep = ingestion._keep
+    monkeypatch.setattr(ingestion, "_keep", lambda data, seen: judged.append(data) or keep(data, seen))
 
     def stop(number: int, *_: object) -> None:
         if number == 6:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.faults import Unusable
+from data_prep.reading.faults import Unusable
 from data_prep.sources import rows as module
 from data_prep.sources.rows import Table, csv_rows, json_rows, read_json
 from infimed_jax.errors import UserError

@@ -6,9 +6,9 @@ import pickle
 
 import pytest
 
-from data_prep.pipeline import ingest
 from data_prep.sources import SOURCES
 from data_prep.sources.source import Secret, Source, check_split, secret_file, text, with_options
+from data_prep.steps.ingest import ingest
 from infimed_jax.errors import UserError
 
 RECIPE = [

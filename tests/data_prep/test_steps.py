@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.decontaminate import decontaminate
-from data_prep.filters import Rules, filter_dataset
-from data_prep.mixture import Part, mix
-from data_prep.pipeline import ingest
 from data_prep.privacy import scrub
-from data_prep.steps import refuse_damage, refuse_other_files
+from data_prep.steps.decontaminate import decontaminate
+from data_prep.steps.filter import Rules, filter_dataset
+from data_prep.steps.ingest import ingest
+from data_prep.steps.mix import Part, mix
+from data_prep.steps.step import refuse_damage, refuse_other_files
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
 from tests.data_prep.samples import damage, question

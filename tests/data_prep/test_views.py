@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.copying import copy_dataset
-from data_prep.filters import Rules, filter_dataset
-from data_prep.mixture import Part, mix
 from data_prep.privacy.text import scrub
-from data_prep.steps import make_at_once
+from data_prep.steps.copy import copy_dataset
+from data_prep.steps.filter import Rules, filter_dataset
+from data_prep.steps.mix import Part, mix
+from data_prep.steps.step import make_at_once
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import INDICES, MANIFEST, View, open_samples, write_samples
 from infimed_jax.data.training import licences, open_for_training

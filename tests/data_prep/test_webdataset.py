@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_prep.pipeline import ingest
 from data_prep.sources import SOURCES
+from data_prep.steps.ingest import ingest
 from infimed_jax.data.sample import Sample, Skipped, Turn
 
 

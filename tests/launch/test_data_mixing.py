@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_prep.mixture import Part, mix
+from data_prep.steps.mix import Part, mix
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import write_samples
 from launch.commands.data import mixing

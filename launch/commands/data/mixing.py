@@ -16,7 +16,7 @@ def add(steps: argparse._SubParsersAction) -> None:
     p = add_command(steps, "filter", filter_, "Leave out poor sources, refusals, degenerate text, small images.")
     _add_folders(p)
     p.add_argument("--assessment", type=Path, help="the JSON decision of `data assess` [no source is left out]")
-    add_fields(p, "data_prep.filters:Rules", ("min_image_side",))
+    add_fields(p, "data_prep.steps.filter:Rules", ("min_image_side",))
     p.add_argument(
         "--language", action="append", default=[], help="language to keep, such as en or zh; repeatable [all]"
     )
@@ -44,7 +44,7 @@ def _add_folders(parser: argparse.ArgumentParser) -> None:
 
 
 def filter_(args: argparse.Namespace) -> None:
-    from data_prep.filters import Rules, assessed_sources, filter_dataset
+    from data_prep.steps.filter import Rules, assessed_sources, filter_dataset
 
     excluded, kept = assessed_sources(args.assessment) if args.assessment else ((), ())
     given = {"refusals": not args.keep_refusals, "languages": tuple(args.language), "excluded": excluded, "kept": kept}
@@ -66,7 +66,7 @@ def filter_(args: argparse.Namespace) -> None:
 
 
 def decontaminate_(args: argparse.Namespace) -> None:
-    from data_prep.decontaminate import decontaminate
+    from data_prep.steps.decontaminate import decontaminate
 
     with progress_bar("decontaminate") as bar:
         report = decontaminate(
@@ -85,8 +85,8 @@ def decontaminate_(args: argparse.Namespace) -> None:
 
 
 def mix_(args: argparse.Namespace) -> None:
-    from data_prep.mixture import load_mixture, mix
-    from data_prep.steps import UNREADABLE_RECORDS
+    from data_prep.steps.mix import load_mixture, mix
+    from data_prep.steps.step import UNREADABLE_RECORDS
 
     mixture, missing = load_mixture(args.mixture, args.data, args.skip_missing)
     with progress_bar("mix") as bar:
@@ -108,7 +108,7 @@ def mix_(args: argparse.Namespace) -> None:
 
 
 def copy_(args: argparse.Namespace) -> None:
-    from data_prep.copying import copy_dataset
+    from data_prep.steps.copy import copy_dataset
 
     with progress_bar("copy") as bar:
         report = copy_dataset(

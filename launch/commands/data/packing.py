@@ -46,7 +46,7 @@ def pack(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    from data_prep.inspect import write_inspection
+    from data_prep.steps.inspect import write_inspection
     from infimed_jax.data.chat import load_tokenizer
 
     config, samples, index = _packed(args)
@@ -57,8 +57,8 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def export_json(args: argparse.Namespace) -> None:
-    from data_prep.packed_json import export_json as write
-    from data_prep.steps import UNREADABLE_RECORDS, counted
+    from data_prep.steps.packed_json import export_json as write
+    from data_prep.steps.step import UNREADABLE_RECORDS, counted
     from infimed_jax.data.storage import UNREADABLE
     from infimed_jax.files import write_json
 
@@ -76,7 +76,7 @@ def export_json(args: argparse.Namespace) -> None:
 
 
 def import_json(args: argparse.Namespace) -> None:
-    from data_prep.packed_json import import_json as read
+    from data_prep.steps.packed_json import import_json as read
 
     with progress_bar("import", "files") as bar:
         report = read(args.input, args.output, args.name, engine=engine_of(args), on_progress=bar)

@@ -91,7 +91,7 @@ def reflect(args: argparse.Namespace) -> None:
 
 
 def difficulty(args: argparse.Namespace) -> None:
-    from data_prep.difficulty import measure
+    from data_prep.steps.difficulty import measure
     from infimed_jax.data.training import open_for_training
     from infimed_jax.rl.difficulty import Plan
     from infimed_jax.sampling.policy import Policy

@@ -111,8 +111,8 @@ def _yes(value: bool) -> str:
 
 
 def ingest(args: argparse.Namespace) -> None:
-    from data_prep.pipeline import ingest as prepare
     from data_prep.sources import find_source
+    from data_prep.steps.ingest import ingest as prepare
 
     source = find_source(_address(args))
 

@@ -17,7 +17,16 @@ from PIL import Image
 
 from data_prep.engine import HERE, Engine
 from data_prep.sources.rows import read_json
-from data_prep.steps import MAX_BAD_RECORDS, Slice, Step, choose_kept, derived, make_dataset, removed_report, slices
+from data_prep.steps.step import (
+    MAX_BAD_RECORDS,
+    Slice,
+    Step,
+    choose_kept,
+    derived,
+    make_dataset,
+    removed_report,
+    slices,
+)
 from infimed_jax.data.images import FORMATS
 from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import open_samples

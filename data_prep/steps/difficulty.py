@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from data_prep.steps import (
+from data_prep.steps.step import (
     MAX_BAD_RECORDS,
     UNREADABLE_RECORDS,
     NoSamples,

@@ -15,7 +15,7 @@ import yaml
 
 from data_prep.engine import HERE, Engine
 from data_prep.sources import SOURCES
-from data_prep.steps import (
+from data_prep.steps.step import (
     MAX_BAD_RECORDS,
     Step,
     make_dataset,

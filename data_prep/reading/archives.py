@@ -15,7 +15,7 @@ from gzip import GzipFile
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from data_prep.faults import (
+from data_prep.reading.faults import (
     BOMB,
     DAMAGED_ARCHIVE,
     DUPLICATE,

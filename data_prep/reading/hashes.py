@@ -18,7 +18,7 @@ _BITS = 16
 """Side of the square of lowest frequencies whose signs are the hash: 256 bits, where the usual 64 do not tell chest
 radiographs apart."""
 THRESHOLD = 64
-"""Bits in which a copy may differ. See `data_prep.decontaminate` for how it was chosen."""
+"""Bits in which a copy may differ. See `data_prep.steps.decontaminate` for how it was chosen."""
 ALIKE = 0.9
 """Likeness from which two images are one. See there, too."""
 _CROPS = (0.0, 0.02)

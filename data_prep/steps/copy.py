@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.engine import HERE, Engine
-from data_prep.steps import MAX_BAD_RECORDS, Slice, Step, derived, make_dataset, slices, unreadable_report
+from data_prep.steps.step import MAX_BAD_RECORDS, Slice, Step, derived, make_dataset, slices, unreadable_report
 from infimed_jax.data.storage import open_samples, write_shard
 from infimed_jax.progress import Report
 

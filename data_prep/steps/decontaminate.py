@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.engine import HERE, Engine
-from data_prep.hashes import (
+from data_prep.reading.hashes import (
     ALIKE,
     THRESHOLD,
     distances,
@@ -37,7 +37,7 @@ from data_prep.hashes import (
     normalised,
     perceptual_hashes,
 )
-from data_prep.steps import (
+from data_prep.steps.step import (
     MAX_BAD_RECORDS,
     Slice,
     Step,

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from data_prep.engine import HERE, Engine
-from data_prep.faults import NOT_JSON, Unusable
+from data_prep.reading.faults import NOT_JSON, Unusable
 from data_prep.sources.rows import json_rows, read_json
-from data_prep.steps import MAX_BAD_RECORDS, Step, make_dataset, readable, refuse_damage, write_stream
+from data_prep.steps.step import MAX_BAD_RECORDS, Step, make_dataset, readable, refuse_damage, write_stream
 from infimed_jax.data.packing import PackingIndex
 from infimed_jax.data.sample import Kind, Sample, Turn
 from infimed_jax.data.storage import Samples

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.engine import HERE, Engine
-from data_prep.image_bytes import Kept, keep_image
+from data_prep.reading.image_bytes import Kept, keep_image
 from data_prep.sources import find_source
 from data_prep.sources.files import NoFiles
 from data_prep.sources.rows import read_json
 from data_prep.sources.source import Source, check_split, with_options
-from data_prep.steps import NoSamples, Step, finished_report, forget, make_dataset
+from data_prep.steps.step import NoSamples, Step, finished_report, forget, make_dataset
 from infimed_jax.data.sample import Sample, Skipped
 from infimed_jax.data.storage import SHARD_SIZE, write_shard
 from infimed_jax.errors import UserError
