@@ -53,6 +53,7 @@ def stages(sources, tmp_path_factory):
                    "--visual-tokens", 4) == 0  # fmt: skip
     documents, questions = write_datasets(folder)
     model = json.loads((folder / "import.json").read_text())["model"]
+    assert model.pop("family") == "infimed"
     settings = [f"model.{part}.{name}={value}" for part in model for name, value in model[part].items()]
     settings += [f"data.tokenizer={text}", "data.context=128", "data.images_per_row=2", "train.compute_dtype=float32"]
     settings += ["train.remat=none", "train.logit_chunk=32", "train.global_batch=2", "train.train=[projector,text]"]
