@@ -59,16 +59,25 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
 
 
-def to_json(value: Any, **layout: Any) -> str:
-    """`value` as JSON, laid out as json.dumps is asked to; null for a number that is not finite.
+def to_json(
+    value: Any,
+    *,
+    indent: int | None = None,
+    sort_keys: bool = False,
+    ensure_ascii: bool = True,
+    separators: tuple[str, str] | None = None,
+) -> str:
+    """`value` as JSON, laid out by the options of json.dumps; a number that is not finite becomes null.
 
-    RFC 8259 has no word for such a number: Python's own NaN is refused by jq, JavaScript and every strict reader.
+    RFC 8259 has no such number: jq, JavaScript and every strict reader refuse Python's NaN.
     """
+    encoder = json.JSONEncoder(
+        allow_nan=False, indent=indent, sort_keys=sort_keys, ensure_ascii=ensure_ascii, separators=separators
+    )
     try:
-        return json.dumps(value, allow_nan=False, **layout)  # noqa: TID251
+        return encoder.encode(value)
     except ValueError:
-        plain = json.loads(json.dumps(value), parse_constant=lambda _: None)  # noqa: TID251
-        return json.dumps(plain, allow_nan=False, **layout)  # noqa: TID251
+        return encoder.encode(json.loads(json.dumps(value), parse_constant=lambda _: None))  # noqa: TID251
 
 
 def write_json(path: Path, value: Any) -> None:
