@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,24 +25,35 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 _COLUMNS = ("id", "image", "conversations[].from", "conversations[].value")
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a dataset of this form lies in its folder."""
+
+    name: str
+    file: str
+    """Its annotations: patterns, parted by |, in which `{split}` stands for the split."""
+    places: tuple[str, ...]
+    """Where image names start from: folders and zip files."""
+    captioning: bool = False
+    """Whether the last turn alone is the pretraining text."""
+    flat: bool = False
+    """Whether images are found by their bare names."""
+
+
 def read(
-    name: str,
-    file: str,
-    image_places: tuple[str, ...],
-    captioning: bool,
-    flat: bool,
+    layout: Layout,
     folder: Path,
     split: str,
     part: Part = WHOLE,
     annotations: str | None = None,
     images: str | None = None,
 ) -> Iterator[Sample | Skipped]:
-    """`file` and `image_places` are where a dataset has its annotations and images; the last two are the user's own."""
-    places = (images,) if images else image_places
-    found = Images(*(folder / place for place in places), flat=flat)
-    make = partial(_sample, found, split == "documents", captioning)
-    rows = json_rows(_file(file, folder, split, annotations), part=part)
-    yield from records(f"{name}/{split}", rows, make, part.first)
+    """The samples of a split; `annotations` and `images` are the user's own places, instead of the layout's."""
+    places = (images,) if images else layout.places
+    found = Images(*(folder / place for place in places), flat=layout.flat)
+    make = partial(_sample, found, split == "documents", layout.captioning)
+    rows = json_rows(_file(layout.file, folder, split, annotations), part=part)
+    yield from records(f"{layout.name}/{split}", rows, make, part.first)
 
 
 def _file(file: str, folder: Path, split: str, annotations: str | None) -> Path:
@@ -110,32 +122,24 @@ def conversation(turns: Any, images: int) -> tuple[Turn, ...]:
     return tuple(made)
 
 
-def _source(
-    name: str,
-    title: str,
-    file: str,
-    places: tuple[str, ...],
-    *,
-    captioning: bool = False,
-    flat: bool = False,
-    **facts: Any,
-) -> Source:
+def _source(title: str, form: Layout, **facts: Any) -> Source:
+    where = " or ".join(place or "." for place in form.places)
     defaults = {
         "splits": ("train", "documents"),
         "columns": _COLUMNS,
-        "layout": f"{' or '.join(file.split('|'))}; images in {' or '.join(place or '.' for place in places)}",
-        "read": partial(read, name, file, places, captioning, flat),
-        "shards": partial(parts, file),
+        "layout": f"{' or '.join(form.file.split('|'))}; images in {where}",
+        "read": partial(read, form),
+        "shards": partial(parts, form.file),
     }
-    return Source(name=name, title=title, **(defaults | facts))
+    return Source(name=form.name, title=title, **(defaults | facts))
 
 
 _LLAVA_MED = {
     "licence": "CC-BY-NC-4.0",
     "obtain": "the files linked in the README of microsoft/LLaVA-Med; its download_images.py fetches the images",
 }
+# Flat: the card unpacks with unzip -j.
 _PUBMEDVISION = {
-    "flat": True,  # the card unpacks with unzip -j
     "licence": "Apache-2.0",
     "size": "647,031 conversations",
     "columns": (*_COLUMNS, "modality", "body_part"),
@@ -147,10 +151,8 @@ _PUBMEDVISION_IMAGES = ("", *(f"images_{number}.zip" for number in range(20)))
 
 SOURCES = (
     _source(
-        "llava_json",
         "Any LLaVA-style JSON or JSON lines",
-        "{split}.json|{split}.jsonl",
-        ("", "images", "images.zip"),
+        Layout("llava_json", "{split}.json|{split}.jsonl", ("", "images", "images.zip")),
         licence="unknown",
         splits=("train", "documents", "validation", "test"),
         layout="SPLIT.json or SPLIT.jsonl (or option annotations); images beside it or in images/ (or option images)",
@@ -166,54 +168,59 @@ SOURCES = (
         ),
     ),
     _source(
-        "mammoth_vl",
         "MAmmoTH-VL-10M, single-image part of MAmmoTH-VL-Instruct-12M",
-        "mammoth_si_10M.json",
-        ("single_image_data", ""),
+        Layout("mammoth_vl", "mammoth_si_10M.json", ("single_image_data", "")),
         licence="Apache-2.0",
         size="about 10 million conversations; the JSON file is 21.8 GB",
         obtain="MAmmoTH-VL/MAmmoTH-VL-Instruct-12M on the Hugging Face Hub; unpack single_image_data/*.tar.gz there",
         notes="the licence is the card's; the images come from many sets with their own terms",
     ),
     _source(
-        "llava_med_alignment",
         "LLaVA-Med alignment, 500K captions asked for",
-        "llava_med_alignment_500k.json|alignment/llava_med_alignment_500k.json",
-        ("images", "images.zip"),
-        captioning=True,
+        Layout(
+            "llava_med_alignment",
+            "llava_med_alignment_500k.json|alignment/llava_med_alignment_500k.json",
+            ("images", "images.zip"),
+            captioning=True,
+        ),
         size="about 500,000 captions",
         **_LLAVA_MED,
     ),
     _source(
-        "llava_med_instruct",
         "LLaVA-Med instruct 60K",
-        "llava_med_instruct_60k.json|instruct/llava_med_instruct_60k.json",
-        ("images", "images.zip"),
+        Layout(
+            "llava_med_instruct",
+            "llava_med_instruct_60k.json|instruct/llava_med_instruct_60k.json",
+            ("images", "images.zip"),
+        ),
         size="about 60,000 conversations",
         **_LLAVA_MED,
     ),
     _source(
-        "llava_med_60k_im_text",
         "LLaVA-Med instruct 60K with in-text mentions (60K-IM-text)",
-        "llava_med_instruct_60k_inline_mention.json|instruct/llava_med_instruct_60k_inline_mention.json",
-        ("images", "images.zip"),
+        Layout(
+            "llava_med_60k_im_text",
+            "llava_med_instruct_60k_inline_mention.json|instruct/llava_med_instruct_60k_inline_mention.json",
+            ("images", "images.zip"),
+        ),
         size="about 60,000 conversations",
         notes="that the paper's 60K-IM-text is this file is our reading, not stated there",
         **_LLAVA_MED,
     ),
     _source(
-        "pubmedvision_alignment",
         "PubMedVision, alignment VQA",
-        "PubMedVision_Alignment_VQA.json",
-        _PUBMEDVISION_IMAGES,
-        captioning=True,
+        Layout(
+            "pubmedvision_alignment",
+            "PubMedVision_Alignment_VQA.json",
+            _PUBMEDVISION_IMAGES,
+            captioning=True,
+            flat=True,
+        ),
         **_PUBMEDVISION,
     ),
     _source(
-        "pubmedvision_instruct",
         "PubMedVision, instruction tuning VQA",
-        "PubMedVision_InstructionTuning_VQA.json",
-        _PUBMEDVISION_IMAGES,
+        Layout("pubmedvision_instruct", "PubMedVision_InstructionTuning_VQA.json", _PUBMEDVISION_IMAGES, flat=True),
         **_PUBMEDVISION,
     ),
 )

@@ -7,7 +7,7 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def ingest(
     source, split or option, an unusable input folder, or not one usable record.
     """
     options = dict(options or {})
-    adapter, recorded = with_options(find_source(source), options)
+    adapter, _ = with_options(find_source(source), options)
     for split in splits:
         check_split(adapter, split)
     for option in adapter.options:
@@ -61,14 +61,13 @@ def ingest(
     input, output = Path(input), Path(output)
     if not input.is_dir():
         raise UserError(f"{input} is not a folder: {adapter.name} wants {adapter.layout}, from {adapter.obtain}")
+    files = _Files(adapter.address, options, input, limit)
     inputs = _fingerprint(input)
     reports: dict[str, Any] = {}
     absent: list[NoFiles] = []
     for split in splits or adapter.splits:
         try:
-            reports[split] = _ingest_split(
-                adapter, options, recorded, input, output, split, inputs, on_progress, limit, engine
-            )
+            reports[split] = _ingest_split(files, output / split, inputs, engine, on_progress)
         except NoFiles as error:
             if splits:
                 raise
@@ -99,50 +98,52 @@ def _fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class _Files:
+    """A source's own files in a folder, and how they are read; another process opens the source by its address."""
+
+    source: str
+    options: dict[str, str]
+    folder: Path
+    limit: int | None
+
+    def open(self) -> tuple[Source, dict[str, str]]:
+        """The source with its options bound, and what to record of them."""
+        return with_options(find_source(self.source), self.options)
+
+
 def _ingest_split(
-    adapter: Source,
-    options: dict[str, str],
-    recorded: dict[str, str],
-    input: Path,
-    output: Path,
-    split: str,
-    inputs: str,
-    on_progress: Report | None,
-    limit: int | None,
-    engine: Engine,
+    files: _Files, output: Path, inputs: str, engine: Engine, on_progress: Report | None
 ) -> dict[str, Any]:
+    """Prepare the split `output.name`; `inputs` is the fingerprint of the files."""
+    adapter, recorded = files.open()
+    split, limit = output.name, files.limit
     recipe = {"version": VERSION, "source": adapter.name, "split": split, "inputs": inputs, "limit": limit}
     recipe |= {"options": recorded} | ({"code": adapter.code} if adapter.code else {})
-    if (finished := finished_report(output / split, recipe)) is not None:
+    if (finished := finished_report(output, recipe)) is not None:
         return finished  # before a long file is cut
     # Without shards of its own a source is one stream, in this process; a limit counts along the stream, too.
-    shards = [] if limit or adapter.shards is None else adapter.shards(input, split)
+    shards = [] if limit or adapter.shards is None else adapter.shards(files.folder, split)
     pieces = [(shard,) for shard in shards] or [()]
-    if len(pieces) == 1:
-        engine = HERE
-    report = on_progress if len(pieces) == 1 else None
-    work = partial(_ingest_piece, adapter.address, options, input, split, limit, report)
+    alone = len(pieces) == 1
+    step = Step(
+        output,
+        name=adapter.name,
+        recipe=recipe,
+        info={"licence": adapter.licence, "training_allowed": adapter.training_allowed},
+        work=partial(_ingest_piece, files, split, on_progress if alone else None),
+        pieces=pieces,
+        report=partial(_report, adapter, recorded, split, limit),
+        inputs=[files.folder],
+    )
     try:
-        return make_dataset(
-            Step(
-                output / split,
-                name=adapter.name,
-                recipe=recipe,
-                info={"licence": adapter.licence, "training_allowed": adapter.training_allowed},
-                work=work,
-                pieces=pieces,
-                report=partial(_report, adapter, recorded, split, limit),
-                inputs=[input],
-            ),
-            engine,
-            None if len(pieces) == 1 else on_progress,
-        )
+        return make_dataset(step, HERE if alone else engine, None if alone else on_progress)
     except NoSamples as error:
         skipped = [record for facts in error.facts for record in facts["skipped"]]
         counted = ", ".join(f"{reason}: {n:,}" for reason, n in _by_reason(skipped).items())
         raise UserError(
-            f"{adapter.name}/{split}: no record of {input} can be used ({counted or 'it has none'}); "
-            f"{output / f'{split}.json'} lists them"
+            f"{adapter.name}/{split}: no record of {files.folder} can be used ({counted or 'it has none'}); "
+            f"{output.with_name(f'{split}.json')} lists them"
         ) from error
 
 
@@ -183,29 +184,21 @@ def _by_reason(skipped: Iterable[dict[str, Any]]) -> dict[str, int]:
 
 
 def _ingest_piece(
-    source: str,
-    options: dict[str, str],
-    input: Path,
-    split: str,
-    limit: int | None,
-    on_progress: Report | None,
-    shard: tuple[Any, ...],
-    folder: Path,
-    name: str,
+    files: _Files, split: str, on_progress: Report | None, shard: tuple[Any, ...], folder: Path, name: str
 ) -> dict[str, Any]:
     """Write the piece's shards, each with the place where it ended, so that a stopped run goes on behind the last.
 
     `shard` is one of the source's; empty, the piece is the whole split.
     """
-    adapter, _ = with_options(find_source(source), options)
+    adapter, _ = files.open()
     places = [read_json(file, dict) for file in sorted(folder.glob(f"at-{name}-*.json"))]
     read = places[-1]["read"] if places else 0
-    records = enumerate(itertools.islice(adapter.read(input, split, *shard), read, None), start=read + 1)
+    records = enumerate(itertools.islice(adapter.read(files.folder, split, *shard), read, None), start=read + 1)
     kept = sum(place["kept"] for place in places)
     seen: dict[bytes, Kept] = {}
     while not places or places[-1]["kept"] == SHARD_SIZE:
         place: dict[str, Any] = {"read": read, "skipped": [], "images_with_metadata": {}}
-        room = SHARD_SIZE if limit is None else min(SHARD_SIZE, limit - kept)
+        room = SHARD_SIZE if files.limit is None else min(SHARD_SIZE, files.limit - kept)
         samples = itertools.islice(_kept(records, place, seen, split, on_progress), room)
         shard = f"{name}-{len(places):06d}"
         place["kept"] = write_shard(folder, shard, samples)
