@@ -270,13 +270,9 @@ RULES: dict[str, Callable[[Iterable[Source]], set[str]]] = {
 KNOWN: dict[str, set[str]] = {
     "circles_of_folders": {
         "infimed_jax <-> infimed_jax/config",
-        "infimed_jax/rl <-> infimed_jax/rl/rewards",
         "launch <-> launch/commands <-> launch/commands/data <-> launch/demo",
     },
     "many_parameters": {
-        "data_prep/sources/conversations.py:read",
-        "data_prep/steps/ingest.py:_ingest_piece",
-        "data_prep/steps/ingest.py:_ingest_split",
         "infimed_jax/data/prompts.py:question_sample",
         "infimed_jax/hf/export.py:to_hf",
     },

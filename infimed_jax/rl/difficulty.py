@@ -20,7 +20,7 @@ from infimed_jax.data.sample import Sample
 from infimed_jax.errors import UserError
 from infimed_jax.files import to_json, write_json
 from infimed_jax.progress import Report
-from infimed_jax.rl.reward import Attempt
+from infimed_jax.rl.rewards import Attempt
 from infimed_jax.rl.rewards.verifiable import score
 from infimed_jax.rl.rollout import Questions
 from infimed_jax.rl.step import rollout_sampling

@@ -27,7 +27,7 @@ from infimed_jax.models.compute import Compute
 from infimed_jax.models.lora import merge_lora, scale_of
 from infimed_jax.models.params import Params
 from infimed_jax.rl.loss import grpo_loss, make_scorer
-from infimed_jax.rl.reward import RewardFn, load_reward
+from infimed_jax.rl.rewards import RewardFn, load_reward
 from infimed_jax.rl.rollout import Questions, plan_layout, prompt_order, questions
 from infimed_jax.rl.step import Plan, Reply, grpo_step
 from infimed_jax.runs.checkpoint import Metadata

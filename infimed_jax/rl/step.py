@@ -20,7 +20,7 @@ from infimed_jax.models.lora import merge_lora, scale_of
 from infimed_jax.models.params import Params
 from infimed_jax.rl.advantages import group_advantages, without_variance
 from infimed_jax.rl.loss import Scorer, on_policy
-from infimed_jax.rl.reward import Attempt, Reward, RewardFn, rewards_of
+from infimed_jax.rl.rewards import Attempt, Reward, RewardFn, rewards_of
 from infimed_jax.rl.rollout import Layout, training_rows
 from infimed_jax.runs.meter import batch_counts
 from infimed_jax.runs.metrics import Row

@@ -11,7 +11,7 @@ from conftest import each, make_tiny
 
 from infimed_jax.config import Mesh
 from infimed_jax.rl.grpo import grpo
-from infimed_jax.rl.reward import Reward
+from infimed_jax.rl.rewards import Reward
 from infimed_jax.runs import loop
 from infimed_jax.sharding import make_mesh
 

@@ -14,7 +14,7 @@ from infimed_jax.config import ConfigError, Lora, to_dict
 from infimed_jax.data.storage import write_samples
 from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.rl.grpo import grpo
-from infimed_jax.rl.reward import Reward
+from infimed_jax.rl.rewards import Reward
 from infimed_jax.runs.parameters import load_params, save_params
 from infimed_jax.trees import flatten
 from tests.rl.conftest import each
@@ -86,7 +86,7 @@ def test_a_constant_reward_moves_nothing(tiny, tmp_path):
 
 
 TOY = """
-from infimed_jax.rl.reward import Reward
+from infimed_jax.rl.rewards import Reward
 
 def reward(attempts, grpo):
     found = [float("b" in a.reply) for a in attempts]

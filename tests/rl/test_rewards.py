@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from infimed_jax.config import Grpo
 from infimed_jax.data.prompts import question_sample
-from infimed_jax.rl.reward import Attempt, load_reward
+from infimed_jax.rl.rewards import Attempt, load_reward
 from infimed_jax.rl.rewards.verifiable import well_formed
 
 GRPO = Grpo()

@@ -9,7 +9,7 @@ import pytest
 from infimed_jax.config import Sampling
 from infimed_jax.rl import step
 from infimed_jax.rl.grpo import grpo
-from infimed_jax.rl.reward import Reward
+from infimed_jax.rl.rewards import Reward
 from infimed_jax.rl.step import Reply, rollout_metrics, rollout_sampling, update_metrics
 from infimed_jax.sampling.engine import Completion
 from infimed_jax.sampling.policy import Policy

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from infimed_jax import config
-from infimed_jax.rl.reward import Attempt, Reward
+from infimed_jax.rl.rewards import Attempt, Reward
 from infimed_jax.rl.rewards.verifiable import score
 
 

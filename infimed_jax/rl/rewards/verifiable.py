@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from infimed_jax import config
 from infimed_jax.evaluation.answers import matches, parse_answer
-from infimed_jax.rl.reward import Attempt, Reward
+from infimed_jax.rl.rewards import Attempt, Reward
 
 OPEN_TAG, CLOSE_TAG = "<think>", "</think>"
 _FORM = re.compile(r"\s*<think>(?P<thoughts>.*)</think>\s*\\boxed\{(?P<answer>.*)\}\.?\s*", re.DOTALL)

@@ -7,7 +7,7 @@ import pytest
 from data_prep.endpoint import Reply
 from data_prep.reflection.chains import Chain, boxed, corrected, holds, read_chain, reexamined, verified
 from infimed_jax.config import Grpo
-from infimed_jax.rl.reward import Attempt
+from infimed_jax.rl.rewards import Attempt
 from infimed_jax.rl.rewards.verifiable import score
 from tests.data_prep.samples import question
 

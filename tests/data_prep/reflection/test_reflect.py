@@ -13,7 +13,7 @@ from data_prep.reflection.reflect import LOOK_AGAIN, Plan, reflect, unsampled
 from infimed_jax.config import Grpo
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
-from infimed_jax.rl.reward import Attempt
+from infimed_jax.rl.rewards import Attempt
 from infimed_jax.rl.rewards.verifiable import score
 from tests.data_prep import loopback as lo
 from tests.data_prep.samples import caption, damage, question
