@@ -99,7 +99,7 @@ def write_sources(model: config.Model, tokenizer: Path, text: Path, vision: Path
     values = llava_config(model, image_token=0, stop_token=0, pad_token=0, dtype="bfloat16", max_positions=40_960)
     shapes: dict[str, dict[str, tuple[int, ...]]] = {"text": {}, "vision": {}}
     for tensor in names.tensors(model):
-        part = tensor.leaf.partition("/")[0]
+        part = tensor.leaf.partition(".")[0]
         if part in shapes:
             shapes[part][tensor.key] = tensor.key_shape
     shapes["vision"] |= {spare.key: spare.shape for spare in names.spares(model)}

@@ -53,7 +53,7 @@ def settle_mesh(cfg: config.Config, devices: int) -> config.Mesh:
             f"{rows} rows (train.global_batch / train.micro_batches) do not split over mesh.{axis}={fixed}: lower "
             f"mesh.{axis}, or make the rows a multiple of it"
         )
-    common = math.gcd(*_split(cfg.model).values())
+    common = math.gcd(*cfg.model.split.values())
     for tensor in range(1, devices + 1):
         shards = devices // tensor
         if devices % tensor == 0 and shards % fixed == 0 and rows % shards == 0 and common % tensor == 0:
@@ -94,25 +94,13 @@ def abstract_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh
 
 def check_fits(model: config.Model, mesh: Mesh | AbstractMesh) -> None:
     """UserError where `mesh.tensor` does not divide the heads, the feed-forward or the vocabulary of `model`."""
-    tensor, split = mesh.shape["tensor"], _split(model)
+    tensor, split = mesh.shape["tensor"], model.split
     for name, size in split.items():
         if size % tensor:
             raise UserError(
                 f"mesh.tensor={tensor} does not divide model.{name}={size}: choose a divisor of "
                 f"{math.gcd(*split.values())}, and leave the other devices to mesh.data or mesh.fsdp"
             )
-
-
-def _split(model: config.Model) -> dict[str, int]:
-    """Sizes of the model that `mesh.tensor` splits."""
-    return {
-        "text.num_kv_heads": model.text.num_kv_heads,
-        "text.intermediate_size": model.text.intermediate_size,
-        "text.hidden_size": model.text.hidden_size,
-        "text.vocab_size": model.text.vocab_size,
-        "vision.num_heads": model.vision.num_heads,
-        "vision.intermediate_size": model.vision.intermediate_size,
-    }
 
 
 def stored_spec(axes: LogicalAxes, shape: tuple[int, ...]) -> PartitionSpec:

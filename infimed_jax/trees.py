@@ -8,16 +8,16 @@ from typing import Any
 from jax.tree_util import keystr, tree_leaves_with_path
 
 
-def flatten(tree: Any, separator: str = ".") -> dict[str, Any]:
+def flatten(tree: Any) -> dict[str, Any]:
     """`text.norm.scale` → leaf, in the tree's own order; names of attributes and numbers of items count as keys do."""
-    return {keystr(path, simple=True, separator=separator): leaf for path, leaf in tree_leaves_with_path(tree)}
+    return {keystr(path, simple=True, separator="."): leaf for path, leaf in tree_leaves_with_path(tree)}
 
 
-def nest(flat: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The nested dictionaries that `flatten` names the leaves of."""
     tree: dict[str, Any] = {}
     for name, leaf in flat.items():
-        *parents, last = name.split(separator)
+        *parents, last = name.split(".")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})

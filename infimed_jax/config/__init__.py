@@ -3,6 +3,7 @@
 from infimed_jax.config.fields import ConfigError
 from infimed_jax.config.reading import from_dict, load, load_groups, merge, to_dict, with_overrides
 from infimed_jax.config.settings import (
+    FAMILIES,
     Config,
     Data,
     Grpo,
@@ -16,6 +17,7 @@ from infimed_jax.config.settings import (
 )
 
 __all__ = [
+    "FAMILIES",
     "Config",
     "ConfigError",
     "Data",

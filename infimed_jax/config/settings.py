@@ -67,6 +67,16 @@ class Model(Group, path="model"):
     """The model's kind. A module of your own defines `MODEL`, its settings, and `FAMILY`, what it computes."""
 
     @property
+    def language(self) -> str:
+        """The part that is the language model."""
+        return self.PARTS[-1]
+
+    @property
+    def split(self) -> dict[str, int]:
+        """Sizes that `mesh.tensor` splits, by their settings' names; equal to those of the table of weights."""
+        raise NotImplementedError
+
+    @property
     def vocab_size(self) -> int:
         raise NotImplementedError
 

@@ -7,12 +7,15 @@ token, a query-key pair and an image, which is what a run multiplies by the coun
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from infimed_jax import config
 from infimed_jax.models import lora
+from infimed_jax.models.family import family_of, weights
+from infimed_jax.models.weights import Weight
 from infimed_jax.ops.attention import Backend, backend
 
 CONVENTION = "model FLOPs without recomputation, padding or masked pairs; a frozen tower counts its forward pass only"
@@ -28,7 +31,7 @@ class Product:
     """`[rows, inner] x [inner, outer]`, `count` times a forward pass, over the whole pod."""
 
     part: str
-    """vision, projector, text or head."""
+    """A part of the model, or head."""
     name: str
     rows: int
     inner: int
@@ -75,120 +78,158 @@ class Product:
         return BF16 * (rows * inner + inner * outer + result) * self.count * self.runs
 
 
+@dataclass(frozen=True)
+class Use:
+    """A weight with what this run makes of it."""
+
+    weight: Weight
+    learns: bool
+    below: bool
+    """Whether gradients pass on through it, to what learns before it or in its own stack."""
+    last: bool
+    """Whether it makes the output of its stack's block, which is no operand of the block's own backward pass."""
+
+    def recomputed(self, cfg: config.Config) -> bool:
+        """Whether full rematerialisation computes its product again."""
+        inside = self.weight.layers > 0 and not self.last
+        return inside and (self.learns or self.below) and cfg.train.remat == "full"
+
+
+def uses(cfg: config.Config) -> list[Use]:
+    """Every weight of the model, in the order of the computation, without adapters."""
+    table = weights(cfg.model)
+    adapted = {kernel.part for kernel in lora.adapted(cfg.model, cfg.train.lora)}
+    learns = {weight.part: weight.part in cfg.train.train and weight.part not in adapted for weight in table}
+    ends = {weight.part: weight.holder for weight in table if weight.layers and weight.inputs}
+    found: list[Use] = []
+    before = False
+    for weight in table:
+        part = weight.part
+        below = before or bool(weight.layers and (learns[part] or part in adapted))
+        found.append(Use(weight, learns[part], below, weight.holder == ends.get(part)))
+        before = before or learns[part]
+    return found
+
+
+def rows_of(cfg: config.Config, rows: int) -> dict[str, int]:
+    """Rows of the products of each `Weight.per` in `rows` rows of the largest batch."""
+    images = rows * cfg.data.images_per_row
+    places = family_of(cfg.model).places(cfg.model)
+    return {"token": rows * cfg.data.context} | {per: images * count for per, count in places.items()}
+
+
 def products(cfg: config.Config, rows: int) -> list[Product]:
     """All matrix products of one step over `rows` rows."""
-    return [*_vision(cfg, rows), *_projector(cfg, rows), *_text(cfg, rows), _head(cfg, rows)]
-
-
-def _vision(cfg: config.Config, rows: int) -> list[Product]:
-    vision, trains = cfg.model.vision, "vision" in cfg.train.train
-    images = rows * cfg.data.images_per_row
-    if images == 0:
-        return []
-    patches, d, f = images * vision.num_patches, vision.hidden_size, vision.intermediate_size
-    again = int(trains and cfg.train.remat == "full")
-    back = 2 if trains else 0
-    block = {"count": vision.num_blocks, "recomputed": again, "backward": back}
-    scores = images * vision.num_heads * vision.num_patches
-    head = d // vision.num_heads
-    inner = {"count": vision.num_blocks, "recomputed": int(trains and cfg.train.remat != "none"), "backward": back}
-    return [
-        Product("vision", "patch_embedding", patches, 3 * vision.patch_size**2, d, backward=int(trains), split=""),
-        Product("vision", "q_proj k_proj v_proj", patches, d, 3 * d, **block),
-        Product("vision", "scores", scores, head, vision.num_patches, split="rows", **inner),
-        Product("vision", "mix", scores, vision.num_patches, head, split="rows", **inner),
-        Product("vision", "out_proj", patches, d, d, split="inner", **block),
-        Product("vision", "fc1", patches, d, f, **block),
-        # The block's output is no operand of its own backward pass: it is not computed again.
-        Product("vision", "fc2", patches, f, d, split="inner", **block | {"recomputed": 0}),
-    ]
-
-
-def _projector(cfg: config.Config, rows: int) -> list[Product]:
-    images = rows * cfg.data.images_per_row
-    if images == 0:
-        return []
-    vision, width, grid = cfg.model.vision, cfg.model.text.hidden_size, cfg.model.projector.grid
-    tokens, side, d = images * grid * grid, vision.grid, vision.hidden_size
-    seen, learns = int("vision" in cfg.train.train), int("projector" in cfg.train.train)
-    first = {"backward": learns + seen}
-    pooling = [
-        Product("projector", "pool_rows", images * grid, side, side * d, backward=seen, split=""),
-        Product("projector", "pool_columns", images * grid * grid, side, d, backward=seen, split=""),
-    ]
-    return (pooling if grid != side else []) + [
-        Product("projector", "linear_1", tokens, d, width, **first),
-        Product("projector", "linear_2", tokens, width, width, backward=learns + (learns | seen), split="inner"),
-    ]
-
-
-def _text(cfg: config.Config, rows: int) -> list[Product]:
-    text, tokens = cfg.model.text, rows * cfg.data.context
-    d, f, heads, kv = text.hidden_size, text.intermediate_size, text.num_heads, text.num_kv_heads
-    width = text.head_dim
-    # Something learns in or below the text model, so gradients pass through it; its own weights may be frozen.
-    back = 1 + text_learns(cfg)
-    block = {"count": text.num_layers, "recomputed": int(cfg.train.remat == "full"), "backward": back}
-    return [
-        Product("text", "q_proj", tokens, d, heads * width, **block),
-        Product("text", "k_proj v_proj", tokens, d, 2 * kv * width, **block),
+    tokens = rows * cfg.data.context
+    found = [
+        *_weighted(cfg, rows),
+        *_unweighted(cfg, rows * cfg.data.images_per_row),
         *_self_attention(cfg, rows),
-        Product("text", "o_proj", tokens, heads * width, d, split="inner", **block),
-        Product("text", "gate_proj up_proj", tokens, d, 2 * f, **block),
-        Product("text", "down_proj", tokens, f, d, split="inner", **block | {"recomputed": 0}),
         *_adapters(cfg, tokens),
+        _head(cfg, tokens),
     ]
+    return [item for item in found if item.rows]
+
+
+def _weighted(cfg: config.Config, rows: int) -> list[Product]:
+    """Products with weights; neighbours of one shape that read the same (keys and values) are one product."""
+    counts = rows_of(cfg, rows)
+    kernels = [use for use in uses(cfg) if use.weight.inputs]
+    found = []
+    for _, group in itertools.groupby(kernels, key=lambda use: (use.weight.block, use.weight.letters)):
+        together = list(group)
+        use = together[0]
+        weight = use.weight
+        found.append(
+            Product(
+                weight.part,
+                " ".join(other.weight.module for other in together),
+                counts[weight.per],
+                weight.fan_in,
+                weight.fan_out * len(together),
+                count=weight.layers or 1,
+                recomputed=int(use.recomputed(cfg)),
+                backward=use.learns + use.below,
+                split="inner" if weight.splits_inputs else "outer" if weight.splits_outputs else "",
+            )
+        )
+    return found
+
+
+def _unweighted(cfg: config.Config, images: int) -> list[Product]:
+    found = []
+    for item in family_of(cfg.model).unweighted(cfg.model):
+        differentiated = item.differentiated in cfg.train.train
+        found.append(
+            Product(
+                item.part,
+                item.name,
+                images * item.rows,
+                item.inner,
+                item.outer,
+                count=item.layers or 1,
+                recomputed=int(bool(item.layers) and differentiated and cfg.train.remat != "none"),
+                backward=item.operands * differentiated,
+                split=item.split,
+            )
+        )
+    return found
 
 
 def _adapters(cfg: config.Config, tokens: int) -> list[Product]:
     """Both factors of each LoRA adapter, which learn where the kernels beside them do not."""
-    rank, again = cfg.train.lora.rank, int(cfg.train.remat == "full")
-    both = {"count": cfg.model.text.num_layers, "backward": 2}
+    rank, part = cfg.train.lora.rank, cfg.model.language
+    again = {use.weight.path: use.recomputed(cfg) for use in uses(cfg)}
+    both = {"count": cfg.model.num_layers, "backward": 2}
     found = []
-    for target, (inputs, outputs) in lora.dimensions(cfg.model.text, cfg.train.lora).items():
-        a, b = ("inner", "") if lora.splits_inputs(target) else ("", "outer")
-        last = target == "down_proj"  # whose result, as that of the kernel beside it, is the block's
+    for kernel in lora.adapted(cfg.model, cfg.train.lora):
+        a, b = ("inner", "") if kernel.splits_inputs else ("", "outer")
+        first, second = int(cfg.train.remat == "full"), int(again[kernel.path])
+        name, width, outputs = kernel.module, kernel.fan_in, kernel.fan_out
         found += [
-            Product("text", f"{target} lora_a", tokens, inputs, rank, recomputed=again, split=a, **both),
-            Product("text", f"{target} lora_b", tokens, rank, outputs, recomputed=again * (not last), split=b, **both),
+            Product(part, f"{name} lora_a", tokens, width, rank, recomputed=first, split=a, **both),
+            Product(part, f"{name} lora_b", tokens, rank, outputs, recomputed=second, split=b, **both),
         ]
     return found
 
 
 def _self_attention(cfg: config.Config, rows: int) -> list[Product]:
     """Scores and their product with the values; a kernel's further backward products are counted with the scores."""
-    text, length = cfg.model.text, cfg.data.context
+    model, length = cfg.model, cfg.data.context
     kernel = attention_backend(cfg)
     keys = kernel.causal_keys(length)
-    queries = rows * text.num_heads * length
+    queries = rows * model.num_heads * length
     shared = {
-        "count": text.num_layers,
+        "count": model.num_layers,
         "recomputed": int(cfg.train.remat != "none"),
         "split": "rows",
         "fused": kernel.fused,
         "needed": (length + 1) / 2 / keys,
     }
     return [
-        Product("text", "scores", queries, text.head_dim, keys, backward=kernel.backward_products - 2, **shared),
-        Product("text", "mix", queries, keys, text.head_dim, backward=2, **shared),
+        Product(
+            model.language, "scores", queries, model.head_dim, keys, backward=kernel.backward_products - 2, **shared
+        ),
+        Product(model.language, "mix", queries, keys, model.head_dim, backward=2, **shared),
     ]
 
 
-def text_learns(cfg: config.Config) -> bool:
-    """Whether the text model's own weights do, beside which LoRA's adapters are counted for themselves."""
-    return "text" in cfg.train.train and not cfg.train.lora.rank
+def language_learns(cfg: config.Config) -> bool:
+    """Whether the language model's own weights do, beside which LoRA's adapters are counted for themselves."""
+    return cfg.model.language in cfg.train.train and not cfg.train.lora.rank
 
 
 def attention_backend(cfg: config.Config) -> Backend:
-    """The text model's; `auto` counts as a dense one, which is what platforms without a kernel run."""
+    """The language model's; `auto` counts as a dense one, which is what platforms without a kernel run."""
     return backend("xla" if cfg.train.attention == "auto" else cfg.train.attention)
 
 
-def _head(cfg: config.Config, rows: int) -> Product:
+def _head(cfg: config.Config, tokens: int) -> Product:
     """Logits: computed again in the backward pass, always (ops.cross_entropy)."""
-    text, tokens = cfg.model.text, rows * cfg.data.context
-    back = 1 + text_learns(cfg)
-    return Product("head", "logits", tokens, text.hidden_size, text.vocab_size, recomputed=1, backward=back)
+    backward = 1 + language_learns(cfg)
+    return Product(
+        "head", "logits", tokens, cfg.model.hidden_size, cfg.model.vocab_size, recomputed=1, backward=backward
+    )
 
 
 @dataclass(frozen=True)
@@ -226,14 +267,13 @@ def _units(model: config.Model, train: config.Train, cost: Callable[[Product], f
     plain = replace(train, remat="none", attention="xla")
     work = products(config.Config(model=model, data=data, train=plain), rows=1)
 
-    def of(*parts: str, pairs: bool = False) -> float:
-        return sum(cost(item) for item in work if item.part in parts and (item.name in _PAIRS) == pairs)
-
+    token = [item for item in work if item.part == model.language and item.name not in _PAIRS]
+    pair = [item for item in work if item.part == model.language and item.name in _PAIRS]
     return StepFlops(
-        token=of("text") / data.context,
-        loss_token=of("head") / data.context,
-        pair=of("text", pairs=True) / (data.context * (data.context + 1) / 2),
-        image=of("projector") + of("vision") + of("vision", pairs=True),
+        token=sum(map(cost, token)) / data.context,
+        loss_token=sum(cost(item) for item in work if item.part == "head") / data.context,
+        pair=sum(map(cost, pair)) / (data.context * (data.context + 1) / 2),
+        image=sum(cost(item) for item in work if item.part not in (model.language, "head")),
     )
 
 

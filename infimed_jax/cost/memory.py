@@ -17,6 +17,8 @@ import numpy as np
 from infimed_jax import config
 from infimed_jax.cost.chips import GIB
 from infimed_jax.cost.flops import attention_backend
+from infimed_jax.models.family import family_of, weights
+from infimed_jax.models.weights import Weight
 from infimed_jax.ops.attention import platform_backend
 
 F32 = 4
@@ -120,26 +122,26 @@ def activation_estimate(cfg: config.Config, rows: int, mesh: dict[str, int]) -> 
     right.
     """
     local, tensor = rows // (mesh["data"] * mesh["fsdp"]), mesh["tensor"]
-    text, length, width = cfg.model.text, cfg.data.context, _width(cfg)
+    model, length, width = cfg.model, cfg.data.context, _width(cfg)
     positions = local * length
-    heads, kv, f = (n // tensor for n in (text.num_heads, text.num_kv_heads, text.intermediate_size))
+    kernels = _stack(cfg, model.language)
+    heads, kv, f = (n // tensor for n in (model.num_heads, model.num_kv_heads, kernels[-1].fan_in))
     scores = local * heads * length**2 if attention_backend(cfg).dense else 0
-    stream = positions * text.hidden_size * width
-    attended = positions * text.head_dim * (2 * heads + 2 * kv) * width
+    stream = positions * model.hidden_size * width
+    attended = positions * model.head_dim * (2 * heads + 2 * kv) * width
     hidden = 3 * positions * f * width
     layer = 4 * stream + attended + hidden
     kept = {"full": stream, "dots": stream + dots_bytes(cfg, local, tensor)}
-    weights = 2 * text.hidden_size * (text.num_heads + text.num_kv_heads) * text.head_dim
-    weights = (weights + 3 * text.hidden_size * text.intermediate_size) // tensor * width
-    stored = text.num_layers * kept.get(cfg.train.remat, layer + weights + scores * (F32 + width))
+    matrices = sum(kernel.fan_in * kernel.fan_out for kernel in kernels) // tensor * width
+    stored = model.num_layers * kept.get(cfg.train.remat, layer + matrices + scores * (F32 + width))
     # The table whole for the lookup, and its part for the head. Of each a copy and its gradient: 8 bytes in float32,
     # and as many in bfloat16, where the gradient is made float32 beside them.
-    tables = int(text.vocab_size * text.hidden_size * 2 * F32 * (1 + 1 / tensor))
-    logits = local * min(cfg.train.logit_chunk, length) * text.vocab_size // tensor * (2 * F32 + width)
+    tables = int(model.vocab_size * model.hidden_size * 2 * F32 * (1 + 1 / tensor))
+    logits = local * min(cfg.train.logit_chunk, length) * model.vocab_size // tensor * (2 * F32 + width)
     # A block computed again, and the gradients of what it computes.
-    backward = 3 * layer + scores * (2 * F32 + width) + 3 * weights
-    block, blocks = _vision(cfg, local, tensor)
-    # The tower's own peak comes before anything is kept for the text.
+    backward = 3 * layer + scores * (2 * F32 + width) + 3 * matrices
+    block, blocks = _towers(cfg, local, tensor)
+    # A tower's own peak comes before anything is kept for the text.
     return max(block + blocks, stored + tables + blocks + max(backward, logits))
 
 
@@ -149,22 +151,33 @@ def dots_bytes(cfg: config.Config, local: int, tensor: int) -> int:
     The last product is the block's output, the next one's input. For 2 rows of 4096 tokens of the 4B model these are
     15.5 GiB; an ahead-of-time compilation for v5p needed 15.2 GiB more with `dots` than with `full`.
     """
-    text = cfg.model.text
-    split = (text.num_heads + 2 * text.num_kv_heads) * text.head_dim + 2 * text.intermediate_size
-    return local * cfg.data.context * (split // tensor + text.hidden_size) * _width(cfg)
+    split = sum(kernel.fan_out for kernel in _stack(cfg, cfg.model.language) if kernel.splits_outputs)
+    return local * cfg.data.context * (split // tensor + cfg.model.hidden_size) * _width(cfg)
 
 
 def _width(cfg: config.Config) -> int:
     return 2 if cfg.train.compute_dtype == "bfloat16" else F32
 
 
-def _vision(cfg: config.Config, local: int, tensor: int) -> tuple[int, int]:
-    """(one block's peak, forward and backward where the tower learns; what is then kept of all of them)."""
-    vision, images, width = cfg.model.vision, local * cfg.data.images_per_row, _width(cfg)
-    stream = images * vision.num_patches * vision.hidden_size * width
-    scores = images * (vision.num_heads // tensor) * vision.num_patches**2 * (F32 + width)
-    block = 6 * stream + images * vision.num_patches * (vision.intermediate_size // tensor) * width + scores
-    if "vision" not in cfg.train.train:
-        return block, 0
-    kept = {"full": stream, "dots": 6 * stream}.get(cfg.train.remat, block)
-    return 2 * block, vision.num_blocks * kept
+def _stack(cfg: config.Config, part: str) -> list[Weight]:
+    """The kernels of one block of `part`, the last of which gives the block's output."""
+    return [weight for weight in weights(cfg.model) if weight.part == part and weight.layers and weight.inputs]
+
+
+def _towers(cfg: config.Config, local: int, tensor: int) -> tuple[int, int]:
+    """(largest block's peak, forward and backward where the tower learns; what is then kept of all blocks)."""
+    family, images, width = family_of(cfg.model), local * cfg.data.images_per_row, _width(cfg)
+    peak = stored = 0
+    for part in cfg.model.PARTS[:-1]:
+        if not (kernels := _stack(cfg, part)):
+            continue
+        last = kernels[-1]
+        patches = images * family.places(cfg.model)[last.per]
+        stream = patches * last.fan_out * width
+        scores = sum(o.rows * o.outer for o in family.unweighted(cfg.model) if o.part == part and o.name == "scores")
+        block = 6 * stream + patches * (last.fan_in // tensor) * width + images * scores // tensor * (F32 + width)
+        if part in cfg.train.train:
+            stored += last.layers * {"full": stream, "dots": 6 * stream}.get(cfg.train.remat, block)
+            block *= 2
+        peak = max(peak, block)
+    return peak, stored

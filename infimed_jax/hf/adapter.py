@@ -10,9 +10,9 @@ import numpy as np
 
 from infimed_jax.config import Lora, Model
 from infimed_jax.files import write_json
-from infimed_jax.hf import names
 from infimed_jax.hf.weights import SINGLE, write_weights
 from infimed_jax.models import lora
+from infimed_jax.models.infimed.weights import weights
 
 MODULES = "base_model.model.model.language_model."
 """How PEFT names what transformers' LLaVA calls `model.language_model`."""
@@ -24,15 +24,13 @@ def take_adapters(leaves: dict[str, Any], model: Model) -> dict[str, np.ndarray]
     Ours are [inputs…, rank] and [rank, outputs…] with their layers on axis 0; PEFT's are [rank, in] and [out, rank].
     """
     taken: dict[str, np.ndarray] = {}
-    by_leaf = {tensor.leaf: tensor for tensor in names.tensors(model) if tensor.leaf.endswith("/kernel")}
-    for path, tensor in by_leaf.items():
-        ours = [path.removesuffix("kernel") + name for name in (lora.A, lora.B)]
-        if tensor.layer is None or not all(name in leaves for name in ours):
+    for weight in weights(model):
+        ours = [weight.path.removesuffix("kernel") + name for name in (lora.A, lora.B)]
+        if not weight.layers or not all(name in leaves for name in ours):
             continue
         a, b = (np.asarray(leaves.pop(name), np.float32) for name in ours)
         for layer, (down, up) in enumerate(zip(a, b, strict=True)):
-            linear = tensor.key.replace(f".{tensor.layer}.", f".{layer}.", 1).removesuffix("weight")
-            key = MODULES + linear.removeprefix("text.")
+            key = MODULES + weight.key.format(layer=layer).removesuffix("weight").removeprefix("text.")
             taken[f"{key}lora_A.weight"] = down.reshape(-1, down.shape[-1]).T
             taken[f"{key}lora_B.weight"] = up.reshape(up.shape[0], -1).T
     return taken

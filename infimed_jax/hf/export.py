@@ -69,7 +69,7 @@ def to_hf(
     """
     output, card = Path(output), card or Card()
     _check_resolution(model, visual_tokens)
-    leaves = flatten(dict(params), "/")
+    leaves = flatten(dict(params))
     adapters = take_adapters(leaves, model) if lora else {}
     names.check_leaves(leaves, model)
     tokenizer = _tokenizer(tokenizer_folder, model)
@@ -188,7 +188,7 @@ def _stream(
             del leaf  # before the next one is read
             path, leaf = tensor.leaf, np.asarray(leaves[tensor.leaf])
         ours = leaf if tensor.layer is None else leaf[tensor.layer]
-        yield names.spell(tensor.key, LLAVA), tensor.to_key(ours)
+        yield names.spell(tensor.key, LLAVA), tensor.weight.to_key(ours)
     for spare in spares:
         yield names.spell(spare.key, LLAVA), read_spare(spare)
 

@@ -32,7 +32,9 @@ from infimed_jax.hf.configuration import (
     vision_from_hf,
 )
 from infimed_jax.hf.weights import ADAPTER, WeightsFolder
+from infimed_jax.models.family import weights
 from infimed_jax.models.infimed import config as infimed
+from infimed_jax.models.weights import Weight
 from infimed_jax.trees import nest
 
 log = logging.getLogger(__name__)
@@ -72,7 +74,7 @@ class Import:
         return not any("projector" in source.parts for source in self._sources)
 
     def leaves(self) -> Iterator[tuple[str, np.ndarray]]:
-        """(`text/norm/scale`, array of `dtype`), each leaf of the model once; one is in memory at a time."""
+        """(`text.norm.scale`, array of `dtype`), each leaf of the model once; one is in memory at a time."""
         for source in self._sources:
             yield from source.leaves(self.dtype)
         if self.fresh_projector:
@@ -80,7 +82,7 @@ class Import:
 
     def params(self) -> dict[str, Any]:
         """All leaves as our tree."""
-        return nest(dict(self.leaves()), "/")
+        return nest(dict(self.leaves()))
 
 
 def open_parts(
@@ -160,15 +162,14 @@ class _Source:
 
     def leaves(self, dtype: Dtype) -> Iterator[tuple[str, np.ndarray]]:
         """(path, array); a stacked leaf is allocated once and filled layer by layer."""
-        by_leaf: dict[str, list[names.Tensor]] = {}
+        by_leaf: dict[Weight, list[names.Tensor]] = {}
         for tensor in self._match.sources:
-            by_leaf.setdefault(tensor.leaf, []).append(tensor)
-        for path, tensors in by_leaf.items():
-            stacked = tensors[0].layer is not None
-            leaf = np.empty((len(tensors), *tensors[0].shape) if stacked else tensors[0].shape, _NUMPY[dtype])
+            by_leaf.setdefault(tensor.weight, []).append(tensor)
+        for weight, tensors in by_leaf.items():
+            leaf = np.empty(weight.leaf_shape, _NUMPY[dtype])
             for tensor in tensors:
-                leaf[tensor.layer if stacked else ...] = tensor.to_leaf(self._read(tensor))
-            yield path, leaf
+                leaf[... if tensor.layer is None else tensor.layer] = weight.to_leaf(self._read(tensor))
+            yield weight.path, leaf
             del leaf  # before the next one is allocated
 
     def _read(self, tensor: names.Tensor) -> np.ndarray:
@@ -179,7 +180,7 @@ class _Source:
         copies = [key for key, reason in self._match.dropped.items() if reason == names.TIED]
         if not copies:
             return
-        embedding = next(self._read(t) for t in self._match.sources if t.leaf == "text/embed_tokens")
+        embedding = next(self._read(t) for t in self._match.sources if t.leaf == "text.embed_tokens")
         for key in copies:
             if not np.array_equal(self._weights.read(key), embedding):
                 raise UserError(f"{folder}: config.json ties the embeddings, but {key} is another matrix")
@@ -188,7 +189,7 @@ class _Source:
 def _fresh_projector(model: config.Model, seed: int, dtype: Dtype) -> Iterator[tuple[str, np.ndarray]]:
     """As `init_params` draws it: kernels normal with deviation 0.02, biases 0."""
     rng = np.random.default_rng(seed)
-    for path, shape in names.leaf_shapes(model).items():
-        if path.startswith("projector/"):
-            values = np.zeros(shape) if path.endswith("/bias") else rng.normal(0, 0.02, shape)
-            yield path, values.astype(_NUMPY[dtype])
+    for weight in weights(model):
+        if weight.part == "projector":
+            values = rng.normal(0, 0.02, weight.shape) if weight.inputs else np.zeros(weight.shape)
+            yield weight.path, values.astype(_NUMPY[dtype])

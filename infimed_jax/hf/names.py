@@ -1,99 +1,25 @@
-"""The one two-way name table between our parameters and Hugging Face's: Qwen3ForCausalLM, SigLIP, LLaVA.
+"""Our parameters' tensors in Hugging Face's files: Qwen3ForCausalLM, SigLIP, LLaVA.
 
-A row gives a leaf of our tree, its key, both shapes and the axes' order; import and export both read it, so neither
-can know a name that the other does not. Matching is strict: every tensor of a source matches exactly one row or one
-named reason to leave it out, every leaf is set once, and all that is wrong is said in one error.
+Names and layouts come from the family's table of weights; import and export both read it, so neither can know a name
+that the other does not. Matching is strict: every tensor of a source matches exactly one weight or one named reason to
+leave it out, every leaf is set once, and one error names everything that is wrong.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from infimed_jax.config import Model
 from infimed_jax.errors import UserError
+from infimed_jax.models.infimed.weights import sizes, weights
+from infimed_jax.models.weights import Weight, shape_of
 
 FLOATS = ("F32", "BF16", "F16")
 """Safetensors types that a weight may have."""
-
-AS_IS = ()
-LINEAR = (1, 0)  # torch keeps [out, in], we keep [in, out]
-CONVOLUTION = (2, 3, 1, 0)  # torch keeps [out, channels, height, width], we keep [height, width, channels, out]
-
-
-class Row(NamedTuple):
-    """`shape` and `key_shape` name dimensions (see `_dimensions`); `{layer}` rows are stacked on axis 0 of the leaf."""
-
-    leaf: str
-    shape: str
-    key: str
-    key_shape: str
-    axes: tuple[int, ...] = AS_IS
-
-
-def _linear(leaf: str, key: str, into: str, out: str, *, bias: bool = False) -> tuple[Row, ...]:
-    """A linear layer; `N H` on our side is one axis `N*H` on theirs."""
-    flat_in, flat_out = into.replace(" ", "*"), out.replace(" ", "*")
-    kernel = Row(f"{leaf}/kernel", f"{into} {out}", f"{key}.weight", f"{flat_out} {flat_in}", LINEAR)
-    return (kernel, Row(f"{leaf}/bias", out, f"{key}.bias", flat_out)) if bias else (kernel,)
-
-
-def _layer_norm(leaf: str, key: str) -> tuple[Row, ...]:
-    return Row(f"{leaf}/scale", "E", f"{key}.weight", "E"), Row(f"{leaf}/bias", "E", f"{key}.bias", "E")
-
-
-_VISION_BLOCK = "vision/blocks", "vision.encoder.layers.{layer}"
-_TEXT_LAYER = "text/layers", "text.layers.{layer}"
-
-
-def _vision_block(leaf: str, key: str) -> tuple[Row, ...]:
-    return (
-        *_layer_norm(f"{leaf}/layer_norm1", f"{key}.layer_norm1"),
-        *_linear(f"{leaf}/self_attn/q_proj", f"{key}.self_attn.q_proj", "E", "A X", bias=True),
-        *_linear(f"{leaf}/self_attn/k_proj", f"{key}.self_attn.k_proj", "E", "A X", bias=True),
-        *_linear(f"{leaf}/self_attn/v_proj", f"{key}.self_attn.v_proj", "E", "A X", bias=True),
-        *_linear(f"{leaf}/self_attn/out_proj", f"{key}.self_attn.out_proj", "A X", "E", bias=True),
-        *_layer_norm(f"{leaf}/layer_norm2", f"{key}.layer_norm2"),
-        *_linear(f"{leaf}/mlp/fc1", f"{key}.mlp.fc1", "E", "G", bias=True),
-        *_linear(f"{leaf}/mlp/fc2", f"{key}.mlp.fc2", "G", "E", bias=True),
-    )
-
-
-def _text_layer(leaf: str, key: str) -> tuple[Row, ...]:
-    return (
-        Row(f"{leaf}/input_layernorm/scale", "D", f"{key}.input_layernorm.weight", "D"),
-        *_linear(f"{leaf}/self_attn/q_proj", f"{key}.self_attn.q_proj", "D", "N H"),
-        *_linear(f"{leaf}/self_attn/k_proj", f"{key}.self_attn.k_proj", "D", "K H"),
-        *_linear(f"{leaf}/self_attn/v_proj", f"{key}.self_attn.v_proj", "D", "K H"),
-        Row(f"{leaf}/self_attn/q_norm/scale", "H", f"{key}.self_attn.q_norm.weight", "H"),
-        Row(f"{leaf}/self_attn/k_norm/scale", "H", f"{key}.self_attn.k_norm.weight", "H"),
-        *_linear(f"{leaf}/self_attn/o_proj", f"{key}.self_attn.o_proj", "N H", "D"),
-        Row(f"{leaf}/post_attention_layernorm/scale", "D", f"{key}.post_attention_layernorm.weight", "D"),
-        *_linear(f"{leaf}/mlp/gate_proj", f"{key}.mlp.gate_proj", "D", "F"),
-        *_linear(f"{leaf}/mlp/up_proj", f"{key}.mlp.up_proj", "D", "F"),
-        *_linear(f"{leaf}/mlp/down_proj", f"{key}.mlp.down_proj", "F", "D"),
-    )
-
-
-ROWS: tuple[Row, ...] = (
-    Row("vision/patch_embedding/kernel", "S*S*C E", "vision.embeddings.patch_embedding.weight", "E C S S", CONVOLUTION),
-    Row("vision/patch_embedding/bias", "E", "vision.embeddings.patch_embedding.bias", "E"),
-    Row("vision/position_embedding", "P E", "vision.embeddings.position_embedding.weight", "P E"),
-    *_vision_block(*_VISION_BLOCK),
-    *_linear("projector/linear_1", "projector.linear_1", "E", "D", bias=True),
-    *_linear("projector/linear_2", "projector.linear_2", "D", "D", bias=True),
-    Row("text/embed_tokens", "V D", "text.embed_tokens.weight", "V D"),
-    *_text_layer(*_TEXT_LAYER),
-    Row("text/norm/scale", "D", "text.norm.weight", "D"),
-)
-UNTIED_ROW = Row("text/lm_head", "D V", "text.lm_head.weight", "V D", LINEAR)
-"""Only where embeddings are not tied."""
 
 _POST_NORM = "the final norm follows the feature layer"
 _HEAD = "the pooling head is not part of the feature"
@@ -113,6 +39,8 @@ SPARE_ROWS: tuple[tuple[str, str, str], ...] = (
     ("vision.head.mlp.fc2.bias", "E", _HEAD),
 )
 """(key, shape, reason): tensors of Hugging Face's tower that ours does not hold, besides the blocks that never run."""
+
+_UNTIED = "text.lm_head.weight"
 
 OTHER_DROPPED: tuple[tuple[str, str], ...] = (
     (r"siglip_text\..+", "SigLIP's text tower and its logit scale are not used"),
@@ -148,32 +76,23 @@ spelling of the published checkpoints, which transformers 4 and 5 and the servin
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a model: a leaf, or one layer of a stacked leaf, and what it is called and shaped on each side."""
+    """One tensor of a model: a leaf, or one layer of a stacked leaf."""
 
-    leaf: str
+    weight: Weight
     layer: int | None
-    key: str
-    """With our beginning (`vision.`, `projector.`, `text.`); `spell` gives the key in a file."""
-    shape: tuple[int, ...]
-    key_shape: tuple[int, ...]
-    axes: tuple[int, ...]
 
-    def to_key(self, ours: np.ndarray) -> np.ndarray:
-        """Hugging Face's tensor from ours (without the layer axis); exact inverse of `to_leaf`."""
-        _check(self.leaf, ours.shape, self.shape)
-        if not self.axes:
-            return ours.reshape(self.key_shape)
-        permuted = ours.reshape([self.key_shape[axis] for axis in self.axes])
-        theirs = permuted.transpose(np.argsort(self.axes))
-        _check(self.key, theirs.shape, self.key_shape)
-        return theirs
+    @property
+    def leaf(self) -> str:
+        return self.weight.path
 
-    def to_leaf(self, theirs: np.ndarray) -> np.ndarray:
-        """Ours (without the layer axis) from Hugging Face's."""
-        _check(self.key, theirs.shape, self.key_shape)
-        ours = (theirs.transpose(self.axes) if self.axes else theirs).reshape(self.shape)
-        _check(self.leaf, ours.shape, self.shape)
-        return ours
+    @property
+    def key(self) -> str:
+        """With our beginning (`vision.`, `projector.`, `text.`); `spell` gives the key in a file."""
+        return self.weight.key.format(layer=self.layer)
+
+    @property
+    def key_shape(self) -> tuple[int, ...]:
+        return self.weight.key_shape
 
 
 @dataclass(frozen=True)
@@ -187,38 +106,31 @@ class Spare:
 
 def tensors(model: Model) -> tuple[Tensor, ...]:
     """Every tensor of `model`, in the table's order: the layers of a leaf follow each other."""
-    sizes = _dimensions(model)
-    blocks = {"vision": model.vision.num_blocks, "text": model.text.num_layers}
-    rows = ROWS if model.text.tie_embeddings else (*ROWS, UNTIED_ROW)
-    result = []
-    for row in rows:
-        stacked = "{layer}" in row.key
-        for layer in range(blocks[row.leaf.partition("/")[0]]) if stacked else (None,):
-            key = row.key.format(layer=layer)
-            result.append(
-                Tensor(row.leaf, layer, key, _shape(row.shape, sizes), _shape(row.key_shape, sizes), row.axes)
-            )
-    return tuple(result)
+    return tuple(
+        Tensor(weight, layer)
+        for weight in weights(model)
+        for layer in (range(weight.layers) if weight.layers else (None,))
+    )
 
 
 def leaf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Path → shape of every leaf, layer axis included; equal to the shapes of `init_params`."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for tensor in tensors(model):
-        shapes[tensor.leaf] = tensor.shape if tensor.layer is None else (tensor.layer + 1, *tensor.shape)
-    return shapes
+    return {weight.path: weight.leaf_shape for weight in weights(model)}
 
 
 def spares(model: Model) -> tuple[Spare, ...]:
     """What a full SigLIP tower has beyond ours: the blocks after the feature layer, the final norm, the head."""
-    sizes = _dimensions(model)
-    reason = f"blocks from {model.vision.num_blocks} on follow the feature layer {model.vision.feature_layer}"
+    letters = sizes(model)
+    running = model.vision.num_blocks
+    reason = f"blocks from {running} on follow the feature layer {model.vision.feature_layer}"
+    whole = replace(model, vision=replace(model.vision, feature_layer=-1))
     blocks = [
-        Spare(row.key.format(layer=layer), _shape(row.key_shape, sizes), reason)
-        for layer in range(model.vision.num_blocks, model.vision.num_layers)
-        for row in _vision_block(*_VISION_BLOCK)
+        Spare(weight.key.format(layer=layer), weight.key_shape, reason)
+        for layer in range(running, model.vision.num_layers)
+        for weight in weights(whole)
+        if weight.path.startswith("vision.blocks.")
     ]
-    return (*blocks, *(Spare(key, _shape(shape, sizes), why) for key, shape, why in SPARE_ROWS))
+    return (*blocks, *(Spare(key, shape_of(shape, letters), why) for key, shape, why in SPARE_ROWS))
 
 
 def spell(key: str, architecture: str) -> str:
@@ -242,7 +154,7 @@ def dropped(model: Model) -> tuple[tuple[re.Pattern[str], str], ...]:
     """Keys that a source may hold and the model does not use, with the reason."""
     exact = tuple((re.compile(re.escape(spare.key)), spare.reason) for spare in spares(model))
     patterns = tuple((re.compile(pattern), reason) for pattern, reason in OTHER_DROPPED)
-    tied = ((re.compile(re.escape(UNTIED_ROW.key)), TIED),) if model.text.tie_embeddings else ()
+    tied = ((re.compile(re.escape(_UNTIED)), TIED),) if model.text.tie_embeddings else ()
     return (*exact, *patterns, *tied)
 
 
@@ -268,7 +180,7 @@ class Match:
 def match(found: Mapping[str, Found], architecture: str, model: Model, parts: Iterable[str], where: str) -> Match:
     """Pair every tensor of `model`'s `parts` with one of `found`; UserError names everything that does not fit."""
     parts = tuple(parts)
-    wanted = {t.key: t for t in tensors(model) if t.leaf.partition("/")[0] in parts}
+    wanted = {t.key: t for t in tensors(model) if t.weight.part in parts}
     out = dropped(model)
     sources: dict[Tensor, str] = {}
     left_out: dict[str, str] = {}
@@ -289,7 +201,7 @@ def match(found: Mapping[str, Found], architecture: str, model: Model, parts: It
 
 
 def check_leaves(leaves: Mapping[str, Any], model: Model) -> None:
-    """UserError unless `leaves` (by path, as `text/norm/scale`) are exactly `model`'s, in float32 or bfloat16."""
+    """UserError unless `leaves` (by path, as `text.norm.scale`) are exactly `model`'s, in float32 or bfloat16."""
     found = {path: Found(tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves.items()}
     raise_all(differences(found, leaf_shapes(model), ("float32", "bfloat16")), "the tree of parameters")
 
@@ -348,35 +260,3 @@ def _ranges(numbers: list[int]) -> str:
             runs.append([number, number])
     spans = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
     return "".join(spans) if len(numbers) < 2 else f"{{{','.join(spans)}}}"
-
-
-def _dimensions(model: Model) -> dict[str, int]:
-    """The table's letters; for vision E is the width, G the feed-forward, A heads of X, P patches, S a patch's side."""
-    vision, text = model.vision, model.text
-    return {
-        "V": text.vocab_size,
-        "D": text.hidden_size,
-        "F": text.intermediate_size,
-        "N": text.num_heads,
-        "K": text.num_kv_heads,
-        "H": text.head_dim,
-        "E": vision.hidden_size,
-        "G": vision.intermediate_size,
-        "A": vision.num_heads,
-        "X": vision.hidden_size // vision.num_heads,
-        "P": vision.num_patches,
-        "S": vision.patch_size,
-        "C": 3,
-        "3": 3,
-        "1": 1,
-    }
-
-
-def _shape(letters: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """`"N*H D"` → (N·H, D)."""
-    return tuple(math.prod(sizes[letter] for letter in axis.split("*")) for axis in letters.split())
-
-
-def _check(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    if tuple(shape) != wanted:
-        raise UserError(f"{name} has shape {list(shape)} instead of {list(wanted)}")

@@ -19,11 +19,11 @@ from jaxtyping import Array, Float, Int, UInt8
 from infimed_jax import config, sharding
 from infimed_jax.data.batch import Batch
 from infimed_jax.models.compute import Compute
+from infimed_jax.models.infimed.text import Attend, Block, Qwen3
+from infimed_jax.models.infimed.vision import Projector, SiglipTower
+from infimed_jax.models.infimed.weights import tree
 from infimed_jax.models.layers import RMSNorm
 from infimed_jax.models.params import Params
-from infimed_jax.models.projector import Projector
-from infimed_jax.models.qwen3 import Attend, Block, Qwen3
-from infimed_jax.models.siglip import SiglipTower
 from infimed_jax.ops.attention import Mask
 from infimed_jax.ops.cross_entropy import target_logprobs
 from infimed_jax.ops.pooling import adaptive_average_pool
@@ -47,7 +47,7 @@ def vision_features(
 ) -> Float[Array, "B*M patches E"]:
     """SigLIP's feature layer of every image."""
     flat = sharding.reshape_rows(pixels, pixels.shape[0] * pixels.shape[1], *pixels.shape[2:])
-    return SiglipTower(model.vision, compute).apply({"params": params["vision"]}, flat)
+    return SiglipTower(tree(model)["vision"], model.vision, compute).apply({"params": params["vision"]}, flat)
 
 
 def project(
@@ -56,7 +56,7 @@ def project(
     """Each image's visual tokens from its features."""
     with jax.named_scope("projector"):
         pooled = adaptive_average_pool(features, model.projector.grid)
-        return Projector(model.text.hidden_size, compute).apply({"params": params["projector"]}, pooled)
+        return Projector(tree(model)["projector"], compute).apply({"params": params["projector"]}, pooled)
 
 
 def embed(
@@ -89,7 +89,7 @@ def hidden_states(params: Params, batch: Batch, model: config.Model, compute: Co
     x = embed(params, batch.tokens, batch.visual_index, visual, model, compute)
     ids = batch.segment_ids
     mask = Mask(causal=True, query_segments=ids, key_segments=ids, query_prefixes=batch.prefix_ids)
-    return Qwen3(model.text, compute).apply({"params": params["text"]}, x, batch.positions, mask)
+    return Qwen3(tree(model)["text"], model.text, compute).apply({"params": params["text"]}, x, batch.positions, mask)
 
 
 def next_tokens(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -120,11 +120,11 @@ def text_block(
 ) -> tuple[Float[Array, "B T D"], Any]:
     """One text layer with its own (unstacked) parameters; `attend` brings the keys, and its aux is returned."""
     rope = rope_tables(positions, model.text.head_dim, model.text.rope_theta)
-    return Block(model.text, compute).apply({"params": layer_params}, x, rope, attend)
+    return Block(tree(model)["text"]["layers"], model.text, compute).apply({"params": layer_params}, x, rope, attend)
 
 
 def final_norm(params: Params, x: Float[Array, "... D"], model: config.Model) -> Float[Array, "... D"]:
-    return RMSNorm(model.text.norm_eps).apply({"params": params["text"]["norm"]}, x)
+    return RMSNorm(tree(model)["text"]["norm"], model.text.norm_eps).apply({"params": params["text"]["norm"]}, x)
 
 
 def logits(

@@ -16,54 +16,40 @@ import jax.numpy as jnp
 import numpy as np
 
 from infimed_jax import config
-from infimed_jax.sharding import LogicalAxes, spec_of, stored_spec
+from infimed_jax.models.family import weights
+from infimed_jax.models.weights import Weight
+from infimed_jax.sharding import spec_of, stored_spec
+from infimed_jax.trees import nest
 
 A, B = "lora_a", "lora_b"
 
-_HEADS: LogicalAxes = ("embed", "heads", None)
-_AXES: dict[str, tuple[str, LogicalAxes, int]] = {
-    "q_proj": ("self_attn", _HEADS, 1),
-    "k_proj": ("self_attn", _HEADS, 1),
-    "v_proj": ("self_attn", _HEADS, 1),
-    "o_proj": ("self_attn", ("heads", None, "embed"), 2),
-    "gate_proj": ("mlp", ("embed", "mlp"), 1),
-    "up_proj": ("mlp", ("embed", "mlp"), 1),
-    "down_proj": ("mlp", ("mlp", "embed"), 1),
-}
-"""Target → its module in a block, its kernel's logical axes, and how many of them are inputs."""
+
+def adapted(model: config.Model, lora: config.Lora) -> list[Weight]:
+    """The kernels that get adapters, in the order of `lora.targets`; empty without adapters."""
+    if not lora.rank:
+        return []
+    kernels = {w.module: w for w in weights(model) if w.part == model.language and w.layers and w.inputs}
+    return [kernels[target] for target in lora.targets]
 
 
-def init_lora(key: jax.Array, text: config.Text, lora: config.Lora) -> dict[str, Any]:
-    """Adapters {"layers": {module: {target: {"lora_a" [L, inputs, r], "lora_b" [L, r, outputs]}}}}, float32.
+def init_lora(key: jax.Array, model: config.Model, lora: config.Lora) -> dict[str, Any]:
+    """Adapters beside the kernels' paths, {"lora_a" [L, inputs, r], "lora_b" [L, r, outputs]}, float32.
 
     B is zero, so that the adapted model is the model; A is drawn as PEFT draws it, uniform in ±1/sqrt(inputs).
     """
-    layers: dict[str, Any] = {}
-    for target, target_key in zip(lora.targets, jax.random.split(key, len(lora.targets)), strict=True):
-        module, axes, contracted = _AXES[target]
-        shape = _kernel_shape(text, target)
-        inputs, outputs = shape[:contracted], shape[contracted:]
-        a_shape, b_shape = (text.num_layers, *inputs, lora.rank), (text.num_layers, lora.rank, *outputs)
-        bound = 1 / math.sqrt(math.prod(inputs))
-        a = jax.random.uniform(target_key, a_shape, jnp.float32, -bound, bound)
-        layers.setdefault(module, {})[target] = {
-            A: jax.sharding.reshard(a, stored_spec((None, *axes[:contracted], None), a_shape)),
-            B: jax.sharding.reshard(jnp.zeros(b_shape), stored_spec((None, None, *axes[contracted:]), b_shape)),
-        }
-    return {"layers": layers}
-
-
-def _kernel_shape(text: config.Text, target: str) -> tuple[int, ...]:
-    d, n, k, h, f = text.hidden_size, text.num_heads, text.num_kv_heads, text.head_dim, text.intermediate_size
-    return {
-        "q_proj": (d, n, h),
-        "k_proj": (d, k, h),
-        "v_proj": (d, k, h),
-        "o_proj": (n, h, d),
-        "gate_proj": (d, f),
-        "up_proj": (d, f),
-        "down_proj": (f, d),
-    }[target]
+    flat: dict[str, Any] = {}
+    kernels = adapted(model, lora)
+    for kernel, one in zip(kernels, jax.random.split(key, len(kernels)), strict=True):
+        n, module = kernel.inputs, kernel.path.removesuffix("kernel")
+        a_shape = (kernel.layers, *kernel.shape[:n], lora.rank)
+        b_shape = (kernel.layers, lora.rank, *kernel.shape[n:])
+        bound = 1 / math.sqrt(kernel.fan_in)
+        a = jax.random.uniform(one, a_shape, jnp.float32, -bound, bound)
+        a_spec = stored_spec((None, *kernel.axes[:n], None), a_shape)
+        b_spec = stored_spec((None, None, *kernel.axes[n:]), b_shape)
+        flat[module + A] = jax.sharding.reshard(a, a_spec)
+        flat[module + B] = jax.sharding.reshard(jnp.zeros(b_shape), b_spec)
+    return nest(flat)
 
 
 def scale_of(lora: config.Lora) -> float:
@@ -92,10 +78,11 @@ def _merge(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float, dtype: s
 
     def layer(_: None, weights: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         kernel, a, b = weights
-        product = jax.lax.dot_general(
+        into, out = "ij"[: a.ndim - 1], "kl"[: b.ndim - 1]
+        product = jnp.einsum(
+            f"{into}r,r{out}->{into}{out}",
             jax.sharding.reshard(a, jax.sharding.PartitionSpec(*spec[1 : a.ndim])),
             jax.sharding.reshard(b, jax.sharding.PartitionSpec(None, *spec[a.ndim :])),
-            (((a.ndim - 1,), (0,)), ((), ())),
             precision="highest",
             out_sharding=jax.sharding.PartitionSpec(*spec[1:]),
         )
@@ -111,20 +98,6 @@ def _merge_on_host(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, scale: floa
     return merged.astype(jnp.dtype(dtype), copy=False)  # a stack of the 4B model's MLP is 3.6 GB
 
 
-def dimensions(text: config.Text, lora: config.Lora) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of each adapted linear; empty without adapters."""
-    found = {}
-    for target in lora.targets if lora.rank else ():
-        shape, contracted = _kernel_shape(text, target), _AXES[target][2]
-        found[target] = math.prod(shape[:contracted]), math.prod(shape[contracted:])
-    return found
-
-
-def splits_inputs(target: str) -> bool:
-    """Whether `tensor` divides that linear's inputs; else its outputs."""
-    return _AXES[target][1][0] != "embed"
-
-
-def param_count(text: config.Text, lora: config.Lora) -> int:
+def param_count(model: config.Model, lora: config.Lora) -> int:
     """Elements of all adapters."""
-    return text.num_layers * lora.rank * sum(map(sum, dimensions(text, lora).values()))
+    return sum(kernel.layers * lora.rank * (kernel.fan_in + kernel.fan_out) for kernel in adapted(model, lora))

@@ -1,21 +1,18 @@
-"""The model's parameters: random values, shapes and shardings, and counts."""
+"""The model's parameters: random values, shapes and shardings, and counts, all from its table of weights."""
 
 from __future__ import annotations
 
 import functools
-import math
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from infimed_jax import config, sharding
-from infimed_jax.models.compute import Compute
-from infimed_jax.models.projector import Projector
-from infimed_jax.models.qwen3 import Qwen3
-from infimed_jax.models.siglip import SiglipTower
-from infimed_jax.ops.attention import Mask
+from infimed_jax.models.family import weights
+from infimed_jax.models.layers import initial
+from infimed_jax.trees import nest
 
 Params = Mapping[str, Any]
 
@@ -28,17 +25,9 @@ def init_params(key: jax.Array, model: config.Model) -> Params:
 
 @functools.partial(jax.jit, static_argnames="model")
 def _init(key: jax.Array, model: config.Model) -> Params:
-    compute = Compute("float32", "none", "xla", 1)
-    vision_key, projector_key, text_key = jax.random.split(key, 3)
-    pixels = jnp.zeros((1, model.vision.image_size, model.vision.image_size, 3), jnp.uint8)
-    patch = jnp.zeros((1, 1, model.vision.hidden_size))
-    embedding = jnp.zeros((1, 1, model.text.hidden_size))
-    position = jnp.zeros((1, 1), jnp.int32)
-    return {
-        "vision": SiglipTower(model.vision, compute).init(vision_key, pixels)["params"],
-        "projector": Projector(model.text.hidden_size, compute).init(projector_key, patch)["params"],
-        "text": Qwen3(model.text, compute).init(text_key, embedding, position, Mask())["params"],
-    }
+    """A weight's values depend on the key and its path alone, so another table changes no other weight."""
+    keys = {weight.path: jax.random.fold_in(key, zlib.crc32(weight.path.encode())) for weight in weights(model)}
+    return nest({weight.path: initial(weight, keys[weight.path]) for weight in weights(model)})
 
 
 def abstract_params(model: config.Model) -> Params:
@@ -48,9 +37,8 @@ def abstract_params(model: config.Model) -> Params:
 
 
 def param_count(model: config.Model) -> dict[str, int]:
-    """Parameters of each part and in `total`; needs no mesh and no memory."""
-    current = jax.sharding.get_abstract_mesh()
-    with jax.sharding.use_abstract_mesh(sharding.abstract_mesh() if current.empty else current):
-        tree = abstract_params(model)
-    counts = {part: sum(math.prod(x.shape) for x in jax.tree.leaves(tree[part])) for part in tree}
+    """Parameters of each part and in `total`."""
+    counts: dict[str, int] = {}
+    for weight in weights(model):
+        counts[weight.part] = counts.get(weight.part, 0) + weight.size
     return counts | {"total": sum(counts.values())}

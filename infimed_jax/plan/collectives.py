@@ -8,18 +8,21 @@ even of an explicit `psum_scatter` over all devices. tests/aot/test_aot.py compa
 
 from __future__ import annotations
 
-import functools
+import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 
 from infimed_jax import config, sharding
-from infimed_jax.cost.flops import text_learns
+from infimed_jax.cost.flops import Use, rows_of, uses
 from infimed_jax.models import lora
+from infimed_jax.models.family import weights
 from infimed_jax.models.params import abstract_params
+from infimed_jax.trees import flatten
 
 GATHER, REDUCE = "all-gather", "all-reduce"
 
@@ -47,14 +50,15 @@ class Collective:
 def collectives(cfg: config.Config, rows: int, mesh: dict[str, int], pieces: int) -> list[Collective]:
     """Those of one step over `rows` rows in `pieces` micro-batches; needs no devices."""
     with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(**mesh)):
-        leaves = jax.tree_util.tree_leaves_with_path(abstract_params(cfg.model))
-        if cfg.train.lora.rank:
-            make = functools.partial(lora.init_lora, text=cfg.model.text, lora=cfg.train.lora)
-            adapters = jax.eval_shape(lambda: {"text": make(jax.random.key(0))})
-            leaves += jax.tree_util.tree_leaves_with_path(adapters)
+        leaves = flatten(abstract_params(cfg.model))
+        adapters = flatten(jax.eval_shape(lambda: lora.init_lora(jax.random.key(0), cfg.model, cfg.train.lora)))
+    kernels = {use.weight.path: use for use in uses(cfg)}
     found: list[Collective] = []
-    for path, leaf in leaves:
-        found += _weight(cfg, tuple(entry.key for entry in path), leaf, mesh, pieces)
+    for path, leaf in leaves.items():
+        found += _weight(cfg, kernels[path], leaf, mesh, pieces)
+    for path, leaf in adapters.items():
+        kernel = kernels[f"{path.rpartition('.')[0]}.kernel"]
+        found += _weight(cfg, replace(kernel, learns=True, below=True), leaf, mesh, pieces)
     found += _activations(cfg, rows // (mesh["data"] * mesh["fsdp"]), mesh["tensor"])
     return [item for item in found if item.group > 1 and item.times]
 
@@ -74,78 +78,62 @@ def by_name(items: Sequence[Collective]) -> dict[str, int]:
     return names | {"total": sum(names.values())}
 
 
-def _weight(cfg: config.Config, path: tuple[str, ...], leaf: Any, mesh: dict[str, int], pieces: int) -> list:
-    """Of one parameter: how often it is gathered, and how often a gradient of it is reduced.
+def _weight(cfg: config.Config, use: Use, leaf: Any, mesh: dict[str, int], pieces: int) -> list[Collective]:
+    """Collectives of one parameter: how often it is gathered, and how often a gradient of it is reduced.
 
     Micro-batches share the gathered weights outside the stacks: XLA moves those out of their loop.
     """
-    part, name = path[0], path[-1]
+    weight, part, learns = use.weight, use.weight.part, use.learns
     axes = {axis for axis in leaf.sharding.spec if axis is not None}
-    norm = name == "scale" or any("norm" in key for key in path)  # used in float32
-    width = 4 if norm or cfg.train.compute_dtype == "float32" else 2
-    used = math.prod(leaf.shape) * width // (mesh["tensor"] if "tensor" in axes else 1)
+    width = 4 if weight.float32 or cfg.train.compute_dtype == "float32" else 2
+    whole = math.prod(leaf.shape) * width
+    used = whole // (mesh["tensor"] if "tensor" in axes else 1)
     rows = mesh["data"] * mesh["fsdp"]
-    learns = part in cfg.train.train if part != "text" else name in (lora.A, lora.B) or text_learns(cfg)
     fsdp = mesh["fsdp"] if "fsdp" in axes else 1
-    if part != "text" and cfg.data.images_per_row == 0:
+    if part != cfg.model.language and cfg.data.images_per_row == 0:
         return []
-    if name == "lm_head":
+    head = [
+        Collective("weights", "head", GATHER, used, fsdp, 1),
+        Collective("gradients", "head", REDUCE, used, rows, pieces * learns),
+    ]
+    if weight.role == "head":
+        return head
+    if weight.role == "table":
+        tied = all(other.role != "head" for other in weights(cfg.model))
         return [
-            Collective("weights", "head", GATHER, used, fsdp, 1),
-            Collective("gradients", "head", REDUCE, used, rows, pieces * learns),
+            Collective("weights", part, GATHER, whole, fsdp * mesh["tensor"], 1),
+            Collective("gradients", part, REDUCE, whole, rows, pieces * learns),
+            *(head if tied else []),
         ]
-    if name == "embed_tokens":
-        whole = math.prod(leaf.shape) * width
-        tied = cfg.model.text.tie_embeddings
-        return [
-            Collective("weights", "text", GATHER, whole, fsdp * mesh["tensor"], 1),
-            Collective("gradients", "text", REDUCE, whole, rows, pieces * learns),
-            Collective("weights", "head", GATHER, used, fsdp, int(tied)),
-            Collective("gradients", "head", REDUCE, used, rows, pieces * learns * tied),
-        ]
-    stacked = "layers" in path or "blocks" in path
-    # A block's last bias is no operand of its backward pass.
-    again = stacked and cfg.train.remat != "none" and _differentiated(cfg, part) and path[-2:] != ("fc2", "bias")
-    rows *= mesh["tensor"] if name == "scale" and {"q_norm", "k_norm"} & set(path) else 1
+    # The last bias of a block is no operand of its backward pass.
+    again = weight.layers and cfg.train.remat != "none" and use.below and not (use.last and weight.name == "bias")
+    rows *= mesh["tensor"] if weight.split_input else 1
     return [
-        Collective("weights", part, GATHER, used, fsdp, pieces * (1 + again) if stacked else 1),
+        Collective("weights", part, GATHER, used, fsdp, pieces * (1 + bool(again)) if weight.layers else 1),
         Collective("gradients", part, REDUCE, used, rows, pieces * learns),
     ]
 
 
-def _differentiated(cfg: config.Config, part: str) -> bool:
-    """Whether gradients pass through `part`: all of the text model's inputs come from what may learn."""
-    return part in cfg.train.train or part == "text"
-
-
 def _activations(cfg: config.Config, rows: int, tensor: int) -> list[Collective]:
     """Sums over `tensor` behind every product that contracts a split axis; times are those of all micro-batches."""
-    text, vision, data = cfg.model.text, cfg.model.vision, cfg.data
     width = 4 if cfg.train.compute_dtype == "float32" else 2
+    tokens, counts = rows * cfg.data.context, rows_of(cfg, rows)
+    times: Counter[tuple[str, int]] = Counter({("head", tokens * cfg.model.hidden_size): 1})
+    """Of each part and number of elements."""
+    kernels = [use for use in uses(cfg) if use.weight.inputs]
+    for use in kernels:
+        weight, layers = use.weight, use.weight.layers or 1
+        if weight.splits_inputs:
+            times[weight.part, counts[weight.per] * weight.fan_out] += layers * (1 + use.recomputed(cfg))
+    for _, group in itertools.groupby((u for u in kernels if u.weight.splits_outputs), key=lambda u: u.weight.block):
+        use = next(group)  # all of the block's that read one input sum its gradient once
+        times[use.weight.part, counts[use.weight.per] * use.weight.fan_in] += (use.weight.layers or 1) * use.below
     again = int(cfg.train.remat == "full")
-    tokens, images = rows * data.context, rows * data.images_per_row
-    sees = int("vision" in cfg.train.train)
-
-    def summed(part: str, elements: int, times: int) -> Collective:
-        return Collective("activations", part, REDUCE, elements * width, tensor, times)
-
-    found = [
-        # Forward o_proj and down_proj; again o_proj; backward what enters q, k and v, and what enters gate and up.
-        summed("text", tokens * text.hidden_size, text.num_layers * (2 + again + 2)),
-        summed("head", tokens * text.hidden_size, 1),
+    for kernel in lora.adapted(cfg.model, cfg.train.lora):
+        # x A is summed forward behind a split input, its gradient elsewhere.
+        times[kernel.part, tokens * cfg.train.lora.rank] += kernel.layers * (1 + again if kernel.splits_inputs else 1)
+    return [
+        *(Collective("activations", part, REDUCE, n * width, tensor, count) for (part, n), count in times.items() if n),
         # Float32, a number a position: the maximum and four sums, then the maximum and one sum again.
         Collective("loss", "head", REDUCE, tokens * 4, tensor, 7),
     ]
-    adapted = lora.dimensions(text, cfg.train.lora)
-    behind = sum(map(lora.splits_inputs, adapted))  # x A is summed forward there, its gradient elsewhere
-    low = tokens * cfg.train.lora.rank
-    found.append(summed("text", low, text.num_layers * (behind * (1 + again) + len(adapted) - behind)))
-    if images:
-        patches = images * vision.num_patches * vision.hidden_size
-        visual = images * cfg.model.projector.visual_tokens
-        found += [
-            summed("vision", patches, vision.num_blocks * (2 + sees * (again + 2))),
-            summed("projector", visual * text.hidden_size, 1),
-            summed("projector", visual * vision.hidden_size, sees),
-        ]
-    return found

@@ -125,7 +125,7 @@ def _plan(run: Run, start: Params, pool: Questions, reward: RewardFn) -> Plan:
     layout, compute = plan_layout(pool, cfg), Compute.of(cfg.train)
     reference = None
     if cfg.grpo.kl_coefficient > 0:
-        adapted = ("text",) if cfg.train.lora.rank else ()
+        adapted = (cfg.model.language,) if cfg.train.lora.rank else ()
         learnt, frozen = split_params(start, tuple(part for part in cfg.train.train if part not in adapted))
         # In the very dtypes of the state, so that the first divergence is exactly 0.
         reference = jax.tree.map(lambda x: x.astype(jnp.float32), learnt)

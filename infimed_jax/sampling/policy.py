@@ -78,7 +78,7 @@ class Policy:
         values = config.with_overrides(config.merge(values, defaults or {}), list(settings))
         cfg = config.from_dict(config.Config, values)
         # A setting such as model.text.num_layers must fit: a layer too many would be a copy of the last one.
-        check_leaves(flatten(dict(params), "/"), cfg.model)
+        check_leaves(flatten(dict(params)), cfg.model)
         loaded = load_tokenizer(tokenizer or cfg.data.tokenizer)
         if len(loaded) > cfg.model.vocab_size:
             raise UserError(

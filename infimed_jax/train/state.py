@@ -57,8 +57,8 @@ def init_state(params: Params, cfg: config.Config, optimizer: optax.GradientTran
     """State before the first step. Parameters are copied: the step donates its state, never the caller's arrays."""
     trainable, frozen = split_params(params, cfg.train.train)
     if cfg.train.lora.rank:
-        frozen["text"] = trainable["text"]
-        trainable["text"] = init_lora(jax.random.key(cfg.train.seed), cfg.model.text, cfg.train.lora)
+        frozen[cfg.model.language] = trainable[cfg.model.language]
+        trainable |= init_lora(jax.random.key(cfg.train.seed), cfg.model, cfg.train.lora)
     trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trainable)
     frozen = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.dtype(cfg.train.compute_dtype), copy=True), frozen)
     return TrainState(trainable, frozen, _replicate_scalars(optimizer.init(trainable)), _replicated(jnp.int32(0)))

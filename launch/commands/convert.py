@@ -84,7 +84,7 @@ def from_hf(args: argparse.Namespace) -> None:
             done = 0
             for path, leaf in opened.leaves():
                 done += leaf.nbytes
-                yield path.replace("/", "."), leaf
+                yield path, leaf
                 del leaf  # before the next one is read
                 bar(done, opened.nbytes, gigabytes(done, opened.nbytes))
 

@@ -30,9 +30,9 @@ def adapted(model, make_params):
 
     def make(settings: config.Lora = SETTINGS) -> dict:
         rng = np.random.default_rng(1)
-        adapters = lora.init_lora(jax.random.key(0), model.text, settings)
+        adapters = lora.init_lora(jax.random.key(0), model, settings)
         drawn = jax.tree.map(lambda leaf: 0.2 * rng.standard_normal(leaf.shape, np.float32), adapters)
-        return merge_params({"text": drawn}, make_params(model))
+        return merge_params(drawn, make_params(model))
 
     return make
 

@@ -171,7 +171,7 @@ def test_the_card_says_what_was_given(model, make_params, tokenizer_folder, tmp_
 
 
 def test_parameters_that_do_not_fit_are_refused(model, untied, make_params, tokenizer_folder, tmp_path):
-    with pytest.raises(UserError, match="1 missing: text/lm_head"):
+    with pytest.raises(UserError, match=r"1 missing: text\.lm_head"):
         to_hf(make_params(model), untied, tokenizer_folder, tmp_path / "out")
     small = dataclasses.replace(model, text=dataclasses.replace(model.text, vocab_size=100))
     with pytest.raises(UserError, match="tokens, the model's vocab_size is 100"):
@@ -222,11 +222,11 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(model, make_params, tokenize
 
 KILLED = """
 import os, pickle, signal, sys
-from infimed_jax.hf import names
+from infimed_jax.models.weights import Weight
 from infimed_jax.hf.export import to_hf
 
 params, model, tokenizer, output = pickle.load(open(sys.argv[1], "rb"))
-count, convert = 0, names.Tensor.to_key
+count, convert = 0, Weight.to_key
 
 def to_key(self, ours):
     global count
@@ -235,7 +235,7 @@ def to_key(self, ours):
         os.kill(os.getpid(), signal.SIGKILL)
     return convert(self, ours)
 
-names.Tensor.to_key = to_key
+Weight.to_key = to_key
 to_hf(params, model, tokenizer, output, shard_bytes=20_000)
 """
 

@@ -73,20 +73,20 @@ def test_every_key_is_matched_once_in_every_spelling(model, choice):
 @given(models(), st.randoms(use_true_random=False))
 def test_both_directions_are_inverse_and_keep_every_number(model, random):
     for tensor in names.tensors(model):
-        numbers = list(range(int(np.prod(tensor.shape))))
+        numbers = list(range(int(np.prod(tensor.weight.shape))))
         random.shuffle(numbers)
-        ours = np.array(numbers).reshape(tensor.shape)
-        theirs = tensor.to_key(ours)
+        ours = np.array(numbers).reshape(tensor.weight.shape)
+        theirs = tensor.weight.to_key(ours)
         assert theirs.shape == tensor.key_shape
-        assert np.array_equal(tensor.to_leaf(theirs), ours)
-        assert np.array_equal(tensor.to_key(tensor.to_leaf(theirs)), theirs)
+        assert np.array_equal(tensor.weight.to_leaf(theirs), ours)
+        assert np.array_equal(tensor.weight.to_key(tensor.weight.to_leaf(theirs)), theirs)
 
 
 @settings(max_examples=6, deadline=None)
 @given(models())
 def test_leaves_are_those_of_the_model(model):
     tree = abstract_params(model)
-    found = {"/".join(k.key for k in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    found = {".".join(k.key for k in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     assert names.leaf_shapes(model) == found
 
 
@@ -123,9 +123,9 @@ def test_published_shapes_match_completely(text):
     }
     with jax.sharding.use_abstract_mesh(sharding.abstract_mesh()):
         tree = abstract_params(model)
-    found = {"/".join(k.key for k in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    found = {".".join(k.key for k in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     assert names.leaf_shapes(model) == found
-    vision = sum(np.prod(s) for path, s in found.items() if path.startswith("vision/"))
+    vision = sum(np.prod(s) for path, s in found.items() if path.startswith("vision."))
     assert vision == 397_745_440  # so400m without block 27, the final norm and the head
 
 
@@ -159,17 +159,17 @@ def test_an_untied_file_for_a_tied_model_is_not_lost(model, untied):
 
 def test_a_wrong_tree_is_named_leaf_by_leaf(model):
     leaves = {path: (shape, "float32") for path, shape in names.leaf_shapes(model).items()}
-    leaves["text/norm/scale"] = ((33,), "float32")
-    leaves["text/embed_tokens"] = (leaves["text/embed_tokens"][0], "float16")
-    leaves["lora/a"] = ((1,), "float32")
-    del leaves["projector/linear_1/bias"]
+    leaves["text.norm.scale"] = ((33,), "float32")
+    leaves["text.embed_tokens"] = (leaves["text.embed_tokens"][0], "float16")
+    leaves["lora.a"] = ((1,), "float32")
+    del leaves["projector.linear_1.bias"]
     with pytest.raises(UserError) as raised:
         names.check_leaves({path: names.Found(*leaf) for path, leaf in leaves.items()}, model)
     for part in (
-        "1 missing: projector/linear_1/bias",
-        "1 not known: lora/a",
+        "1 missing: projector.linear_1.bias",
+        "1 not known: lora.a",
         "scale [33]",
-        "text/embed_tokens float16",
+        "text.embed_tokens float16",
     ):
         assert part in str(raised.value)
 

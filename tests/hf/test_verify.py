@@ -44,13 +44,13 @@ def test_an_export_computes_what_we_compute(model, untied, make_params, tokenize
 
 
 @pytest.mark.parametrize(
-    "leaf", ["text/layers/self_attn/k_norm/scale", "vision/blocks/mlp/fc2/bias", "projector/linear_1/kernel"]
+    "leaf", ["text.layers.self_attn.k_norm.scale", "vision.blocks.mlp.fc2.bias", "projector.linear_1.kernel"]
 )
 def test_one_wrong_leaf_fails(model, make_params, tokenizer_folder, tmp_path, leaf):
     """The layers of a stacked leaf in the wrong order, or rows swapped: what a false converter would do."""
     params = make_params(model)
     folder = to_hf(params, model, tokenizer_folder, tmp_path / "out")
-    *groups, name = leaf.split("/")
+    *groups, name = leaf.split(".")
     node = params
     for group in groups:
         node = node[group]
@@ -59,7 +59,7 @@ def test_one_wrong_leaf_fails(model, make_params, tokenizer_folder, tmp_path, le
     assert result["status"] == "failed"
     assert any("logits differ" in failure for failure in result["failures"])
     text_fails = any(failure.startswith("verify/text") for failure in result["failures"])
-    assert text_fails == leaf.startswith("text/")
+    assert text_fails == leaf.startswith("text.")
 
 
 def test_another_rope_base_fails(model, make_params, tokenizer_folder, tmp_path):

@@ -112,7 +112,7 @@ def test_mistakes_are_one_line(models, tmp_path, capsys):
     for arguments, words in (
         ((*asked[:-1], " "), "--prompt is empty"),
         ((*asked[:-1], os.fsdecode(b"caf\xe9")), "--prompt is no UTF-8"),
-        ((*asked, "model.text.num_layers=3"), "of another shape: text/layers/input_layernorm/scale [2, 32]"),
+        ((*asked, "model.text.num_layers=3"), "of another shape: text.layers.input_layernorm.scale [2, 32]"),
         ((*asked[:-1], "x " * 2000), "sampling.max_tokens=512 exceed the model's context of 1234: shorten the prompt"),
         ((*asked, "sampling.max_tokens=99999999"), "exceed the model's context of 1234"),
         (("generate", "--hf", models / "hf", *asked[3:], "sampling.max_tokens=1230"), "context of 1234"),
@@ -133,7 +133,7 @@ def test_an_evaluation_of_another_model_than_the_checkpoints_is_refused(models, 
     """A layer too many would be a copy of the last one, and the score that of no model."""
     assert command("evaluate", "--checkpoint", models / "checkpoint", "--dataset", tmp_path, "--output", tmp_path,
                    "model.text.num_layers=3") == 2  # fmt: skip
-    assert "of another shape: text/layers/input_layernorm/scale [2, 32]" in capsys.readouterr().err
+    assert "of another shape: text.layers.input_layernorm.scale [2, 32]" in capsys.readouterr().err
 
 
 def test_the_reply_has_standard_output_for_itself(models, capsys):

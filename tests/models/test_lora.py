@@ -39,9 +39,9 @@ def params():
 
 
 def _adapted(params, settings=LORA, noise=0.3):
-    adapters = lora.init_lora(jax.random.key(1), MODEL.text, settings)
+    adapters = lora.init_lora(jax.random.key(1), MODEL, settings)
     moved = jax.tree.map(lambda x: x + noise * jax.random.normal(jax.random.key(2), x.shape), adapters)
-    return merge_params({"text": moved}, params)
+    return merge_params(moved, params)
 
 
 def _first_layer(params, compute=COMPUTE):
@@ -62,13 +62,13 @@ def _first_layer(params, compute=COMPUTE):
 )
 def test_adapters_start_as_pefts_do(module, target, inputs):
     """A by Kaiming's uniform rule with a = sqrt(5), which is 1 / sqrt(inputs); B zero."""
-    adapter = lora.init_lora(jax.random.key(1), MODEL.text, config.Lora(rank=8))["layers"][module][target]
+    adapter = lora.init_lora(jax.random.key(1), MODEL, config.Lora(rank=8))["text"]["layers"][module][target]
     largest = float(jnp.abs(adapter["lora_a"]).max()) * inputs**0.5
     assert 0.95 < largest <= 1 and not adapter["lora_b"].any()
 
 
 def test_untrained_adapters_change_nothing(params):
-    adapted = merge_params({"text": lora.init_lora(jax.random.key(1), MODEL.text, LORA)}, params)
+    adapted = merge_params(lora.init_lora(jax.random.key(1), MODEL, LORA), params)
     for ours, plain in zip(jax.tree.leaves(_first_layer(adapted)), jax.tree.leaves(_first_layer(params)), strict=True):
         np.testing.assert_array_equal(ours, plain)
 
@@ -117,11 +117,11 @@ def test_merging_on_the_host_makes_one_copy():
 
 
 def test_counts_and_shapes(params):
-    adapters = lora.init_lora(jax.random.key(1), MODEL.text, LORA)
-    assert sum(leaf.size for leaf in jax.tree.leaves(adapters)) == lora.param_count(MODEL.text, LORA)
+    adapters = lora.init_lora(jax.random.key(1), MODEL, LORA)
+    assert sum(leaf.size for leaf in jax.tree.leaves(adapters)) == lora.param_count(MODEL, LORA)
     for path, leaf in jax.tree_util.tree_leaves_with_path(adapters):
         *parents, which = [entry.key for entry in path]
-        kernel = params["text"]
+        kernel = params
         for name in parents:
             kernel = kernel[name]
         rank_axis = leaf.ndim - 1 if which == "lora_a" else 1

@@ -11,10 +11,18 @@ from transformers import SiglipVisionModel
 
 from infimed_jax import config
 from infimed_jax.models.compute import Compute
-from infimed_jax.models.siglip import SiglipTower, to_patches
+from infimed_jax.models.infimed import config as infimed
+from infimed_jax.models.infimed.vision import SiglipTower, to_patches
+from infimed_jax.models.infimed.weights import tree
+from infimed_jax.models.params import param_count
 from tests.models.reference import VISION, siglip_params, torch_siglip, torch_siglip_config
 
 FLOAT32 = Compute("float32", "none", "xla", 64)
+
+
+def tower(vision: infimed.Vision) -> SiglipTower:
+    weights = tree(infimed.Model(vision=vision, projector=infimed.Projector(visual_tokens=1)))
+    return SiglipTower(weights["vision"], vision, FLOAT32)
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +45,14 @@ def test_every_feature_layer_is_hugging_faces_hidden_state(pixels, activation):
     for layer in range(-vision.num_layers - 1, vision.num_layers + 1):
         held = replace(vision, feature_layer=layer)
         params = siglip_params(model, held)
-        out = jax.jit(SiglipTower(held, FLOAT32).apply)({"params": params}, pixels)
+        out = jax.jit(tower(held).apply)({"params": params}, pixels)
         np.testing.assert_allclose(out, expected[layer], atol=1e-4, rtol=0, err_msg=f"feature layer {layer}")
 
 
 def test_the_two_activations_differ(pixels):
     params = siglip_params(torch_siglip(VISION), VISION)
     tanh, exact = (
-        SiglipTower(replace(VISION, activation=name), FLOAT32).apply({"params": params}, pixels)
-        for name in ("gelu_tanh", "gelu")
+        tower(replace(VISION, activation=name)).apply({"params": params}, pixels) for name in ("gelu_tanh", "gelu")
     )
     assert np.abs(tanh - exact).max() > 1e-4
 
@@ -58,8 +65,7 @@ def test_the_published_tower_is_so400m_without_what_never_runs():
     counts = {name: parameter.numel() for name, parameter in theirs.named_parameters()}
     assert sum(counts.values()) == 412_987_248
     runs = sum(n for name, n in counts.items() if "layers.26." not in name and "post_layernorm" not in name)
-    params = jax.eval_shape(SiglipTower(vision, FLOAT32).init, jax.random.key(0), np.zeros((1, 384, 384, 3), np.uint8))
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == runs == 397_745_440
+    assert param_count(infimed.Model(vision=vision))["vision"] == runs == 397_745_440
 
 
 def test_patches_are_row_major_and_leave_the_remainder(pixels):

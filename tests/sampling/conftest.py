@@ -80,7 +80,7 @@ def tiny():
     )
     compute = Compute("float32", "none", "xla", 16)
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
-        params = init_params(jax.random.key(0), model)
+        params = init_params(jax.random.key(10), model)
         # Sharper than at initialisation: likelihoods are far from equal. Untied, or it would repeat the last token.
         params = jax.tree.map_with_path(lambda path, x: x if "scale" in str(path[-1]) else x * 4, params)
         params["text"]["lm_head"] *= 4

@@ -126,6 +126,17 @@ class Model(config.Model):
         )
 
     @property
+    def split(self) -> dict[str, int]:
+        return {
+            "text.num_kv_heads": self.text.num_kv_heads,
+            "text.intermediate_size": self.text.intermediate_size,
+            "text.hidden_size": self.text.hidden_size,
+            "text.vocab_size": self.text.vocab_size,
+            "vision.num_heads": self.vision.num_heads,
+            "vision.intermediate_size": self.vision.intermediate_size,
+        }
+
+    @property
     def vocab_size(self) -> int:
         return self.text.vocab_size
 

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from infimed_jax import config
 from infimed_jax.models.compute import Compute, scan_blocks
-from infimed_jax.models.layers import Linear, RMSNorm, normal_002, weight
+from infimed_jax.models.infimed import config as infimed
+from infimed_jax.models.layers import Linear, RMSNorm
+from infimed_jax.models.weights import Tree
 from infimed_jax.ops.attention import Mask, attention
 from infimed_jax.ops.rope import apply_rope, rope_tables
 from infimed_jax.sharding import summed_once
@@ -25,73 +26,71 @@ Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 class SelfAttention(nn.Module):
     """Grouped-query attention with RMS-normed queries and keys; `attend` says over which keys."""
 
-    text: config.Text
+    weights: Tree
+    text: infimed.Text
     compute: Compute
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], rope: tuple[Array, Array], attend: Attend) -> tuple[Array, Any]:
-        text, dtype = self.text, jnp.dtype(self.compute.dtype)
-        d, n, k, h = text.hidden_size, text.num_heads, text.num_kv_heads, text.head_dim
-        linear = functools.partial(Linear, dtype=dtype, lora_scale=self.compute.lora_scale)
-        axes = ("embed", "heads", None)
+        weights, eps = self.weights, self.text.norm_eps
+        linear = functools.partial(_linear, weights, self.compute)
         x = summed_once(x, "tensor")
-        query = linear((d,), (n, h), axes, name="q_proj")(x)
-        key = linear((d,), (k, h), axes, name="k_proj")(x)
-        value = linear((d,), (k, h), axes, name="v_proj")(x)
-        query = apply_rope(RMSNorm(text.norm_eps, name="q_norm")(query), rope)
-        key = apply_rope(RMSNorm(text.norm_eps, name="k_norm")(key), rope)
+        query, key, value = linear("q_proj")(x), linear("k_proj")(x), linear("v_proj")(x)
+        query = apply_rope(RMSNorm(weights["q_norm"], eps, name="q_norm")(query), rope)
+        key = apply_rope(RMSNorm(weights["k_norm"], eps, name="k_norm")(key), rope)
         out, aux = attend(query, key, value)
-        return linear((n, h), (d,), ("heads", None, "embed"), name="o_proj")(out), aux
+        return linear("o_proj")(out), aux
 
 
 class Mlp(nn.Module):
     """SwiGLU."""
 
-    text: config.Text
+    weights: Tree
     compute: Compute
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        d, f, dtype = self.text.hidden_size, self.text.intermediate_size, jnp.dtype(self.compute.dtype)
-        linear = functools.partial(Linear, dtype=dtype, lora_scale=self.compute.lora_scale)
+        linear = functools.partial(_linear, self.weights, self.compute)
         x = summed_once(x, "tensor")
-        gate = linear((d,), (f,), ("embed", "mlp"), name="gate_proj")(x)
-        up = linear((d,), (f,), ("embed", "mlp"), name="up_proj")(x)
-        return linear((f,), (d,), ("mlp", "embed"), name="down_proj")(jax.nn.silu(gate) * up)
+        gate, up = linear("gate_proj")(x), linear("up_proj")(x)
+        return linear("down_proj")(jax.nn.silu(gate) * up)
+
+
+def _linear(weights: Tree, compute: Compute, name: str) -> Linear:
+    return Linear(weights[name], jnp.dtype(compute.dtype), compute.lora_scale, name=name)
 
 
 class Block(nn.Module):
     """Pre-norm transformer block; the same in training's scan and in the sampler's unrolled layers."""
 
-    text: config.Text
+    weights: Tree
+    text: infimed.Text
     compute: Compute
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], rope: tuple[Array, Array], attend: Attend) -> tuple[Array, Any]:
+        weights, eps = self.weights, self.text.norm_eps
         with jax.named_scope("attention"):
-            normed = RMSNorm(self.text.norm_eps, name="input_layernorm")(x)
-            mixed, aux = SelfAttention(self.text, self.compute, name="self_attn")(normed, rope, attend)
+            normed = RMSNorm(weights["input_layernorm"], eps, name="input_layernorm")(x)
+            mixed, aux = SelfAttention(weights["self_attn"], self.text, self.compute, name="self_attn")(
+                normed, rope, attend
+            )
             x = x + mixed
         with jax.named_scope("mlp"):
-            normed = RMSNorm(self.text.norm_eps, name="post_attention_layernorm")(x)
-            return x + Mlp(self.text, self.compute, name="mlp")(normed), aux
+            normed = RMSNorm(weights["post_attention_layernorm"], eps, name="post_attention_layernorm")(x)
+            return x + Mlp(weights["mlp"], self.compute, name="mlp")(normed), aux
 
 
 class Qwen3(nn.Module):
-    """Embeddings → hidden states after the final norm.
+    """Embeddings to hidden states after the final norm."""
 
-    It also declares `embed_tokens` and `lm_head`, which `infimed.embed` and `infimed.logits` read as plain arrays.
-    """
-
-    text: config.Text
+    weights: Tree
+    text: infimed.Text
     compute: Compute
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Mask) -> Float[Array, "B T D"]:
         text = self.text
-        weight(self, "embed_tokens", (text.vocab_size, text.hidden_size), ("vocab", "embed"), normal_002, jnp.float32)
-        if not text.tie_embeddings:
-            weight(self, "lm_head", (text.hidden_size, text.vocab_size), ("embed", "vocab"), normal_002, jnp.float32)
         rope = rope_tables(positions, text.head_dim, text.rope_theta)
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
@@ -99,9 +98,9 @@ class Qwen3(nn.Module):
 
         x = scan_blocks(
             lambda block, x: block(x, rope, attend)[0],
-            Block(text, self.compute, name="layers"),
+            Block(self.weights["layers"], text, self.compute, name="layers"),
             x,
             text.num_layers,
             self.compute,
         )
-        return RMSNorm(text.norm_eps, name="norm")(x)
+        return RMSNorm(self.weights["norm"], text.norm_eps, name="norm")(x)
