@@ -23,3 +23,16 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[last] = leaf
     return tree
+
+
+def at(tree: Any, path: str) -> Any:
+    """The leaf or branch at `text.layers`."""
+    for name in path.split("."):
+        tree = tree[name]
+    return tree
+
+
+def put(tree: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A tree with `value` at `path`; what does not lie on the path is shared with the old one."""
+    name, _, rest = path.partition(".")
+    return {**tree, name: put(tree[name], rest, value) if rest else value}

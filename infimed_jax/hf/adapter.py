@@ -12,7 +12,7 @@ from infimed_jax.config import Lora, Model
 from infimed_jax.files import write_json
 from infimed_jax.hf.weights import SINGLE, write_weights
 from infimed_jax.models import lora
-from infimed_jax.models.infimed.weights import weights
+from infimed_jax.models.family import weights
 
 MODULES = "base_model.model.model.language_model."
 """How PEFT names what transformers' LLaVA calls `model.language_model`."""

@@ -34,10 +34,11 @@ from infimed_jax.hf.configuration import LLAVA, llava_from_hf, read_architecture
 from infimed_jax.hf.weights import ADAPTER, DTYPES
 from infimed_jax.models import forward, lora
 from infimed_jax.models.compute import Compute
+from infimed_jax.models.family import family_of, head_path, table_path, weights
 from infimed_jax.models.infimed import config as infimed
 from infimed_jax.models.params import Params
 from infimed_jax.ops.attention import Mask, attention
-from infimed_jax.trees import flatten
+from infimed_jax.trees import at, flatten, nest
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ def _cases(
     compute = Compute("float32", "none", "xla", 1, lora_scale)
     same = [segment.tokens.tolist() == answer.tokens for segment, answer in zip(segments, theirs, strict=True)]
     batches = [_batch(segment, model) for segment, equal in zip(segments, same, strict=True) if equal]
-    rounded, head = _run(params, batches, model, compute, dtype), _head(params, dtype)
+    rounded, head = _run(params, batches, model, compute, dtype), _head(params, model, dtype)
     outputs = iter(rounded)
     cases = []
     for sample, segment, answer, equal in zip(samples, segments, theirs, same, strict=True):
@@ -202,7 +203,7 @@ def _cases(
             case["logits"] = _summary([_difference(*pair) | _distributions(*pair) for pair in pairs], hidden)
         cases.append(case)
     if dtype == "bfloat16" and any(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params)):
-        exact, exact_head = _run(params, batches, model, compute, "float32"), _head(params, "float32")
+        exact, exact_head = _run(params, batches, model, compute, "float32"), _head(params, model, "float32")
         compared = [case for case in cases if case["tokens_equal"]]
         for case, ours, before in zip(compared, rounded, exact, strict=True):
             pairs = zip(_logits(exact_head, before.hidden, model), _logits(head, ours.hidden, model), strict=True)
@@ -225,26 +226,25 @@ def _run(
     params: Mapping[str, Any], batches: Sequence[Batch], model: config.Model, compute: Compute, dtype: str
 ) -> list[_Outputs]:
     """All prompts through one part of the model after the other, so that only one is held in float32."""
-    part = jax.device_put(_wide(_rounded({name: params[name] for name in ("vision", "projector")}, dtype)))
+    family, table = family_of(model), table_path(model)
+    part = jax.device_put(_wide(_rounded({name: params[name] for name in family.encoder}, dtype)))
     encoded = [_encode(part, batch.pixels, model, compute) for batch in batches]
-    part = jax.device_put(_wide(_rounded({"text": {"embed_tokens": params["text"]["embed_tokens"]}}, dtype)))
-    states = [_embed(part, batch, visual[1], model, compute) for batch, visual in zip(batches, encoded, strict=True)]
+    part = jax.device_put(_wide(_rounded(nest({table: at(params, table)}), dtype)))
+    states = [_embed(part, batch, stages, model, compute) for batch, stages in zip(batches, encoded, strict=True)]
     del part
-    stacks = _rounded(params["text"]["layers"], dtype)
+    stacks = _rounded(at(params, family.blocks), dtype)
     for number in range(model.num_layers):
         layer = jax.device_put(_wide(jax.tree.map(lambda leaf, number=number: leaf[number], stacks)))
         states = [_block(layer, x, batch, model, compute) for x, batch in zip(states, batches, strict=True)]
-    norm = {"text": {"norm": _wide(_rounded(params["text"]["norm"], dtype))}}
-    features = [
-        {"vision": np.asarray(vision), "projector": np.asarray(visual)} if len(vision) else {}
-        for vision, visual in encoded
-    ]
+    others = [w.path for w in weights(model) if w.part == model.language and not (w.layers or w.role)]
+    norm = _wide(_rounded(nest({path: at(params, path) for path in others}), dtype))
+    features = [{name: np.asarray(stage) for name, stage in stages.items()} for stages in encoded]
     return [_Outputs(f, forward.final_norm(norm, x[0], model)) for f, x in zip(features, states, strict=True)]
 
 
-def _head(params: Mapping[str, Any], dtype: str) -> Params:
-    name = "lm_head" if "lm_head" in params["text"] else "embed_tokens"
-    return jax.device_put(_wide(_rounded({"text": {name: params["text"][name]}}, dtype)))
+def _head(params: Params, model: config.Model, dtype: str) -> Params:
+    path = head_path(model) or table_path(model)
+    return jax.device_put(_wide(_rounded(nest({path: at(params, path)}), dtype)))
 
 
 def _logits(head: Params, hidden: jax.Array, model: config.Model) -> Iterator[np.ndarray]:
@@ -271,15 +271,20 @@ _jit = functools.partial(jax.jit, static_argnames=("model", "compute"))
 
 
 @_jit
-def _encode(params: Params, pixels: jax.Array, model: config.Model, compute: Compute) -> tuple[jax.Array, jax.Array]:
-    if pixels.shape[1] == 0:
-        return jnp.zeros((0, 0, 0)), jnp.zeros((0, 0, model.hidden_size))
-    features = forward.vision_features(params, pixels, model, compute)
-    return features, forward.project(params, features, model, compute)
+def _encode(params: Params, pixels: jax.Array, model: config.Model, compute: Compute) -> dict[str, jax.Array]:
+    """What each stage of the encoder makes of one row's images; empty without images."""
+    images, stages = pixels[0], {}
+    for name, stage in family_of(model).encoder.items() if len(images) else ():
+        stages[name] = images = stage(params, images, model, compute)
+    return stages
 
 
 @_jit
-def _embed(params: Params, batch: Batch, visual: jax.Array, model: config.Model, compute: Compute) -> jax.Array:
+def _embed(
+    params: Params, batch: Batch, stages: dict[str, jax.Array], model: config.Model, compute: Compute
+) -> jax.Array:
+    last = [*family_of(model).encoder][-1]
+    visual = stages[last] if stages else jnp.zeros((0, 0, model.hidden_size))
     flat = sharding.reshape_rows(visual, 1, visual.shape[0] * visual.shape[1], visual.shape[2])
     return forward.embed(params, batch.tokens, batch.visual_index, flat, model, compute)
 

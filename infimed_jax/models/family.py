@@ -12,14 +12,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Array
+
 from infimed_jax import config, plugins
 from infimed_jax.config.fields import require
 from infimed_jax.models.weights import Unweighted, Weight
 
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+"""(q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]), rotated and normed → (out [B,T,N,H], whatever the caller collects)."""
+
 
 @dataclass(frozen=True)
 class Family:
-    """Functions of the family's own settings, `model`."""
+    """Functions of the family's own settings, `model`; `params` are the whole tree or what of it a function uses."""
 
     weights: Callable[[Any], tuple[Weight, ...]]
     """Every weight, in the order of the computation."""
@@ -27,6 +32,17 @@ class Family:
     """Rows that one image gives to the products of each `Weight.per` but `token`."""
     unweighted: Callable[[Any], tuple[Unweighted, ...]]
     """The products of one image that multiply no weight."""
+    encoder: Mapping[str, Callable[..., Array]]
+    """From pixels to visual tokens, a stage for each part that has weights in it: (params, images [I, …], model,
+    compute) to the next stage's images, and at last to [I, P, D]."""
+    blocks: str
+    """Path of the language model's stack of blocks in the tree of parameters."""
+    hidden: Callable[..., Array]
+    """(params, embeddings [B,T,D], positions, mask, model, compute) to hidden states after the final norm."""
+    block: Callable[..., tuple[Array, Any]]
+    """(one layer's own parameters, x [B,T,D], positions, attend, model, compute) to (x, what `attend` collected)."""
+    final_norm: Callable[..., Array]
+    """(params, x [..., D], model) to normed hidden states."""
 
 
 def family_of(model: config.Model) -> Family:
@@ -44,6 +60,16 @@ def _family(name: str) -> Family:
         isinstance(family, Family), f"model.family={name}: its module must define FAMILY, a Family of models/family.py"
     )
     return family
+
+
+def table_path(model: config.Model) -> str:
+    """Path of the embedding that tokens look up."""
+    return next(weight.path for weight in weights(model) if weight.role == "table")
+
+
+def head_path(model: config.Model) -> str | None:
+    """Path of the output layer's own matrix; None where it is the transposed embedding."""
+    return next((weight.path for weight in weights(model) if weight.role == "head"), None)
 
 
 def weights(model: config.Model) -> tuple[Weight, ...]:

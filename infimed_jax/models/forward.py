@@ -1,10 +1,7 @@
-"""The whole model as functions of a plain parameter tree; everything runs under `jax.set_mesh`.
+"""The whole model of any family as functions of a plain parameter tree; everything runs under `jax.set_mesh`.
 
-    {"vision": {"patch_embedding", "position_embedding", "blocks"},
-     "projector": {"linear_1", "linear_2"},
-     "text": {"embed_tokens", "layers", "norm", "lm_head" where untied}}
-
-Linears are {"kernel"[, "bias"]}, norms {"scale"[, "bias"]}; `blocks` and `layers` are stacked on axis 0.
+The tree has the paths of the family's weights; linears are {"kernel"[, "bias"]}, norms {"scale"[, "bias"]}, and the
+layers of a stack lie on axis 0 of its leaves.
 """
 
 from __future__ import annotations
@@ -19,44 +16,25 @@ from jaxtyping import Array, Float, Int, UInt8
 from infimed_jax import config, sharding
 from infimed_jax.data.batch import Batch
 from infimed_jax.models.compute import Compute
-from infimed_jax.models.infimed.text import Attend, Block, Qwen3
-from infimed_jax.models.infimed.vision import Projector, SiglipTower
-from infimed_jax.models.infimed.weights import tree
-from infimed_jax.models.layers import RMSNorm
+from infimed_jax.models.family import Attend, family_of, head_path, table_path
 from infimed_jax.models.params import Params
 from infimed_jax.ops.attention import Mask
 from infimed_jax.ops.cross_entropy import target_logprobs
-from infimed_jax.ops.pooling import adaptive_average_pool
-from infimed_jax.ops.rope import rope_tables
+from infimed_jax.trees import at
 
 
 def encode_images(
     params: Params, pixels: UInt8[Array, "B M S S 3"], model: config.Model, compute: Compute
 ) -> Float[Array, "B M*P D"]:
-    """Every image's visual tokens: SigLIP's feature layer, adaptive average pooling, MLP. M may be 0."""
+    """Every image's visual tokens. M may be 0."""
     rows, images = pixels.shape[:2]
-    visual_tokens, width = model.projector.visual_tokens, model.text.hidden_size
     if images == 0:
-        return jnp.zeros((rows, 0, width), compute.dtype, out_sharding=PartitionSpec(sharding.spec_of(pixels)[0]))
-    visual = project(params, vision_features(params, pixels, model, compute), model, compute)
-    return sharding.reshape_rows(visual, rows, images * visual_tokens, width)
-
-
-def vision_features(
-    params: Params, pixels: UInt8[Array, "B M S S 3"], model: config.Model, compute: Compute
-) -> Float[Array, "B*M patches E"]:
-    """SigLIP's feature layer of every image."""
-    flat = sharding.reshape_rows(pixels, pixels.shape[0] * pixels.shape[1], *pixels.shape[2:])
-    return SiglipTower(tree(model)["vision"], model.vision, compute).apply({"params": params["vision"]}, flat)
-
-
-def project(
-    params: Params, features: Float[Array, "I patches E"], model: config.Model, compute: Compute
-) -> Float[Array, "I P D"]:
-    """Each image's visual tokens from its features."""
-    with jax.named_scope("projector"):
-        pooled = adaptive_average_pool(features, model.projector.grid)
-        return Projector(tree(model)["projector"], compute).apply({"params": params["projector"]}, pooled)
+        nothing = (rows, 0, model.hidden_size)
+        return jnp.zeros(nothing, compute.dtype, out_sharding=PartitionSpec(sharding.spec_of(pixels)[0]))
+    visual = sharding.reshape_rows(pixels, rows * images, *pixels.shape[2:])
+    for stage in family_of(model).encoder.values():
+        visual = stage(params, visual, model, compute)
+    return sharding.reshape_rows(visual, rows, images * visual.shape[1], model.hidden_size)
 
 
 def embed(
@@ -73,7 +51,7 @@ def embed(
     """
     split = sharding.spec_of(tokens)[0]
     with jax.named_scope("embed"):
-        table = jax.sharding.reshard(params["text"]["embed_tokens"].astype(compute.dtype), PartitionSpec())
+        table = jax.sharding.reshard(at(params, table_path(model)).astype(compute.dtype), PartitionSpec())
         text = table.at[tokens].get(mode="fill", fill_value=jnp.nan, out_sharding=PartitionSpec(split))
     if visual.shape[1] == 0:
         return text
@@ -89,7 +67,7 @@ def hidden_states(params: Params, batch: Batch, model: config.Model, compute: Co
     x = embed(params, batch.tokens, batch.visual_index, visual, model, compute)
     ids = batch.segment_ids
     mask = Mask(causal=True, query_segments=ids, key_segments=ids, query_prefixes=batch.prefix_ids)
-    return Qwen3(tree(model)["text"], model.text, compute).apply({"params": params["text"]}, x, batch.positions, mask)
+    return family_of(model).hidden(params, x, batch.positions, mask, model, compute)
 
 
 def next_tokens(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -111,7 +89,7 @@ def token_logprobs(
 
 
 def text_block(
-    layer_params: Params,
+    layer: Params,
     x: Float[Array, "B T D"],
     positions: Int[Array, "B T"],
     attend: Attend,
@@ -119,12 +97,11 @@ def text_block(
     compute: Compute,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """One text layer with its own (unstacked) parameters; `attend` brings the keys, and its aux is returned."""
-    rope = rope_tables(positions, model.text.head_dim, model.text.rope_theta)
-    return Block(tree(model)["text"]["layers"], model.text, compute).apply({"params": layer_params}, x, rope, attend)
+    return family_of(model).block(layer, x, positions, attend, model, compute)
 
 
 def final_norm(params: Params, x: Float[Array, "... D"], model: config.Model) -> Float[Array, "... D"]:
-    return RMSNorm(tree(model)["text"]["norm"], model.text.norm_eps).apply({"params": params["text"]["norm"]}, x)
+    return family_of(model).final_norm(params, x, model)
 
 
 def logits(
@@ -142,6 +119,6 @@ def logits(
 
 
 def _unembedding(params: Params, model: config.Model, compute: Compute) -> Float[Array, "D V"]:
-    text = params["text"]
-    table = text["embed_tokens"].T if model.text.tie_embeddings else text["lm_head"]
-    return jax.sharding.reshard(table.astype(compute.dtype), sharding.gathered_spec(("embed", "vocab")))
+    head = head_path(model)
+    matrix = at(params, head) if head else at(params, table_path(model)).T
+    return jax.sharding.reshard(matrix.astype(compute.dtype), sharding.gathered_spec(("embed", "vocab")))

@@ -134,7 +134,7 @@ def prefill(
 
     x = forward.embed(weights, batch.tokens, batch.visual_index, visual, model, compute)
     cache = []
-    for layer, old in zip(weights["text"]["layers"], slots.cache, strict=True):
+    for layer, old in zip(decoder.layers, slots.cache, strict=True):
         x, new = forward.text_block(layer, x, batch.positions, attend, model, compute)
         cache.append(insert(old, new, admission.source, admission.place))
     return _admitted(replace(slots, cache=tuple(cache)), admission)
@@ -250,7 +250,7 @@ def decode_logits(decoder: Decoder, slots: Slots) -> tuple[Float[Array, "slots V
     nothing = jnp.zeros((len(slots.token), 0, model.hidden_size), compute.dtype, out_sharding=ROWS)
     x = forward.embed(weights, slots.token[:, None], no_image, nothing, model, compute)
     cache = []
-    for layer, old in zip(weights["text"]["layers"], slots.cache, strict=True):
+    for layer, old in zip(decoder.layers, slots.cache, strict=True):
         attend = functools.partial(append_and_attend, old, slots.length)
         x, new = forward.text_block(layer, x, slots.length[:, None], attend, model, compute)
         cache.append(new)

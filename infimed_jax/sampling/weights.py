@@ -11,8 +11,10 @@ from jax.sharding import PartitionSpec
 
 from infimed_jax import config
 from infimed_jax.models.compute import Compute
+from infimed_jax.models.family import family_of, table_path
 from infimed_jax.models.params import Params
 from infimed_jax.sharding import spec_of
+from infimed_jax.trees import at, put
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("weights",), meta_fields=("model", "compute"))
@@ -25,6 +27,11 @@ class Decoder:
     model: config.Model
     compute: Compute
 
+    @property
+    def layers(self) -> list[Params]:
+        """Each text layer's own parameters."""
+        return at(self.weights, family_of(self.model).blocks)
+
 
 @functools.partial(jax.jit, static_argnames=("model", "dtype"))
 def sampler_weights(params: Params, model: config.Model, dtype: str) -> dict[str, Any]:
@@ -34,11 +41,10 @@ def sampler_weights(params: Params, model: config.Model, dtype: str) -> dict[str
     Norms stay float32, as the trainer computes them, so the casts are the trainer's own and change no number. The
     embedding is whole on every device: otherwise a lookup would gather it for every token.
     """
-    text = params["text"]
-    layers = [jax.tree.map(lambda x, i=i: x[i], text["layers"]) for i in range(model.num_layers)]
-    moved = _move(params | {"text": text | {"layers": layers}}, dtype)
-    moved["text"]["embed_tokens"] = jax.sharding.reshard(moved["text"]["embed_tokens"], PartitionSpec())
-    return moved
+    blocks, table = family_of(model).blocks, table_path(model)
+    layers = [jax.tree.map(lambda x, i=i: x[i], at(params, blocks)) for i in range(model.num_layers)]
+    moved = _move(put(params, blocks, layers), dtype)
+    return put(moved, table, jax.sharding.reshard(at(moved, table), PartitionSpec()))
 
 
 def _move(tree: Any, dtype: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -12,15 +11,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from infimed_jax.models.compute import Compute, scan_blocks
+from infimed_jax.models.family import Attend
 from infimed_jax.models.infimed import config as infimed
+from infimed_jax.models.infimed.weights import tree
 from infimed_jax.models.layers import Linear, RMSNorm
+from infimed_jax.models.params import Params
 from infimed_jax.models.weights import Tree
 from infimed_jax.ops.attention import Mask, attention
 from infimed_jax.ops.rope import apply_rope, rope_tables
 from infimed_jax.sharding import summed_once
-
-Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
-"""(q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]), rotated and normed → (out [B,T,N,H], whatever the caller collects)."""
 
 
 class SelfAttention(nn.Module):
@@ -104,3 +103,32 @@ class Qwen3(nn.Module):
             self.compute,
         )
         return RMSNorm(self.weights["norm"], text.norm_eps, name="norm")(x)
+
+
+def hidden(
+    params: Params,
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    mask: Mask,
+    model: infimed.Model,
+    compute: Compute,
+) -> Float[Array, "B T D"]:
+    """Hidden states after the final norm."""
+    return Qwen3(tree(model)["text"], model.text, compute).apply({"params": params["text"]}, x, positions, mask)
+
+
+def block(
+    layer: Params,
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    attend: Attend,
+    model: infimed.Model,
+    compute: Compute,
+) -> tuple[Float[Array, "B T D"], Any]:
+    """One layer with its own (unstacked) parameters; `attend` brings the keys, and what it collects is returned."""
+    rope = rope_tables(positions, model.text.head_dim, model.text.rope_theta)
+    return Block(tree(model)["text"]["layers"], model.text, compute).apply({"params": layer}, x, rope, attend)
+
+
+def final_norm(params: Params, x: Float[Array, "... D"], model: infimed.Model) -> Float[Array, "... D"]:
+    return RMSNorm(tree(model)["text"]["norm"], model.text.norm_eps).apply({"params": params["text"]["norm"]}, x)

@@ -12,9 +12,12 @@ from jaxtyping import Array, Float, UInt8
 
 from infimed_jax.models.compute import Compute, scan_blocks
 from infimed_jax.models.infimed import config as infimed
+from infimed_jax.models.infimed.weights import tree
 from infimed_jax.models.layers import LayerNorm, Linear, parameter
+from infimed_jax.models.params import Params
 from infimed_jax.models.weights import Tree
 from infimed_jax.ops.attention import Mask, attention
+from infimed_jax.ops.pooling import adaptive_average_pool
 from infimed_jax.sharding import reshape_rows, summed_once
 
 
@@ -109,3 +112,19 @@ class Projector(nn.Module):
         x = Linear(self.weights["linear_1"], dtype, name="linear_1")(x)
         x = jax.nn.gelu(x, approximate=False)
         return Linear(self.weights["linear_2"], dtype, name="linear_2")(x)
+
+
+def vision_features(
+    params: Params, pixels: UInt8[Array, "I S S 3"], model: infimed.Model, compute: Compute
+) -> Float[Array, "I patches E"]:
+    """SigLIP's feature layer of every image."""
+    return SiglipTower(tree(model)["vision"], model.vision, compute).apply({"params": params["vision"]}, pixels)
+
+
+def project(
+    params: Params, features: Float[Array, "I patches E"], model: infimed.Model, compute: Compute
+) -> Float[Array, "I P D"]:
+    """Each image's visual tokens from its features."""
+    with jax.named_scope("projector"):
+        pooled = adaptive_average_pool(features, model.projector.grid)
+        return Projector(tree(model)["projector"], compute).apply({"params": params["projector"]}, pooled)
