@@ -284,8 +284,6 @@ KNOWN: dict[str, set[str]] = {
         "infimed_jax/data/views.py:_save",
     },
     "products_without_letters": {
-        "infimed_jax/models/layers.py: dot_general",
-        "infimed_jax/models/lora.py: dot_general",
         "infimed_jax/models/lora.py: tensordot",
     },
 }
