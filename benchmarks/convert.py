@@ -27,8 +27,9 @@ from infimed_jax import config
 from infimed_jax.data.chat import TOKENIZER_FILES
 from infimed_jax.files import to_json, write_json
 from infimed_jax.hf import names
-from infimed_jax.hf.configuration import TEXT, llava_config
 from infimed_jax.hf.weights import SHARD_BYTES, write_weights
+from infimed_jax.models.hugging_face import SpecialTokens
+from infimed_jax.models.infimed.hf import HUGGING_FACE, TEXT
 
 ROOT = Path(__file__).resolve().parents[1]
 POOL = np.random.default_rng(0).standard_normal(4_194_301, np.float32)  # a prime: rows of a matrix do not repeat
@@ -96,19 +97,21 @@ def resident(pid: int) -> int:
 
 def write_sources(model: config.Model, tokenizer: Path, text: Path, vision: Path) -> None:
     """A bfloat16 Qwen3 folder with the tokenizer, and a float32 SigLIP folder, as they are published."""
-    values = llava_config(model, image_token=0, stop_token=0, pad_token=0, dtype="bfloat16", max_positions=40_960)
+    values = HUGGING_FACE.to_hf(model, SpecialTokens(0, 0, 0), "bfloat16", 40_960)
     shapes: dict[str, dict[str, tuple[int, ...]]] = {"text": {}, "vision": {}}
     for tensor in names.tensors(model):
         part = tensor.leaf.partition(".")[0]
         if part in shapes:
             shapes[part][tensor.key] = tensor.key_shape
-    shapes["vision"] |= {spare.key: spare.shape for spare in names.spares(model)}
+    shapes["vision"] |= {tensor.key: tensor.shape for tensor in HUGGING_FACE.unused(model)}
     for folder, part, architecture, dtype in (
         (text, "text", TEXT, "bfloat16"),
         (vision, "vision", "SiglipVisionModel", "float32"),
     ):
         folder.mkdir()
-        spelled = {names.spell(key, architecture): shape for key, shape in shapes[part].items()}
+        spelled = {
+            names.to_file_key(key, HUGGING_FACE.spellings[architecture]): shape for key, shape in shapes[part].items()
+        }
         write_weights(folder, draw(spelled), spelled, dtype, SHARD_BYTES)
         written = values[f"{part}_config"] | {"architectures": [architecture], "dtype": dtype}
         (folder / "config.json").write_text(to_json(written))

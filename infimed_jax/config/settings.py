@@ -77,6 +77,15 @@ class Model(Group, path="model"):
         raise NotImplementedError
 
     @property
+    def visual_tokens(self) -> int:
+        """Tokens of the largest image."""
+        raise NotImplementedError
+
+    def with_visual_tokens(self, tokens: int) -> Model:
+        """The same with so many visual tokens an image; ConfigError where that cannot be."""
+        raise NotImplementedError
+
+    @property
     def vocab_size(self) -> int:
         raise NotImplementedError
 

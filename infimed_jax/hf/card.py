@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from infimed_jax.config import Lora, Model
+from infimed_jax.models.family import family_of
 
 LIMITS = (
     "For research only. It is no medical device, and no one has cleared it for clinical use: its output must not be "
@@ -55,7 +56,9 @@ def render_card(
 ) -> str:
     """README.md: front matter and text. `made_up` names exported tensors that were initialised, not trained;
     `adapter` stands beside the weights, not in them."""
-    vision, text = model.vision, model.text
+    hf = family_of(model).hugging_face
+    first, *others = hf.describe(model)
+    exported = hf.exported(model).visual_tokens
     lines = [
         "---",
         "library_name: transformers",
@@ -68,19 +71,13 @@ def render_card(
         f"**{LIMITS}**",
         "",
         "## Model",
-        f"- `LlavaForConditionalGeneration`, {parameters:,} parameters in {dtype}: SigLIP (patch {vision.patch_size}, "
-        f"{vision.image_size} px, hidden state {vision.feature_layer}), a two-layer MLP, Qwen3 "
-        f"({text.num_layers} layers of {text.hidden_size}).",
-        f"- {vision.num_patches} visual tokens an image, all patches: SigLIP has no class token, so the feature "
-        "strategy is `full`.",
-        "- Images are resized to the square by bicubic interpolation, whatever their aspect ratio, as Pillow does it: "
-        "where torchvision is installed, `AutoProcessor.from_pretrained(…, backend='pil')` gives training's pixels to "
-        "the bit.",
+        f"- `{hf.architecture}`, {parameters:,} parameters in {dtype}: {first}",
+        *(f"- {line}" for line in others),
         "- One image stands before the question; of several, each follows a text part with its number, `<image_1>: `.",
     ]
-    if model.projector.visual_tokens != vision.num_patches:
+    if model.visual_tokens != exported:
         lines.append(
-            f"- Trained with {model.projector.visual_tokens} pooled visual tokens, exported with {vision.num_patches}: "
+            f"- Trained with {model.visual_tokens} pooled visual tokens, exported with {exported}: "
             "plain LLaVA has no pooling, so its outputs are not those of the trained model."
         )
     if made_up:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import shutil
@@ -20,16 +21,11 @@ from infimed_jax.files import write_json
 from infimed_jax.hf import names
 from infimed_jax.hf.adapter import take_adapters, write_adapter
 from infimed_jax.hf.card import Card, licence, render_card
-from infimed_jax.hf.configuration import (
-    LLAVA,
-    MAX_POSITIONS,
-    VISION,
-    generation_config,
-    llava_config,
-    read_architecture,
-)
+from infimed_jax.hf.configuration import MAX_POSITIONS, generation_config, read_architecture
 from infimed_jax.hf.processor import write_processor
 from infimed_jax.hf.weights import ADAPTER, SHARD_BYTES, WeightsFolder, write_weights
+from infimed_jax.models.family import family_of
+from infimed_jax.models.hugging_face import SpecialTokens, UnusedTensor
 from infimed_jax.progress import Report
 from infimed_jax.trees import flatten
 
@@ -73,31 +69,27 @@ def to_hf(
     adapters = take_adapters(leaves, model) if lora else {}
     names.check_leaves(leaves, model)
     tokenizer = _tokenizer(tokenizer_folder, model)
-    read_spare = _spare_reader(source_vision, model) if source_vision else _initialised
+    read_unused = _unused_reader(source_vision, model) if source_vision else _initialised
     if output.exists():
         raise UserError(f"{output} exists already: remove it or choose another folder")
 
     tensors = names.tensors(model)
-    spares = names.spares(model)
-    made_up = [] if source_vision else names.by_module(names.spell(spare.key, LLAVA) for spare in spares)
-    shapes = {names.spell(t.key, LLAVA): t.key_shape for t in tensors}
-    shapes |= {names.spell(spare.key, LLAVA): spare.shape for spare in spares}
-    config = llava_config(
-        model,
-        image_token=tokenizer.image_pad,
-        stop_token=tokenizer.im_end,
-        pad_token=tokenizer.endoftext,
-        dtype=dtype,
-        max_positions=max_positions,
-    )
+    hf = family_of(model).hugging_face
+    unused = hf.unused(model)
+    to_file_key = functools.partial(names.to_file_key, spellings=hf.spellings[hf.architecture])
+    made_up = [] if source_vision else names.by_module(to_file_key(tensor.key) for tensor in unused)
+    shapes = {to_file_key(t.key): t.key_shape for t in tensors}
+    shapes |= {to_file_key(tensor.key): tensor.shape for tensor in unused}
+    special = SpecialTokens(tokenizer.image_pad, tokenizer.im_end, tokenizer.endoftext)
+    config = hf.to_hf(model, special, dtype, max_positions)
     parameters = sum(math.prod(shape) for shape in shapes.values())
     text = render_card(card, model, dtype=dtype, parameters=parameters, made_up=made_up, adapter=lora)
     summary = {
         "dtype": dtype,
         "tensors": len(shapes),
         "parameters": parameters,
-        "trained_visual_tokens": model.projector.visual_tokens,
-        "exported_visual_tokens": model.vision.num_patches,
+        "trained_visual_tokens": model.visual_tokens,
+        "exported_visual_tokens": hf.exported(model).visual_tokens,
         "source_vision": str(source_vision) if source_vision else None,
         "initialised": made_up,
         "adapter": {"rank": lora.rank, "alpha": lora.alpha, "tensors": len(adapters)} if lora else None,
@@ -107,14 +99,14 @@ def to_hf(
     banned = tokenizer.unsampled(model.vocab_size)
     with _whole_or_nothing(output) as folder:
         write_processor(tokenizer_folder, model, folder)  # first: a tokenizer without a template costs no minutes
-        stream = _stream(leaves, tensors, spares, read_spare)
+        stream = _stream(leaves, tensors, unused, read_unused, to_file_key)
         write_weights(folder, stream, shapes, dtype, shard_bytes, on_progress)
         write_json(folder / "config.json", config)
         settings = generation_config(tokenizer.stop_tokens, tokenizer.endoftext, banned)
         write_json(folder / "generation_config.json", settings)
         (folder / "README.md").write_text(text, encoding="utf-8")
         if lora:
-            write_adapter(folder / ADAPTER, adapters, lora, output)
+            write_adapter(folder / ADAPTER, adapters, lora, model, output)
             (folder / ADAPTER / "README.md").write_text(text, encoding="utf-8")
         write_json(folder / SUMMARY, summary)
     if made_up:
@@ -141,17 +133,17 @@ def _whole_or_nothing(output: Path) -> Iterator[Path]:
 
 
 def _check_resolution(model: Model, visual_tokens: int | None) -> None:
-    patches, trained = model.vision.num_patches, model.projector.visual_tokens
-    if visual_tokens not in (None, patches):
+    whole, trained = family_of(model).hugging_face.exported(model).visual_tokens, model.visual_tokens
+    if visual_tokens not in (None, whole):
         raise UserError(
             f"--visual-tokens {visual_tokens} is no plain LLaVA, which has no pooling: "
-            f"the tower has {patches} patches, and an export has them all"
+            f"the tower has {whole} patches, and an export has them all"
         )
-    if visual_tokens is None and trained != patches:
+    if visual_tokens is None and trained != whole:
         raise UserError(
             f"a model that pools to {trained} visual tokens is not plain LLaVA, "
-            f"which has no pooling: train with visual_tokens={patches} (all patches), or give --visual-tokens "
-            f"{patches} to export it so, though its outputs are then not those of the trained model"
+            f"which has no pooling: train with visual_tokens={whole} (all patches), or give --visual-tokens "
+            f"{whole} to export it so, though its outputs are then not those of the trained model"
         )
 
 
@@ -164,22 +156,26 @@ def _tokenizer(folder: str | Path, model: Model) -> Tokenizer:
     return tokenizer
 
 
-def _spare_reader(folder: str | Path, model: Model) -> Callable[[names.Spare], np.ndarray]:
+def _unused_reader(folder: str | Path, model: Model) -> Callable[[UnusedTensor], np.ndarray]:
     """Reads a SigLIP folder's tensors by our keys."""
-    architecture, _ = read_architecture(folder, VISION)
+    hf = family_of(model).hugging_face
+    unused = hf.unused(model)
+    (part,) = {tensor.key.partition(".")[0] for tensor in unused} or {model.PARTS[0]}
+    architecture, _ = read_architecture(folder, hf.sources[part])
     weights = WeightsFolder(folder)
-    file_keys = {names.read_spelling(key, architecture): key for key in weights.found}
-    wanted = {spare.key: spare.shape for spare in names.spares(model)}
+    file_keys = {names.to_our_key(key, hf.spellings[architecture]): key for key in weights.found}
+    wanted = {tensor.key: tensor.shape for tensor in unused}
     found = {key: weights.found[file_keys[key]] for key in wanted if key in file_keys}
     names.raise_all(names.differences(found, wanted, names.FLOATS), str(folder))
-    return lambda spare: weights.read(file_keys[spare.key])
+    return lambda tensor: weights.read(file_keys[tensor.key])
 
 
 def _stream(
     leaves: Mapping[str, Any],
     tensors: tuple[names.Tensor, ...],
-    spares: tuple[names.Spare, ...],
-    read_spare: Callable[[names.Spare], np.ndarray],
+    unused: tuple[UnusedTensor, ...],
+    read_unused: Callable[[UnusedTensor], np.ndarray],
+    to_file_key: Callable[[str], str],
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(file key, array) in the announced order; one leaf is on the host at a time."""
     path, leaf = "", np.empty(0)
@@ -188,15 +184,15 @@ def _stream(
             del leaf  # before the next one is read
             path, leaf = tensor.leaf, np.asarray(leaves[tensor.leaf])
         ours = leaf if tensor.layer is None else leaf[tensor.layer]
-        yield names.spell(tensor.key, LLAVA), tensor.weight.to_key(ours)
-    for spare in spares:
-        yield names.spell(spare.key, LLAVA), read_spare(spare)
+        yield to_file_key(tensor.key), tensor.weight.to_key(ours)
+    for extra in unused:
+        yield to_file_key(extra.key), read_unused(extra)
 
 
-def _initialised(spare: names.Spare) -> np.ndarray:
+def _initialised(tensor: UnusedTensor) -> np.ndarray:
     """Norms are the identity, biases 0, matrices small and fixed: never used, but sane where someone looks."""
-    if spare.key.endswith(".bias"):
-        return np.zeros(spare.shape, np.float32)
-    if len(spare.shape) == 1:
-        return np.ones(spare.shape, np.float32)
-    return np.random.default_rng(0).normal(0, 0.02, spare.shape).astype(np.float32)
+    if tensor.key.endswith(".bias"):
+        return np.zeros(tensor.shape, np.float32)
+    if len(tensor.shape) == 1:
+        return np.ones(tensor.shape, np.float32)
+    return np.random.default_rng(0).normal(0, 0.02, tensor.shape).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Hugging Face folders as our parameters: Qwen3 + SigLIP to start from, or a whole LLaVA export.
+"""Hugging Face folders as our parameters: the published parts to start from, or a whole export.
 
 Everything is checked from headers and config.json before a number is read; then the leaves come one at a time, so that
 a model larger than the memory passes through.
@@ -6,7 +6,6 @@ a model larger than the memory passes through.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -20,20 +19,10 @@ import numpy as np
 from infimed_jax import config
 from infimed_jax.errors import UserError
 from infimed_jax.hf import names
-from infimed_jax.hf.configuration import (
-    LLAVA,
-    TEXT,
-    VISION,
-    llava_from_hf,
-    positions_from_hf,
-    read_architecture,
-    section,
-    text_from_hf,
-    vision_from_hf,
-)
+from infimed_jax.hf.configuration import read_architecture
 from infimed_jax.hf.weights import ADAPTER, WeightsFolder
-from infimed_jax.models.family import weights
-from infimed_jax.models.infimed import config as infimed
+from infimed_jax.models.family import family_named, weights
+from infimed_jax.models.hugging_face import TIED
 from infimed_jax.models.weights import Weight
 from infimed_jax.trees import nest
 
@@ -71,14 +60,19 @@ class Import:
 
     @property
     def fresh_projector(self) -> bool:
-        return not any("projector" in source.parts for source in self._sources)
+        return bool(self._fresh_parts)
+
+    @property
+    def _fresh_parts(self) -> list[str]:
+        given = {part for source in self._sources for part in source.parts}
+        return [part for part in self.model.PARTS if part not in given]
 
     def leaves(self) -> Iterator[tuple[str, np.ndarray]]:
         """(`text.norm.scale`, array of `dtype`), each leaf of the model once; one is in memory at a time."""
         for source in self._sources:
             yield from source.leaves(self.dtype)
-        if self.fresh_projector:
-            yield from _fresh_projector(self.model, self.seed, self.dtype)
+        for part in self._fresh_parts:
+            yield from _fresh(part, self.model, self.seed, self.dtype)
 
     def params(self) -> dict[str, Any]:
         """All leaves as our tree."""
@@ -86,58 +80,55 @@ class Import:
 
 
 def open_parts(
+    folders: Mapping[str, str | Path],
     *,
-    text: str | Path,
-    vision: str | Path,
     visual_tokens: int = 729,
-    feature_layer: int = -2,
     seed: int = 0,
     dtype: Dtype = "float32",
+    family: str = "infimed",
 ) -> Import:
-    """A Qwen3 and a SigLIP folder, and a fresh projector drawn from `seed`.
+    """A folder for each part of the model that can be read alone; the other parts are drawn from `seed`.
 
-    Sizes, the rope base and the norms' eps come from the folders' config.json. UserError names everything in both
+    Sizes and every other number come from the folders' config.json. UserError names everything in all of them
     that is missing, left over, misshaped or of a wrong type.
     """
-    text_architecture, text_values = read_architecture(text, (TEXT,))
-    vision_architecture, vision_values = read_architecture(vision, VISION)
-    whole = vision_architecture == "SiglipModel"
-    tower = section(vision_values, f"{vision}/config.json", "vision_config") if whole else vision_values
-    model = infimed.Model(
-        vision_from_hf(tower, f"{vision}/config.json", feature_layer),
-        infimed.Projector(visual_tokens=visual_tokens),
-        text_from_hf(text_values, f"{text}/config.json"),
-    )
-    asked = ((vision, vision_architecture, ("vision",)), (text, text_architecture, ("text",)))
+    hf = family_named(family).hugging_face
+    if folders.keys() != hf.sources.keys():
+        raise UserError(f"model.family={family} is read from folders for {' and '.join(hf.sources)}")
+    read = {part: read_architecture(folders[part], allowed) for part, allowed in hf.sources.items()}
+    parts = {part: (*opened, f"{folders[part]}/config.json") for part, opened in read.items()}
+    model = hf.from_parts(parts, visual_tokens)
     sources, faults = [], []
-    for folder, architecture, parts in asked:
+    for part, (architecture, _) in read.items():
         try:
-            sources.append(_Source(folder, architecture, model, parts))
+            sources.append(_Source(folders[part], architecture, model, (part,)))
         except UserError as error:
             faults.append(str(error))
     if faults:
         raise UserError("; ".join(faults))
-    positions = positions_from_hf(text_values, f"{text}/config.json")
-    return Import(model, positions, dtype, seed, tuple(sources))
+    _, values, where = parts[model.language]
+    return Import(model, hf.max_positions(values, where), dtype, seed, tuple(sources))
 
 
-def open_llava(folder: str | Path, *, visual_tokens: int | None = None, dtype: Dtype = "float32") -> Import:
-    """A LLaVA folder of SigLIP and Qwen3, such as `to_hf` writes; exact inverse of it.
+def open_export(
+    folder: str | Path, *, visual_tokens: int | None = None, dtype: Dtype = "float32", family: str = "infimed"
+) -> Import:
+    """A folder such as `to_hf` writes; exact inverse of it.
 
-    LLaVA has no pooling: the model has all patches as visual tokens unless `visual_tokens` says otherwise.
+    An image has as many visual tokens as the export's own unless `visual_tokens` says otherwise.
     """
-    architecture, values = read_architecture(folder, (LLAVA,))
+    hf = family_named(family).hugging_face
+    architecture, values = read_architecture(folder, (hf.architecture,))
     if (Path(folder) / ADAPTER).is_dir():
         raise UserError(
             f"{folder}/{ADAPTER} holds LoRA adapters, which this does not read: export with the adapters merged, or "
             "move that folder away to read what they adapt"
         )
-    model = llava_from_hf(values, f"{folder}/config.json")
+    model = hf.from_hf(values, f"{folder}/config.json")
     if visual_tokens is not None:
-        model = dataclasses.replace(model, projector=infimed.Projector(visual_tokens=visual_tokens))
-    positions = positions_from_hf(values["text_config"], f"{folder}/config.json text_config")
-    source = _Source(folder, architecture, model, ("vision", "projector", "text"))
-    return Import(model, positions, dtype, 0, (source,))
+        model = model.with_visual_tokens(visual_tokens)
+    positions = hf.max_positions(values, f"{folder}/config.json")
+    return Import(model, positions, dtype, 0, (_Source(folder, architecture, model, model.PARTS),))
 
 
 class _Source:
@@ -177,19 +168,19 @@ class _Source:
 
     def _check_tied_copies(self, folder: str | Path) -> None:
         """A tied model's file may repeat the embedding as lm_head; another matrix there would be lost silently."""
-        copies = [key for key, reason in self._match.dropped.items() if reason == names.TIED]
+        copies = [key for key, reason in self._match.dropped.items() if reason == TIED]
         if not copies:
             return
-        embedding = next(self._read(t) for t in self._match.sources if t.leaf == "text.embed_tokens")
+        embedding = next(self._read(t) for t in self._match.sources if t.weight.role == "table")
         for key in copies:
             if not np.array_equal(self._weights.read(key), embedding):
                 raise UserError(f"{folder}: config.json ties the embeddings, but {key} is another matrix")
 
 
-def _fresh_projector(model: config.Model, seed: int, dtype: Dtype) -> Iterator[tuple[str, np.ndarray]]:
-    """As `init_params` draws it: kernels normal with deviation 0.02, biases 0."""
+def _fresh(part: str, model: config.Model, seed: int, dtype: Dtype) -> Iterator[tuple[str, np.ndarray]]:
+    """As `init_params` draws a projector: kernels normal with deviation 0.02, biases 0."""
     rng = np.random.default_rng(seed)
     for weight in weights(model):
-        if weight.part == "projector":
+        if weight.part == part:
             values = rng.normal(0, 0.02, weight.shape) if weight.inputs else np.zeros(weight.shape)
             yield weight.path, values.astype(_NUMPY[dtype])

@@ -1,4 +1,4 @@
-"""Our parameters' tensors in Hugging Face's files: Qwen3ForCausalLM, SigLIP, LLaVA.
+"""Our parameters' tensors in Hugging Face's files.
 
 Names and layouts come from the family's table of weights; import and export both read it, so neither can know a name
 that the other does not. Matching is strict: every tensor of a source matches exactly one weight or one named reason to
@@ -10,68 +10,16 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from infimed_jax.config import Model
 from infimed_jax.errors import UserError
-from infimed_jax.models.infimed.weights import sizes, weights
-from infimed_jax.models.weights import Weight, shape_of
+from infimed_jax.models.family import family_of, weights
+from infimed_jax.models.weights import Weight
 
 FLOATS = ("F32", "BF16", "F16")
 """Safetensors types that a weight may have."""
-
-_POST_NORM = "the final norm follows the feature layer"
-_HEAD = "the pooling head is not part of the feature"
-SPARE_ROWS: tuple[tuple[str, str, str], ...] = (
-    ("vision.post_layernorm.weight", "E", _POST_NORM),
-    ("vision.post_layernorm.bias", "E", _POST_NORM),
-    ("vision.head.probe", "1 1 E", _HEAD),
-    ("vision.head.attention.in_proj_weight", "3*E E", _HEAD),
-    ("vision.head.attention.in_proj_bias", "3*E", _HEAD),
-    ("vision.head.attention.out_proj.weight", "E E", _HEAD),
-    ("vision.head.attention.out_proj.bias", "E", _HEAD),
-    ("vision.head.layernorm.weight", "E", _HEAD),
-    ("vision.head.layernorm.bias", "E", _HEAD),
-    ("vision.head.mlp.fc1.weight", "G E", _HEAD),
-    ("vision.head.mlp.fc1.bias", "G", _HEAD),
-    ("vision.head.mlp.fc2.weight", "E G", _HEAD),
-    ("vision.head.mlp.fc2.bias", "E", _HEAD),
-)
-"""(key, shape, reason): tensors of Hugging Face's tower that ours does not hold, besides the blocks that never run."""
-
-_UNTIED = "text.lm_head.weight"
-
-OTHER_DROPPED: tuple[tuple[str, str], ...] = (
-    (r"siglip_text\..+", "SigLIP's text tower and its logit scale are not used"),
-    (r"vision\.embeddings\.position_ids", "a constant buffer of older releases"),
-    (r"text\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "a constant buffer of older releases"),
-)
-"""(pattern, reason)."""
-
-_SIGLIP = {
-    "siglip_text.": ("text_model.",),
-    "siglip_text.logit_": ("logit_",),
-    "vision.": ("vision_model.", ""),
-}
-SPELLINGS: dict[str, dict[str, tuple[str, ...]]] = {
-    "Qwen3ForCausalLM": {"text.": ("model.",), "text.lm_head.": ("lm_head.",)},
-    "SiglipModel": _SIGLIP,
-    "SiglipVisionModel": _SIGLIP,
-    "LlavaForConditionalGeneration": {
-        "text.": ("language_model.model.", "model.language_model."),
-        "text.lm_head.": ("language_model.lm_head.", "lm_head."),
-        "vision.": (
-            "vision_tower.vision_model.",
-            "vision_tower.",
-            "model.vision_tower.vision_model.",
-            "model.vision_tower.",
-        ),
-        "projector.": ("multi_modal_projector.", "model.multi_modal_projector."),
-    },
-}
-"""How each architecture's files begin their keys, by our beginning. All are read; the first is written: for LLaVA the
-spelling of the published checkpoints, which transformers 4 and 5 and the serving engines all read."""
 
 
 @dataclass(frozen=True)
@@ -87,21 +35,12 @@ class Tensor:
 
     @property
     def key(self) -> str:
-        """With our beginning (`vision.`, `projector.`, `text.`); `spell` gives the key in a file."""
+        """With our beginning, such as `text.`; `to_file_key` gives the key in a file."""
         return self.weight.key.format(layer=self.layer)
 
     @property
     def key_shape(self) -> tuple[int, ...]:
         return self.weight.key_shape
-
-
-@dataclass(frozen=True)
-class Spare:
-    """A tensor that Hugging Face's tower has and ours has not."""
-
-    key: str
-    shape: tuple[int, ...]
-    reason: str
 
 
 def tensors(model: Model) -> tuple[Tensor, ...]:
@@ -118,31 +57,15 @@ def leaf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     return {weight.path: weight.leaf_shape for weight in weights(model)}
 
 
-def spares(model: Model) -> tuple[Spare, ...]:
-    """What a full SigLIP tower has beyond ours: the blocks after the feature layer, the final norm, the head."""
-    letters = sizes(model)
-    running = model.vision.num_blocks
-    reason = f"blocks from {running} on follow the feature layer {model.vision.feature_layer}"
-    whole = replace(model, vision=replace(model.vision, feature_layer=-1))
-    blocks = [
-        Spare(weight.key.format(layer=layer), weight.key_shape, reason)
-        for layer in range(running, model.vision.num_layers)
-        for weight in weights(whole)
-        if weight.path.startswith("vision.blocks.")
-    ]
-    return (*blocks, *(Spare(key, shape_of(shape, letters), why) for key, shape, why in SPARE_ROWS))
+def to_file_key(key: str, spellings: Mapping[str, tuple[str, ...]]) -> str:
+    """The key as a file of the architecture with these `spellings` is written."""
+    ours = max((beginning for beginning in spellings if key.startswith(beginning)), key=len)
+    return spellings[ours][0] + key[len(ours) :]
 
 
-def spell(key: str, architecture: str) -> str:
-    """The key as a file of `architecture` is written."""
-    beginnings = SPELLINGS[architecture]
-    ours = max((beginning for beginning in beginnings if key.startswith(beginning)), key=len)
-    return beginnings[ours][0] + key[len(ours) :]
-
-
-def read_spelling(file_key: str, architecture: str) -> str | None:
+def to_our_key(file_key: str, spellings: Mapping[str, tuple[str, ...]]) -> str | None:
     """Our key for a file's key; None where the architecture has no such beginning."""
-    pairs = [(theirs, ours) for ours, spellings in SPELLINGS[architecture].items() for theirs in spellings]
+    pairs = [(theirs, ours) for ours, beginnings in spellings.items() for theirs in beginnings]
     matching = [(theirs, ours) for theirs, ours in pairs if file_key.startswith(theirs)]
     if not matching:
         return None
@@ -152,13 +75,9 @@ def read_spelling(file_key: str, architecture: str) -> str | None:
 
 def dropped(model: Model) -> tuple[tuple[re.Pattern[str], str], ...]:
     """Keys that a source may hold and the model does not use, with the reason."""
-    exact = tuple((re.compile(re.escape(spare.key)), spare.reason) for spare in spares(model))
-    patterns = tuple((re.compile(pattern), reason) for pattern, reason in OTHER_DROPPED)
-    tied = ((re.compile(re.escape(_UNTIED)), TIED),) if model.text.tie_embeddings else ()
-    return (*exact, *patterns, *tied)
-
-
-TIED = "embeddings are tied: the output matrix is a copy of the embedding"
+    hf = family_of(model).hugging_face
+    exact = tuple((re.compile(re.escape(tensor.key)), tensor.reason) for tensor in hf.unused(model))
+    return (*exact, *((re.compile(pattern), reason) for pattern, reason in hf.dropped(model)))
 
 
 class Found(NamedTuple):
@@ -181,12 +100,12 @@ def match(found: Mapping[str, Found], architecture: str, model: Model, parts: It
     """Pair every tensor of `model`'s `parts` with one of `found`; UserError names everything that does not fit."""
     parts = tuple(parts)
     wanted = {t.key: t for t in tensors(model) if t.weight.part in parts}
-    out = dropped(model)
+    out, spellings = dropped(model), family_of(model).hugging_face.spellings[architecture]
     sources: dict[Tensor, str] = {}
     left_out: dict[str, str] = {}
     twice: dict[str, str] = {}
     for file_key in sorted(found):
-        key = read_spelling(file_key, architecture) or ""
+        key = to_our_key(file_key, spellings) or ""
         if tensor := wanted.get(key):
             if tensor in sources:
                 twice[file_key] = f"{sources[tensor]} and {file_key}"
@@ -195,7 +114,7 @@ def match(found: Mapping[str, Found], architecture: str, model: Model, parts: It
         elif reasons := [reason for pattern, reason in out if pattern.fullmatch(key)]:
             left_out[file_key] = reasons[0]
     used = {key: tensor for key, tensor in found.items() if key not in left_out and key not in twice}
-    shapes = {sources.get(tensor) or spell(key, architecture): tensor.key_shape for key, tensor in wanted.items()}
+    shapes = {sources.get(tensor) or to_file_key(key, spellings): tensor.key_shape for key, tensor in wanted.items()}
     raise_all({"given twice": list(twice.values())} | differences(used, shapes, FLOATS), where)
     return Match(sources, left_out)
 
@@ -245,7 +164,7 @@ def by_layer(names: Iterable[str]) -> list[str]:
 
 
 def by_module(names: Iterable[str]) -> list[str]:
-    """Spare tensors by the module they belong to: `….layers.26.*`, `….post_layernorm.*`, `….head.*`."""
+    """Unused tensors by the module they belong to: `….layers.26.*`, `….post_layernorm.*`, `….head.*`."""
     modules = (re.sub(r"(layers\.\d+|post_layernorm|head)\..*", r"\1.*", name) for name in names)
     return list(dict.fromkeys(modules))
 

@@ -11,8 +11,8 @@ from infimed_jax.data.chat import TOKENIZER_FILES
 from infimed_jax.errors import UserError
 from infimed_jax.files import write_json
 from infimed_jax.hf.weights import read_json
+from infimed_jax.models.family import family_of
 
-IMAGE_TOKEN = "<|image_pad|>"
 TEMPLATE = "chat_template.jinja"
 
 LIST_CONTENT = """\
@@ -57,38 +57,13 @@ def write_processor(tokenizer_folder: str | Path, model: Model, output: Path) ->
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, output / name)
+    files = family_of(model).hugging_face.processor(model)
+    processor = files["processor_config.json"]["processor_class"]
     tokenizer_config.pop("chat_template", None)  # the file says it; two copies could differ
-    write_json(output / "tokenizer_config.json", tokenizer_config | {"processor_class": "LlavaProcessor"})
+    write_json(output / "tokenizer_config.json", tokenizer_config | {"processor_class": processor})
     (output / TEMPLATE).write_text(LIST_CONTENT + template, encoding="utf-8")
-    write_json(output / "preprocessor_config.json", image_processor(model))
-    write_json(
-        output / "processor_config.json",
-        {
-            "processor_class": "LlavaProcessor",
-            "image_token": IMAGE_TOKEN,
-            "num_additional_image_tokens": 0,
-            "patch_size": model.vision.patch_size,
-            "vision_feature_select_strategy": "full",
-        },
-    )
-
-
-def image_processor(model: Model) -> dict[str, Any]:
-    """preprocessor_config.json: bicubic to the square, aspect ratio ignored, [-1, 1], as in training."""
-    side = model.vision.image_size
-    return {
-        "image_processor_type": "SiglipImageProcessor",
-        "processor_class": "LlavaProcessor",
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "resample": 3,  # bicubic
-        "rescale_factor": 1 / 255,
-        "size": {"height": side, "width": side},
-    }
+    for name, values in files.items():
+        write_json(output / name, values)
 
 
 def _chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str:

@@ -125,7 +125,7 @@ def _line(entry: Entry) -> str:
     steps = f"{entry['step']:,} steps" if entry.get("step") else "number of steps not recorded"
     return (
         f"{entry['stage']}: {steps}, {what}; learning rate {cfg.optimizer.learning_rate:g}; "
-        f"{cfg.model.projector.visual_tokens} visual tokens an image; learnt: {', '.join(cfg.train.train)}{adapters}"
+        f"{cfg.model.visual_tokens} visual tokens an image; learnt: {', '.join(cfg.train.train)}{adapters}"
     )
 
 

@@ -30,12 +30,11 @@ from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.errors import UserError
 from infimed_jax.files import write_json
 from infimed_jax.hf import reference
-from infimed_jax.hf.configuration import LLAVA, llava_from_hf, read_architecture
+from infimed_jax.hf.configuration import read_architecture
 from infimed_jax.hf.weights import ADAPTER, DTYPES
 from infimed_jax.models import forward, lora
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.family import family_of, head_path, table_path, weights
-from infimed_jax.models.infimed import config as infimed
 from infimed_jax.models.params import Params
 from infimed_jax.ops.attention import Mask, attention
 from infimed_jax.trees import at, flatten, nest
@@ -65,11 +64,12 @@ def verify(
     judged. An export with its adapters apart is compared with `params` that have theirs (`open_stored`).
 
     The result (`status` is `passed`, `failed` with `failures`, or `skipped` with a `reason`) is written to
-    `hf_folder/verify.json` as well. UserError where the folder is no LLaVA export, or the disk is full.
+    `hf_folder/verify.json` as well. UserError where the folder is no export of the model's family, or the disk is full.
     """
     folder = Path(hf_folder)
-    _, values = read_architecture(folder, (LLAVA,))
-    exported = llava_from_hf(values, f"{folder}/config.json")
+    hf = family_of(model).hugging_face
+    _, values = read_architecture(folder, (hf.architecture,))
+    exported = hf.from_hf(values, f"{folder}/config.json")
     packages = ["torch", "transformers", *(["peft"] if (folder / ADAPTER).is_dir() else [])]
     absent = [package for package in packages if importlib.util.find_spec(package) is None]
     if absent:
@@ -77,7 +77,7 @@ def verify(
     dtype = str(values.get("dtype") or values.get("torch_dtype"))
     if dtype not in DTYPES:
         raise UserError(f"{folder}/config.json: dtype {dtype} is not {' or '.join(DTYPES)}")
-    model = dataclasses.replace(model, projector=infimed.Projector(visual_tokens=model.vision.num_patches))
+    model = hf.exported(model)
     result: dict[str, Any] = {
         "status": "failed",
         "failures": _config_faults(model, exported),

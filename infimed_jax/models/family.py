@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from infimed_jax import config, plugins
 from infimed_jax.config.fields import require
+from infimed_jax.models.hugging_face import HuggingFace
 from infimed_jax.models.weights import Unweighted, Weight
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -43,15 +44,18 @@ class Family:
     """(one layer's own parameters, x [B,T,D], positions, attend, model, compute) to (x, what `attend` collected)."""
     final_norm: Callable[..., Array]
     """(params, x [..., D], model) to normed hidden states."""
+    hugging_face: HuggingFace
+    """Its names and settings in Hugging Face's files."""
 
 
 def family_of(model: config.Model) -> Family:
     """The family that `model.family` names; ConfigError where its module defines none."""
-    return _family(model.family)
+    return family_named(model.family)
 
 
 @functools.cache
-def _family(name: str) -> Family:
+def family_named(name: str) -> Family:
+    """The family of that name in models/, of a dotted module, or of a .py file."""
     module = plugins.load(config.FAMILIES, name, "model.family")
     if not hasattr(module, "FAMILY") and hasattr(module, "__path__"):
         module = importlib.import_module(f"{module.__name__}.family")

@@ -21,7 +21,7 @@ from infimed_jax.data.prompts import QUESTION_KINDS, prompt_for
 from infimed_jax.data.sample import Sample
 from infimed_jax.errors import UserError
 from infimed_jax.hf.configuration import MAX_POSITIONS
-from infimed_jax.hf.import_ import open_llava
+from infimed_jax.hf.import_ import open_export
 from infimed_jax.hf.names import check_leaves
 from infimed_jax.hf.provenance import max_positions
 from infimed_jax.hf.weights import read_json
@@ -171,6 +171,6 @@ def _open_export(folder: Path) -> tuple[Params, dict[str, Any], Metadata, int]:
     """The same of a LLaVA folder, as `convert to-hf` writes it."""
     written = read_json(folder / EXPORT_CONFIG)
     narrow = "bfloat16" in (written.get("dtype"), written.get("torch_dtype"))
-    opened = open_llava(folder, dtype="bfloat16" if narrow else "float32")
+    opened = open_export(folder, dtype="bfloat16" if narrow else "float32")
     cfg = config.Config(model=opened.model, data=config.Data(tokenizer=str(folder)))
     return opened.params(), config.to_dict(cfg), {}, opened.max_positions

@@ -63,17 +63,19 @@ def from_hf(args: argparse.Namespace) -> None:
     from infimed_jax.data.chat import load_tokenizer
     from infimed_jax.files import write_json
     from infimed_jax.hf import provenance
-    from infimed_jax.hf.import_ import open_llava, open_parts
+    from infimed_jax.hf.import_ import open_export, open_parts
     from infimed_jax.models.params import param_count
     from infimed_jax.runs.checkpoint import keep_tokenizer
     from infimed_jax.runs.parameters import save_params
 
     if whole:
-        opened = open_llava(args.llava, visual_tokens=args.visual_tokens, dtype=args.dtype)
+        opened = open_export(args.llava, visual_tokens=args.visual_tokens, dtype=args.dtype)
         folders = {"all weights": args.llava}
     else:
         tokens = 144 if args.visual_tokens is None else args.visual_tokens
-        opened = open_parts(text=args.text, vision=args.vision, visual_tokens=tokens, seed=seed, dtype=args.dtype)
+        opened = open_parts(
+            {"vision": args.vision, "text": args.text}, visual_tokens=tokens, seed=seed, dtype=args.dtype
+        )
         folders = {"text weights": args.text, "vision weights": args.vision}
     tokenizer = _tokenizer(args.tokenizer or args.llava or args.text, opened.model.vocab_size)
     entry = provenance.import_entry(opened, folders)

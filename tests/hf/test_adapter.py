@@ -14,7 +14,7 @@ from infimed_jax import config
 from infimed_jax.errors import UserError
 from infimed_jax.hf import reference
 from infimed_jax.hf.export import to_hf
-from infimed_jax.hf.import_ import open_llava
+from infimed_jax.hf.import_ import open_export
 from infimed_jax.hf.verify import verify
 from infimed_jax.models import lora
 from infimed_jax.train.state import merge_params
@@ -69,15 +69,15 @@ def test_merged_by_peft_it_is_the_merged_export(adapted, model, tokenizer_folder
     params = adapted(settings)
     apart = to_hf(params, model, tokenizer_folder, tmp_path / "apart", lora=settings)
     with pytest.raises(UserError, match=r"adapter holds LoRA adapters, which this does not read.*merged"):
-        open_llava(apart)
+        open_export(apart)
     ours = lora.merge_lora(params, lora.scale_of(settings))
     merged = to_hf(ours, model, tokenizer_folder, tmp_path / "merged")
     wrapped = peft.PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(apart), apart / "adapter")
     wrapped.merge_and_unload().save_pretrained(tmp_path / "theirs")
-    theirs, expected = (open_llava(folder).params() for folder in (tmp_path / "theirs", merged))
+    theirs, expected = (open_export(folder).params() for folder in (tmp_path / "theirs", merged))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), theirs, expected)
     shutil.rmtree(apart / "adapter")
-    base = open_llava(apart).params()["text"]["layers"]
+    base = open_export(apart).params()["text"]["layers"]
     for module, name, moved in (("self_attn", "k_proj", True), ("self_attn", "q_proj", False)):
         kernels = [tree[module][name]["kernel"] for tree in (base, expected["text"]["layers"])]
         assert np.array_equal(*kernels) != moved

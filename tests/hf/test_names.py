@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from infimed_jax import config, sharding
 from infimed_jax.errors import UserError
 from infimed_jax.hf import names
-from infimed_jax.hf.configuration import LLAVA, llava_config, text_from_hf, vision_from_hf
+from infimed_jax.models.hugging_face import SpecialTokens
 from infimed_jax.models.infimed import config as infimed
+from infimed_jax.models.infimed.hf import HUGGING_FACE, LLAVA, text_from_hf, vision_from_hf
 from infimed_jax.models.params import abstract_params
 
 HF_CONFIGS = Path(__file__).resolve().parents[3] / "shared/data/hf_configs"
+SPELLINGS = HUGGING_FACE.spellings[LLAVA]
 PARTS = ("vision", "projector", "text")
 
 
@@ -48,25 +50,25 @@ def models(draw) -> config.Model:
 
 def respell(key: str, choice: int) -> str:
     """Our key in one of the spellings that LLaVA files have."""
-    ours = max((o for o in names.SPELLINGS[LLAVA] if key.startswith(o)), key=len)
-    spellings = names.SPELLINGS[LLAVA][ours]
+    ours = max((o for o in SPELLINGS if key.startswith(o)), key=len)
+    spellings = SPELLINGS[ours]
     return spellings[choice % len(spellings)] + key[len(ours) :]
 
 
 @settings(max_examples=60, deadline=None)
 @given(models(), st.integers(0, 3))
 def test_every_key_is_matched_once_in_every_spelling(model, choice):
-    tensors, spares = names.tensors(model), names.spares(model)
-    keys = [t.key for t in tensors] + [s.key for s in spares]
+    tensors, unused = names.tensors(model), HUGGING_FACE.unused(model)
+    keys = [t.key for t in tensors] + [s.key for s in unused]
     assert len(set(keys)) == len(keys)
     found = {respell(t.key, choice): names.Found(t.key_shape, "F32") for t in tensors}
-    found |= {respell(s.key, choice): names.Found(s.shape, "F32") for s in spares}
+    found |= {respell(s.key, choice): names.Found(s.shape, "F32") for s in unused}
     assert len(found) == len(keys)
     match = names.match(found, LLAVA, model, PARTS, "here")
     assert set(match.sources) == set(tensors)
-    assert {names.read_spelling(key, LLAVA) for key in match.dropped} == {s.key for s in spares}
+    assert {names.to_our_key(key, SPELLINGS) for key in match.dropped} == {s.key for s in unused}
     # and the spelling that is written is read back to the same key
-    assert all(names.read_spelling(names.spell(key, LLAVA), LLAVA) == key for key in keys)
+    assert all(names.to_our_key(names.to_file_key(key, SPELLINGS), SPELLINGS) == key for key in keys)
 
 
 @settings(max_examples=40, deadline=None)
@@ -106,21 +108,14 @@ def test_published_shapes_match_completely(text):
         text_from_hf(text_values, text),
     )
     assert model.text.rope_theta == 1e6
-    values = llava_config(
-        model,
-        image_token=151655,
-        stop_token=151645,
-        pad_token=151643,
-        dtype="float32",
-        max_positions=40960,
-    )
+    values = HUGGING_FACE.to_hf(model, SpecialTokens(image=151655, stop=151645, pad=151643), "float32", 40960)
     with torch.device("meta"):
         theirs = LlavaForConditionalGeneration(LlavaConfig.from_dict(values))
     shapes = {key: names.Found(tuple(tensor.shape), "F32") for key, tensor in theirs.state_dict().items()}
     match = names.match(shapes, LLAVA, model, PARTS, text)
-    assert {names.read_spelling(key, LLAVA) for key in match.dropped} == {s.key for s in names.spares(model)} | {
-        "text.lm_head.weight"
-    }
+    assert {names.to_our_key(key, SPELLINGS) for key in match.dropped} == {
+        s.key for s in HUGGING_FACE.unused(model)
+    } | {"text.lm_head.weight"}
     with jax.sharding.use_abstract_mesh(sharding.abstract_mesh()):
         tree = abstract_params(model)
     found = {".".join(k.key for k in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
@@ -130,7 +125,7 @@ def test_published_shapes_match_completely(text):
 
 
 def test_all_faults_are_named_at_once(model):
-    found = {names.spell(t.key, LLAVA): names.Found(t.key_shape, "BF16") for t in names.tensors(model)}
+    found = {names.to_file_key(t.key, SPELLINGS): names.Found(t.key_shape, "BF16") for t in names.tensors(model)}
     for layer in (0, 1, 2):
         del found[f"language_model.model.layers.{layer}.mlp.up_proj.weight"]
     del found["multi_modal_projector.linear_2.bias"]
@@ -174,7 +169,7 @@ def test_a_wrong_tree_is_named_leaf_by_leaf(model):
         assert part in str(raised.value)
 
 
-def test_feature_layer_decides_what_is_spare(model):
+def test_feature_layer_decides_what_is_unused(model):
     whole = dataclasses.replace(model, vision=dataclasses.replace(model.vision, feature_layer=-1))
-    assert not any("layers" in spare.key for spare in names.spares(whole))
-    assert sum("layers.2." in spare.key for spare in names.spares(model)) == 16
+    assert not any("layers" in tensor.key for tensor in HUGGING_FACE.unused(whole))
+    assert sum("layers.2." in tensor.key for tensor in HUGGING_FACE.unused(model)) == 16

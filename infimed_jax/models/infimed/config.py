@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from infimed_jax import config
@@ -135,6 +135,13 @@ class Model(config.Model):
             "vision.num_heads": self.vision.num_heads,
             "vision.intermediate_size": self.vision.intermediate_size,
         }
+
+    @property
+    def visual_tokens(self) -> int:
+        return self.projector.visual_tokens
+
+    def with_visual_tokens(self, tokens: int) -> Model:
+        return replace(self, projector=Projector(visual_tokens=tokens))
 
     @property
     def vocab_size(self) -> int:

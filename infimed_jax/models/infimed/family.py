@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from infimed_jax.models.family import Family
+from infimed_jax.models.infimed.hf import HUGGING_FACE
 from infimed_jax.models.infimed.text import block, final_norm, hidden
 from infimed_jax.models.infimed.vision import project, vision_features
 from infimed_jax.models.infimed.weights import places, unweighted, weights
@@ -16,4 +17,5 @@ FAMILY = Family(
     hidden=hidden,
     block=block,
     final_norm=final_norm,
+    hugging_face=HUGGING_FACE,
 )
