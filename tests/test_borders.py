@@ -283,9 +283,6 @@ KNOWN: dict[str, set[str]] = {
         "data_prep/sources/webdataset.py:_source",
         "infimed_jax/data/views.py:_save",
     },
-    "products_without_letters": {
-        "infimed_jax/models/lora.py: tensordot",
-    },
 }
 
 

@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Array
-
 from infimed_jax import config, plugins
+from infimed_jax.arrays import Array
 from infimed_jax.config.fields import require
 from infimed_jax.models.hugging_face import HuggingFace
 from infimed_jax.models.weights import Unweighted, Weight

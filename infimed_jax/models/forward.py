@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from infimed_jax import config, sharding
+from infimed_jax.arrays import Array
 from infimed_jax.data.batch import Batch
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.family import Attend, family_of, head_path, table_path
@@ -25,7 +26,7 @@ from infimed_jax.trees import at
 
 def encode_images(
     params: Params, pixels: UInt8[Array, "B M S S 3"], model: config.Model, compute: Compute
-) -> Float[Array, "B M*P D"]:
+) -> Float[Array, "B MP D"]:
     """Every image's visual tokens. M may be 0."""
     rows, images = pixels.shape[:2]
     if images == 0:
@@ -41,7 +42,7 @@ def embed(
     params: Params,
     tokens: Int[Array, "B T"],
     visual_index: Int[Array, "B T"],
-    visual: Float[Array, "B M*P D"],
+    visual: Float[Array, "B MP D"],
     model: config.Model,
     compute: Compute,
 ) -> Float[Array, "B T D"]:

@@ -11,8 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Float
 
+from infimed_jax.arrays import Array
 from infimed_jax.models.weights import Weight
 from infimed_jax.sharding import LogicalAxes, gathered_spec, spec_of, stored_spec
 
@@ -26,7 +28,7 @@ def initial(weight: Weight, key: jax.Array) -> Array:
     return jax.sharding.reshard(values, stored_spec(weight.leaf_axes, weight.leaf_shape))
 
 
-def parameter(module: nn.Module, weight: Weight, dtype: jnp.dtype) -> Array:
+def parameter(module: nn.Module, weight: Weight, dtype: DTypeLike) -> Array:
     """The module's parameter (of one layer) in `dtype`, gathered over fsdp, ready for use."""
 
     def never(key: jax.Array) -> Array:
@@ -41,7 +43,7 @@ class Linear(nn.Module):
 
     weights: Weights
     """`kernel`, and `bias` where it has one."""
-    dtype: jnp.dtype
+    dtype: DTypeLike
     lora_scale: float = 0.0
     """Scale of the adapters beside the kernel, where there are any (`models.lora`)."""
 

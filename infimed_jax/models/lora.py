@@ -92,9 +92,10 @@ def _merge(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float, dtype: s
 
 
 def _merge_on_host(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float, dtype: str) -> np.ndarray:
-    merged = kernel.astype(np.float32)
+    merged, rank = kernel.astype(np.float32), a.shape[-1]
     for layer in range(len(merged)):
-        merged[layer] += np.float32(scale) * np.tensordot(a[layer], b[layer], axes=1)
+        product = np.einsum("ir,rk->ik", a[layer].reshape(-1, rank), b[layer].reshape(rank, -1), optimize=True)
+        merged[layer] += np.float32(scale) * product.reshape(merged.shape[1:])
     return merged.astype(jnp.dtype(dtype), copy=False)  # a stack of the 4B model's MLP is 3.6 GB
 
 

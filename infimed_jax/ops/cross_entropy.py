@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
+from infimed_jax.arrays import Array
 from infimed_jax.sharding import reshape_rows, spec_of, summed_once
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from infimed_jax.arrays import Array
 from infimed_jax.sharding import reshape_rows
 
 
@@ -21,7 +22,7 @@ def averaging_matrix(size: int, bins: int) -> Float[np.ndarray, "bins size"]:
     return matrix
 
 
-def adaptive_average_pool(x: Float[Array, "B P D"], grid: int) -> Float[Array, "B grid*grid D"]:
+def adaptive_average_pool(x: Float[Array, "B P D"], grid: int) -> Float[Array, "B {grid}*{grid} D"]:
     """Pool the P = side * side positions (row-major) of each image to grid * grid; the identity where equal."""
     side = round(x.shape[1] ** 0.5)
     if grid == side:

@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from infimed_jax import config
+from infimed_jax.arrays import Array
 from infimed_jax.data.batch import Batch
 from infimed_jax.models import forward
 from infimed_jax.models.compute import Compute

@@ -117,9 +117,8 @@ class Prefill:
             image_size=decoder.model.vision.image_size,
         )
         batch = stack_rows([layout(row) for row in self.rows] + [layout([])] * (height - len(self.rows)))
-        return decode.prefill(
-            decoder, slots, replace(batch, pixels=None), table, images, self._admission(slots, admitted)
-        )
+        batch = replace(batch, pixels=batch.pixels[:, :0])  # the table has what is seen of them
+        return decode.prefill(decoder, slots, batch, table, images, self._admission(slots, admitted))
 
     def _admission(self, slots: decode.Slots, admitted: Mapping[int, Request]) -> decode.Admission:
         size, history = len(slots.token), slots.history

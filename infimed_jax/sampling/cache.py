@@ -12,9 +12,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from infimed_jax import config
+from infimed_jax.arrays import Array
 from infimed_jax.sharding import BATCH
 
 ROWS = PartitionSpec(BATCH)

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec, reshard
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from infimed_jax import config
+from infimed_jax.arrays import Array
 from infimed_jax.data.batch import Batch
 from infimed_jax.models import forward
 from infimed_jax.ops.attention import Mask, attention
@@ -144,7 +145,7 @@ def _admitted(slots: Slots, admission: Admission) -> Slots:
     """All but the cache of the admitted slots as their requests begin."""
     new = admission.source >= 0
 
-    def pick(value: Array, old: Array) -> Array:
+    def pick(value: Array | int, old: Array) -> Array:
         return jnp.where(new.reshape(-1, *[1] * (old.ndim - 1)), value, old)
 
     history = slots.history

@@ -151,7 +151,7 @@ class Engine:
         )
         tokens, logprobs, counts, active = jax.device_get(reports)
         _check_finite(logprobs, counts)
-        return [self._harvest(slot, tokens, logprobs, counts[slot], active[slot]) for slot in list(running)]
+        return [self._harvest(slot, tokens, logprobs, int(counts[slot]), bool(active[slot])) for slot in list(running)]
 
     def _harvest(self, slot: int, tokens: np.ndarray, logprobs: np.ndarray, count: int, active: bool) -> Delta:
         new, finish = tokens[:count, slot], None

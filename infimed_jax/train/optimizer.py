@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from infimed_jax import config
+from infimed_jax.arrays import Array
 
 STACKED = ("blocks", "layers")
 """Names under which every leaf carries a leading layer axis."""
@@ -80,7 +81,7 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(_decays, params)
 
 
-def _decays(path: tuple[Any, ...], leaf: jax.Array) -> bool:
+def _decays(path: tuple[Any, ...], leaf: Array) -> bool:
     names = [str(getattr(entry, "key", entry)) for entry in path]
     own_dimensions = leaf.ndim - any(name in STACKED for name in names)
     return own_dimensions >= 2 and names[-1] != "bias"

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from infimed_jax import config
+from infimed_jax.arrays import Array
 from infimed_jax.data.batch import Batch
 from infimed_jax.models import forward
 from infimed_jax.models.compute import Compute

@@ -27,7 +27,7 @@ def cfg(model):
 def test_bytes_are_those_of_the_sampler_s_arrays(cfg):
     found = rollout(cfg, parse_topology("h100x1"), {"data": 1, "fsdp": 1, "tensor": 1}, state=1000, available=10**6)
     with jax.set_mesh(sharding.make_mesh(config.Mesh(), jax.devices()[:1])):
-        cache = jax.eval_shape(lambda: empty_cache(8, 64, cfg.model.text, "float32"))
+        cache = jax.eval_shape(lambda: empty_cache(8, 64, cfg.model, "float32"))
         params = abstract_params(cfg.model)
         weights = jax.eval_shape(lambda p: sampler_weights(p, cfg.model, "float32"), params)
     held = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731

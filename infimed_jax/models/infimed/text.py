@@ -8,8 +8,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
+from infimed_jax.arrays import Array
 from infimed_jax.models.compute import Compute, scan_blocks
 from infimed_jax.models.family import Attend
 from infimed_jax.models.infimed import config as infimed

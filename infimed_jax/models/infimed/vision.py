@@ -8,8 +8,9 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Float, UInt8
 
+from infimed_jax.arrays import Array
 from infimed_jax.models.compute import Compute, scan_blocks
 from infimed_jax.models.infimed import config as infimed
 from infimed_jax.models.infimed.weights import tree
@@ -91,7 +92,7 @@ class SiglipTower(nn.Module):
         return scan_blocks(lambda block, x: block(x), blocks, x, vision.num_blocks, self.compute)
 
 
-def to_patches(pixels: UInt8[Array, "B S S 3"], patch: int) -> UInt8[Array, "B P patch*patch*3"]:
+def to_patches(pixels: UInt8[Array, "B S S 3"], patch: int) -> UInt8[Array, "B P 3*{patch}*{patch}"]:
     """Cut into patches, row-major, each flattened as (row, column, channel); the remainder at the edge is not seen."""
     batch, side = pixels.shape[0], pixels.shape[1]
     grid = side // patch

@@ -9,8 +9,9 @@ import functools
 import logging
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from infimed_jax.arrays import Array
 from infimed_jax.errors import UserError
 from infimed_jax.ops.attention.backend import Backend, backend, backend_names
 from infimed_jax.ops.attention.mask import Mask

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from infimed_jax import plugins
+from infimed_jax.arrays import Array
 from infimed_jax.errors import UserError
 from infimed_jax.ops.attention.mask import Mask
 

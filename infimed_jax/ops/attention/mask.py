@@ -6,7 +6,9 @@ import functools
 from dataclasses import dataclass
 
 import jax
-from jaxtyping import Array, Int
+from jaxtyping import Int
+
+from infimed_jax.arrays import Array
 
 
 @functools.partial(

@@ -7,13 +7,16 @@ most of it page faults for 64 MB of scores.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
+from infimed_jax.arrays import Array
 from infimed_jax.ops.attention.backend import Backend
 from infimed_jax.ops.attention.mask import Mask
 from infimed_jax.sharding import spec_of
@@ -50,7 +53,7 @@ def _attend(
 
 
 def _forward(q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, tuple]:
-    def row(operands: tuple) -> tuple[Array, Array]:
+    def row(operands: Sequence[Any]) -> tuple[Array, Array]:
         *heads, mask = operands
         return jax.lax.map(functools.partial(_head_forward, _visible(mask, q.shape[3], k.shape[2])), heads)
 
@@ -61,7 +64,7 @@ def _forward(q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, tuple]:
 def _backward(residuals: tuple, gradient: Array) -> tuple:
     q, k, v, mask, out, log_total = residuals
 
-    def row(operands: tuple) -> tuple[Array, Array, Array]:
+    def row(operands: Sequence[Any]) -> tuple[Array, Array, Array]:
         *heads, mask = operands
         return jax.lax.map(functools.partial(_head_backward, _visible(mask, q.shape[3], k.shape[2])), heads)
 
@@ -93,7 +96,9 @@ def _scores(visible: Bool[Array, "T S"], q: Float[Array, "G T H"], k: Float[Arra
     return jnp.where(visible, scores.reshape(groups, *visible.shape), _HIDDEN).reshape(scores.shape)
 
 
-def _head_forward(visible: Bool[Array, "T S"], operands: tuple) -> tuple[Float[Array, "G T H"], Float[Array, "G*T 1"]]:
+def _head_forward(
+    visible: Bool[Array, "T S"], operands: Sequence[Any]
+) -> tuple[Float[Array, "G T H"], Float[Array, "G*T 1"]]:
     """The output and the logarithm of each query's sum; a query that sees nothing gives 0 and infinity."""
     q, k, v = operands
     scores = _scores(visible, q, k)
@@ -106,7 +111,7 @@ def _head_forward(visible: Bool[Array, "T S"], operands: tuple) -> tuple[Float[A
     return out.astype(q.dtype).reshape(q.shape), jnp.where(seen, top + jnp.log(total), jnp.inf)
 
 
-def _head_backward(visible: Bool[Array, "T S"], operands: tuple) -> tuple[Array, Array, Array]:
+def _head_backward(visible: Bool[Array, "T S"], operands: Sequence[Any]) -> tuple[Array, Array, Array]:
     """Gradients of q, k and v, with the weights computed again (FlashAttention, arXiv 2205.14135, algorithm 4)."""
     q, k, v, out, log_total, gradient = operands
     flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
+from infimed_jax.arrays import Array
 from infimed_jax.ops.attention.backend import Backend
 from infimed_jax.ops.attention.mask import Mask
 from infimed_jax.sharding import spec_of

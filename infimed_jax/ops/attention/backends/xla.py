@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
+from infimed_jax.arrays import Array
 from infimed_jax.ops.attention.backend import Backend
 from infimed_jax.ops.attention.mask import Mask
 from infimed_jax.sharding import spec_of
@@ -28,7 +29,7 @@ def xla_attention(
 
 
 def _masked_softmax(
-    scores: Float[Array, "B K G T S"], visible: Bool[Array, "B 1 1 T S"] | None
+    scores: Float[Array, "B K G T S"], visible: Bool[Array, "#B 1 1 T S"] | None
 ) -> Float[Array, "B K G T S"]:
     if visible is None:
         return jax.nn.softmax(scores, axis=-1)
@@ -39,7 +40,7 @@ def _masked_softmax(
     return weights / jnp.where(total == 0.0, 1.0, total)
 
 
-def dense_mask(mask: Mask, queries: int, keys: int) -> Bool[Array, "B 1 1 T S"] | None:
+def dense_mask(mask: Mask, queries: int, keys: int) -> Bool[Array, "#B 1 1 T S"] | None:
     """True where a query sees a key, broadcastable over heads; None where everything is seen."""
     visible = None
     if mask.causal:
