@@ -10,6 +10,7 @@ kept there for the next comparison. Exit code 1 where anything differs. Needs to
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -21,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,7 @@ WORKER = Path(__file__).with_name("proof_worker.py")
 TINY = "configs/models/tiny.yaml"
 STAGES = ("pretrain", "sft_general", "sft_medical", "sft_cross_distribution")
 LOGPROB_TOLERANCE = 1e-6
-SHOWN = 5
-"""Differences of a row that are printed."""
+SHOWN = 5  # differences of a row that are printed
 _OF_LOGPROBS = re.compile(r"logprob|entropy")
 """Log-probabilities, and means of them."""
 _CLOCK = re.compile(r"second|time|mfu|memory|wait|flops")
@@ -74,7 +73,7 @@ class Tree:
         tokenizer = f"data.tokenizer={self.inputs / 'tokenizer'}"
         return [word for file in files for word in ("--config", file)] + [tokenizer, *settings]
 
-    @cached_property
+    @functools.cached_property
     def prepared(self) -> Path:
         """The procedural sources as prepared datasets, `SOURCE/SPLIT`."""
         folder = self.folder / "prepared"
@@ -84,7 +83,7 @@ class Tree:
         )
         return folder
 
-    @cached_property
+    @functools.cached_property
     def imported(self) -> Path:
         """The checkpoint of the common parameters."""
         checkpoint = self.folder / "imported"
@@ -93,7 +92,7 @@ class Tree:
             self.commands(["convert", "from-hf", "--llava", self.inputs / "llava", *options])
         return checkpoint
 
-    @cached_property
+    @functools.cached_property
     def trained(self) -> Path:
         """A short supervised run from the common parameters."""
         run = self.folder / "trained"
@@ -243,7 +242,11 @@ def export(tree: Tree) -> dict[str, Any]:
         [*to_hf, tree.trained, "--output", folder / "trained", "--dtype", "float32"],
         [*to_hf, lora, "--output", folder / "peft", "--lora", "peft"],
     )
-    return {str(file.relative_to(folder)): _content(file, tree) for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(folder)): _content(file, (folder, tree.folder))
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
 
 
 def plan(tree: Tree) -> dict[str, Any]:
@@ -306,10 +309,10 @@ def _metrics(run: Path) -> list[Any]:
     return [{k: v for k, v in row.items() if not _CLOCK.search(k)} for row in _lines(run / "metrics.jsonl")]
 
 
-def _content(file: Path, tree: Tree) -> Any:
+def _content(file: Path, folders: Sequence[Path]) -> Any:
     data = file.read_bytes()
     if file.suffix in (".md", ".json"):
-        data = data.replace(str(tree.folder).encode(), b"")
+        data = functools.reduce(lambda text, folder: text.replace(str(folder).encode(), b""), folders, data)
     if file.suffix == ".md":
         return [line for line in data.decode().splitlines() if not _DATED.search(line)]
     return f"{len(data):,} bytes, sha256 {hashlib.sha256(data).hexdigest()}"
@@ -367,7 +370,7 @@ def compare(old: Tree, new: Tree, names: Sequence[str]) -> bool:
             count, found = f"{size(before):,}", list(differences(before, after))
         except (RuntimeError, OSError, KeyError) as error:
             count, found = "-", [f"no comparison: {error}"]
-        equal &= not found
+        equal = equal and not found
         result = f"{len(found)} differ" if found else "equal"
         print(f"{name:<11}{what:<56}{count:>9}{time.monotonic() - began:>9.0f}  {result}", flush=True)
         for line in [*found[:SHOWN], *(["…"] if len(found) > SHOWN else [])]:
