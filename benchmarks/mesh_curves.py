@@ -91,7 +91,7 @@ def random_batch(seed: int, model):
     from infimed_jax.data.batch import Segment, build_row, stack_rows
 
     rng = np.random.default_rng(seed)
-    places, side = model.projector.visual_tokens, model.vision.image_size
+    places, side = model.visual_tokens, model.vision.image_size
 
     def segment(images: int, text: int) -> Segment:
         visual = np.zeros(text + places * images, bool)
@@ -101,7 +101,7 @@ def random_batch(seed: int, model):
         return Segment(tokens, (~visual).astype(np.float32), visual, pixels)
 
     rows = [[segment(1, 10), segment(0, 12)] for _ in range(8)]
-    return stack_rows([build_row(row, context=64, images=1, visual_tokens=places, image_size=side) for row in rows])
+    return stack_rows([build_row(row, context=64, images=1, model=model) for row in rows])
 
 
 def draw(curves: dict[tuple[int, int, int], list[float]], file: Path) -> None:

@@ -168,16 +168,15 @@ def tiny_step() -> Check:
 
     tiny = Path(__file__).resolve().parents[1] / "configs/models/tiny.yaml"
     cfg = config.load([tiny], ["train.attention=xla", "train.logit_chunk=64", "train.remat=full"])
-    side, visual_tokens = cfg.model.vision.image_size, cfg.model.projector.visual_tokens
     random = np.random.default_rng(0)
-    visual = np.arange(64) < visual_tokens
+    visual = np.arange(64) < cfg.model.visual_tokens
     segment = Segment(
         random.integers(0, 1000, 64).astype(np.int32),
         (~visual).astype(np.float32),
         visual,
-        (random.integers(0, 256, (side, side, 3), dtype=np.uint8),),
+        (random.integers(0, 256, cfg.model.blank_image().shape, dtype=np.uint8),),
     )
-    row = build_row([segment], context=64, images=1, visual_tokens=visual_tokens, image_size=side)
+    row = build_row([segment], context=64, images=1, model=cfg.model)
     mesh = sharding.make_mesh(config.Mesh(), jax.local_devices()[:1])
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(cfg.optimizer)

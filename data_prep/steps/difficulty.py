@@ -57,6 +57,7 @@ def measure(
     refuse_damage(unreadable, len(dataset), max_bad_records)
     pool = questions((dataset[number] for number in numbers), tokenizer, cfg)
     pool = replace(pool, numbers=np.array(numbers)[pool.numbers])  # their places in the dataset again
+    pixels = [list(array.shape) for array in jax.tree.leaves(cfg.model.blank_image())]
     measured = {
         "version": VERSION,
         "from": dataset.fingerprint,
@@ -64,7 +65,7 @@ def measure(
         "tokenizer": tokenizer.fingerprint,
         "draws": plan.draws,
         "seed": plan.seed,
-        "settings": config.to_dict(rollout_sampling(cfg)) | {"image_size": cfg.model.vision.image_size},
+        "settings": config.to_dict(rollout_sampling(cfg)) | {"pixels": pixels},
     }
     recipe = measured | {"plan": vars(plan)}
     finished = finished_report(output, recipe)

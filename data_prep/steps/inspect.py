@@ -15,8 +15,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from infimed_jax.config import Model
 from infimed_jax.data.chat import Tokenizer, render
-from infimed_jax.data.images import ImageError, decode_image
+from infimed_jax.data.images import ImageError, decode_image, visual_tokens
 from infimed_jax.data.packing import PackingIndex
 from infimed_jax.data.storage import CorruptRecord, Samples
 from infimed_jax.errors import UserError
@@ -63,7 +64,7 @@ class _Row:
 
 
 def write_inspection(
-    samples: Samples, index: PackingIndex, tokenizer: Tokenizer, visual_tokens: int, file: Path, rows: int
+    samples: Samples, index: PackingIndex, tokenizer: Tokenizer, model: Model, file: Path, rows: int
 ) -> Path:
     """The first `rows` rows as the HTML page `file`, and as a PNG beside it, whose path is returned."""
     if rows < 1:
@@ -71,7 +72,7 @@ def write_inspection(
     picture = file.with_suffix(".png")
     if picture == file:
         raise UserError(f"{file} is where the picture goes: name the page, such as {file.with_suffix('.html')}")
-    shown = [_row(samples, index, tokenizer, visual_tokens, row) for row in range(min(rows, index.rows))]
+    shown = [_row(samples, index, tokenizer, model, row) for row in range(min(rows, index.rows))]
     summary = (
         f"{len(index.samples):,} samples in {index.rows:,} rows, filled to {index.fill:.2%}; no packing passes "
         f"{index.fill_bound:.2%}. Bars show the samples of a row; grey is padding."
@@ -88,24 +89,22 @@ def _png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _row(samples: Samples, index: PackingIndex, tokenizer: Tokenizer, visual_tokens: int, number: int) -> _Row:
+def _row(samples: Samples, index: PackingIndex, tokenizer: Tokenizer, model: Model, number: int) -> _Row:
     context = index.buckets[index.row_bucket[number]][0]
     numbers, lengths = index.row(number)
     shown = tuple(
-        _sample(samples, int(n), int(length), _COLOURS[place % len(_COLOURS)], tokenizer, visual_tokens)
+        _sample(samples, int(n), int(length), _COLOURS[place % len(_COLOURS)], tokenizer, model)
         for place, (n, length) in enumerate(zip(numbers, lengths, strict=True))
     )
     return _Row(f"Row {number}: {int(lengths.sum()):,} of {context:,} tokens", context, shown)
 
 
-def _sample(
-    samples: Samples, number: int, length: int, colour: str, tokenizer: Tokenizer, visual_tokens: int
-) -> _Shown:
+def _sample(samples: Samples, number: int, length: int, colour: str, tokenizer: Tokenizer, model: Model) -> _Shown:
     try:
         sample = samples[number]
     except CorruptRecord:
         return _Shown(colour, length, f"record {number}", "cannot be read", (), ())
-    segment = render(sample, tokenizer, visual_tokens)
+    segment = render(sample, tokenizer, visual_tokens(sample.images, model))
     runs: list[tuple[str, list[int]]] = []
     for token, target, visual in zip(segment.tokens, segment.targets, segment.visual, strict=True):
         kind = "v" if visual else "t learnt" if target else "t"

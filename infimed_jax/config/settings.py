@@ -7,8 +7,11 @@ known ("recipe" is arXiv 2509.22261, "ancestor" is Open-Qwen2VL, arXiv 2504.0059
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
+
+import numpy as np
 
 from infimed_jax import plugins
 from infimed_jax.config.fields import (
@@ -56,6 +59,14 @@ FAMILIES = "infimed_jax.models"
 """The room of the families."""
 
 
+class ImageSpan(NamedTuple):
+    """The places that one image takes among the tokens."""
+
+    tokens: int
+    grid: tuple[int, int]
+    """Rows and columns of its visual tokens."""
+
+
 @dataclass(frozen=True)
 class Model(Group, path="model"):
     """The model's shape: each family declares its own settings, and answers what the rest of the package asks."""
@@ -76,10 +87,35 @@ class Model(Group, path="model"):
         """Sizes that `mesh.tensor` splits, by their settings' names; equal to those of the table of weights."""
         raise NotImplementedError
 
+    position_axes: ClassVar[int] = 1
+    """Axes of a position: 1, or 3 of multimodal rotary embeddings."""
+    sized: ClassVar[bool] = False
+    """Whether an image's visual tokens depend on its size, so that packing has to read it."""
+
     @property
     def visual_tokens(self) -> int:
-        """Tokens of the largest image."""
+        """Visual tokens of the largest image."""
         raise NotImplementedError
+
+    def image(self, height: int, width: int) -> ImageSpan:
+        """The visual tokens of an image of so many pixels."""
+        raise NotImplementedError
+
+    def host_arrays(self, image: Any) -> Any:
+        """A PIL image in RGB as the encoder takes it: an array, or a tree of arrays, whose shapes never change."""
+        raise NotImplementedError
+
+    def span(self, pixels: Any) -> ImageSpan:
+        """The visual tokens of an image by its `host_arrays`."""
+        raise NotImplementedError
+
+    def blank_image(self) -> Any:
+        """Zeros in the shapes and types of `host_arrays`."""
+        raise NotImplementedError
+
+    def positions(self, visual: np.ndarray, spans: Sequence[ImageSpan]) -> np.ndarray:
+        """i32[A,n] of a segment whose image places are `visual`, from 0; what continues it follows the largest."""
+        return np.arange(len(visual), dtype=np.int32)[None]
 
     def with_visual_tokens(self, tokens: int) -> Model:
         """The same with so many visual tokens an image; ConfigError where that cannot be."""

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -116,7 +117,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 class _Pen:
     """A segment under construction."""
 
-    def __init__(self, tokenizer: Tokenizer, visual_tokens: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, visual_tokens: int | Sequence[int]) -> None:
         self.tokenizer = tokenizer
         self.visual_tokens = visual_tokens
         self.tokens: list[int] = []
@@ -128,8 +129,9 @@ class _Pen:
         self.targets.append(weight)
 
     def image(self, number: int) -> None:
-        self.tokens += [self.tokenizer.image_pad] * self.visual_tokens
-        self.targets += [0.0] * self.visual_tokens
+        places = self.visual_tokens if isinstance(self.visual_tokens, int) else self.visual_tokens[number]
+        self.tokens += [self.tokenizer.image_pad] * places
+        self.targets += [0.0] * places
         self.images.append(number)
 
     def text(self, text: str, weight: float = 0.0, prefix: str = "") -> None:
@@ -153,9 +155,9 @@ class _Pen:
             else:
                 self.image(run)
 
-    def segment(self, sample: Sample, pixels: Sequence[np.ndarray]) -> Segment:
+    def segment(self, sample: Sample, pixels: Sequence[Any]) -> Segment:
         if pixels and len(pixels) != len(sample.images):
-            raise ValueError(f"sample {sample.id}: {len(pixels)} decoded images for {len(sample.images)}")
+            raise ValueError(f"sample {sample.id}: {len(pixels)} prepared images for {len(sample.images)}")
         tokens = np.array(self.tokens, np.int32)
         return Segment(
             tokens=tokens,
@@ -196,11 +198,13 @@ def _strip_newlines(pieces: Sequence[str | int]) -> list[str | int]:
     return runs
 
 
-def render(sample: Sample, tokenizer: Tokenizer, visual_tokens: int, pixels: Sequence[np.ndarray] = ()) -> Segment:
-    """The training rendering, images expanded to `visual_tokens` places each.
+def render(
+    sample: Sample, tokenizer: Tokenizer, visual_tokens: int | Sequence[int], pixels: Sequence[Any] = ()
+) -> Segment:
+    """The training rendering, images expanded to `visual_tokens` places, one number for all or one for each.
 
-    Loss is on assistant turns with their `<|im_end|>`, or on all text of a document. `pixels`, u8[S,S,3] each, are the
-    sample's images decoded in order; without them the segment has none, and is good for its length only.
+    Loss is on assistant turns with their `<|im_end|>`, or on all text of a document. `pixels` are the
+    sample's images prepared in order; without them the segment has none, and is good for its length only.
     """
     pen = _Pen(tokenizer, visual_tokens)
     if sample.kind == "document":
@@ -213,8 +217,8 @@ def render(sample: Sample, tokenizer: Tokenizer, visual_tokens: int, pixels: Seq
 def render_prompt(
     sample: Sample,
     tokenizer: Tokenizer,
-    visual_tokens: int,
-    pixels: Sequence[np.ndarray] = (),
+    visual_tokens: int | Sequence[int],
+    pixels: Sequence[Any] = (),
     thinking: bool = False,
 ) -> Segment:
     """What stands before the last assistant turn, and the generation prompt: an empty think block unless `thinking`.

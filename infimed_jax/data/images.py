@@ -9,10 +9,16 @@ import hashlib
 import io
 import threading
 from collections import OrderedDict
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar, get_args
 
+import jax
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from infimed_jax import config
+
+T = TypeVar("T")
 
 MAX_PIXELS = 2**26
 """Width × height; checked in the header, before any pixel is decoded. 67 million are 200 MB as RGB."""
@@ -32,6 +38,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = {_UPRIGHT[orientation] for orientation in (5, 6, 7, 8)}
 
 
 class ImageError(ValueError):
@@ -44,39 +51,69 @@ class ImageError(ValueError):
 
 def decode_image(data: bytes, size: int) -> np.ndarray:
     """Encoded file → u8[size, size, 3]: `decode_rgb`, then bicubic, aspect ratio ignored. Raises ImageError."""
+    return _decoded(data, lambda image: np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)))
+
+
+def prepare_image(data: bytes, model: config.Model) -> Any:
+    """Encoded file → the arrays that the model's encoder takes. Raises ImageError."""
+    return _decoded(data, model.host_arrays)
+
+
+def _decoded(data: bytes, prepare: Callable[[Image.Image], T]) -> T:
     image = decode_rgb(data)
     try:
-        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+        return prepare(image)
     except MemoryError:
         raise
     except Exception as error:
         raise ImageError("truncated or corrupt") from error
 
 
+def visual_tokens(images: Sequence[bytes], model: config.Model) -> int | list[int]:
+    """Visual tokens of each image; one number, and nothing is read, where they do not depend on its size.
+
+    An image that cannot be read counts as the largest one.
+    """
+    return [_span_tokens(data, model) for data in images] if model.sized else model.visual_tokens
+
+
+def _span_tokens(data: bytes, model: config.Model) -> int:
+    try:
+        image = _open(data)
+    except ImageError:
+        return model.visual_tokens
+    width, height = image.size[::-1] if _turn(image) in _SIDEWAYS else image.size
+    return model.image(height, width).tokens
+
+
 class ImageCache:
-    """Decoded images by content and size, for many threads; beyond `limit` bytes the least recently used goes."""
+    """Prepared images by content and model, for many threads; beyond `limit` bytes the least recently used goes."""
 
     def __init__(self, limit: int = 2**28) -> None:
         self._limit, self._bytes = limit, 0
-        self._kept: OrderedDict[tuple[bytes, int], np.ndarray] = OrderedDict()
+        self._kept: OrderedDict[tuple[bytes, config.Model], Any] = OrderedDict()
         self._lock = threading.Lock()
 
-    def decode(self, data: bytes, size: int) -> np.ndarray:
-        """As `decode_image`; the array is shared, so it must not be written to."""
-        name = (hashlib.sha256(data).digest(), size)
+    def prepare(self, data: bytes, model: config.Model) -> Any:
+        """As `prepare_image`; the arrays are shared, so they must not be written to."""
+        name = (hashlib.sha256(data).digest(), model)
         with self._lock:
             if name in self._kept:
                 self._kept.move_to_end(name)
                 return self._kept[name]
-        image = decode_image(data, size)
+        image = prepare_image(data, model)
         with self._lock:
             if name not in self._kept:
                 self._kept[name] = image
-                self._bytes += image.nbytes
+                self._bytes += _nbytes(image)
             image = self._kept[name]
             while self._bytes > self._limit:
-                self._bytes -= self._kept.popitem(last=False)[1].nbytes
+                self._bytes -= _nbytes(self._kept.popitem(last=False)[1])
         return image
+
+
+def _nbytes(image: Any) -> int:
+    return sum(array.nbytes for array in jax.tree.leaves(image))
 
 
 def decode_rgb(data: bytes) -> Image.Image:
@@ -86,6 +123,18 @@ def decode_rgb(data: bytes) -> Image.Image:
     and maximum: clipping them at 255, as Pillow would, or dividing by 256 leaves white or black squares.
     Raises ImageError.
     """
+    image = _open(data)
+    try:
+        image.load()
+        return _to_rgb(_upright(image))
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ImageError("truncated or corrupt") from error
+
+
+def _open(data: bytes) -> Image.Image:
+    """The file with its header read."""
     if not data:
         raise ImageError("empty file")
     try:
@@ -98,22 +147,19 @@ def decode_rgb(data: bytes) -> Image.Image:
         raise ImageError("truncated or corrupt") from error
     if image.width * image.height > MAX_PIXELS:
         raise ImageError("too many pixels")
-    try:
-        image.load()
-        return _to_rgb(_upright(image))
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise ImageError("truncated or corrupt") from error
+    return image
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(_ORIENTATION)
-    except Exception:  # broken metadata says nothing about the pixels
-        return image
-    turn = _UPRIGHT.get(orientation)
+    turn = _turn(image)
     return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return _UPRIGHT.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # broken metadata says nothing about the pixels
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -23,7 +23,7 @@ from absl import flags
 from infimed_jax import config as settings
 from infimed_jax.data.batch import Batch, Segment, build_row, stack_rows, unmask
 from infimed_jax.data.chat import Tokenizer, render
-from infimed_jax.data.images import ImageCache, ImageError
+from infimed_jax.data.images import ImageCache, ImageError, visual_tokens
 from infimed_jax.data.packing import PackingIndex, build_index
 from infimed_jax.data.storage import UNREADABLE, CorruptRecord, Samples, record_name
 from infimed_jax.errors import UserError
@@ -92,8 +92,7 @@ class RowReader:
         self.samples = samples
         self.tokenizer = tokenizer
         self.index = index
-        self.visual_tokens = model.projector.visual_tokens
-        self.image_size = model.vision.image_size
+        self.model = model
         # Decoding is the loader's main cost, and VQA-RAD asks about each image ten times: with the cache an epoch of it
         # at 384 pixels took 9 s on two cores, without it 46.
         self._images = ImageCache()
@@ -104,7 +103,7 @@ class RowReader:
         segments: list[Segment] = []
         ids: list[str] = []
         bad: list[tuple[str, str]] = []
-        pixels: dict[bytes, np.ndarray] = {}  # one array per image, so that a row's slots do not depend on the cache
+        pixels: dict[bytes, Any] = {}  # one array per image, so that a row's slots do not depend on the cache
         numbers, lengths = self.index.row(row) if row != EMPTY else ((), ())
         for number, length in zip(map(int, numbers), lengths, strict=True):
             name = record_name(self.samples, number)
@@ -113,14 +112,15 @@ class RowReader:
                 name = sample.id
                 for data in sample.images:
                     if data not in pixels:
-                        pixels[data] = self._images.decode(data, self.image_size)
+                        pixels[data] = self._images.prepare(data, self.model)
             except CorruptRecord:
                 bad.append((name, UNREADABLE))
                 continue
             except ImageError as error:
                 bad.append((name, error.reason))
                 continue
-            segment = render(sample, self.tokenizer, self.visual_tokens, [pixels[data] for data in sample.images])
+            places = visual_tokens(sample.images, self.model)
+            segment = render(sample, self.tokenizer, places, [pixels[data] for data in sample.images])
             if len(segment) != length:
                 raise UserError(
                     f"sample {name} has {len(segment)} tokens, its packing index says {length}: "
@@ -128,9 +128,7 @@ class RowReader:
                 )
             segments.append(segment)
             ids.append(name)
-        batch = build_row(
-            segments, context=context, images=images, visual_tokens=self.visual_tokens, image_size=self.image_size
-        )
+        batch = build_row(segments, context=context, images=images, model=self.model)
         return LoadedRow(batch, tuple(ids), tuple(bad))
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from infimed_jax import config
 from infimed_jax.data.bins import first_fit_decreasing, least_bins, minimum_bin_slack
 from infimed_jax.data.chat import RENDERING, Tokenizer, render
+from infimed_jax.data.images import visual_tokens
 from infimed_jax.data.storage import UNREADABLE, CorruptRecord, Samples, record_name
 from infimed_jax.errors import UserError
 from infimed_jax.files import to_json
@@ -113,7 +114,7 @@ def build_index(
         "dataset": samples.fingerprint,
         "tokenizer": tokenizer.fingerprint,
         "rendering": RENDERING,
-        "visual_tokens": model.projector.visual_tokens,
+        "visual_tokens": config.to_dict(model) if model.sized else model.visual_tokens,
         "context": data.context,
         "images_per_row": data.images_per_row,
         "packing": data.packing,
@@ -123,7 +124,7 @@ def build_index(
     fingerprint = _fingerprint(settings)
     if (folder / f"{fingerprint[:16]}.json").is_file():
         return load_index(folder, fingerprint)
-    index = _build(samples, _rendered(samples, tokenizer, folder, on_progress), data, model, fingerprint)
+    index = _build(samples, _rendered(samples, tokenizer, model, folder, on_progress), data, model, fingerprint)
     _save(index, settings, folder)
     return index
 
@@ -131,8 +132,8 @@ def build_index(
 def _build(
     samples: Samples, rendered: dict[str, np.ndarray], data: config.Data, model: config.Model, fingerprint: str
 ) -> PackingIndex:
-    visual_tokens = model.projector.visual_tokens
-    lengths = rendered["text"].astype(np.int64) + rendered["spans"].astype(np.int64) * visual_tokens
+    a_span = 1 if model.sized else model.visual_tokens
+    lengths = rendered["text"].astype(np.int64) + rendered["spans"].astype(np.int64) * a_span
     images = rendered["images"].astype(np.int64)
     reason = rendered["status"].copy()
     unreadable = int((reason == _REASONS.index(UNREADABLE)).sum())
@@ -185,10 +186,14 @@ def _name(samples: Samples, number: int) -> str:
 
 
 def _rendered(
-    samples: Samples, tokenizer: Tokenizer, folder: Path, on_progress: Report | None
+    samples: Samples, tokenizer: Tokenizer, model: config.Model, folder: Path, on_progress: Report | None
 ) -> dict[str, np.ndarray]:
-    """Per sample: text tokens, image spans, distinct images, status; kept in `folder`, one rendering of everything."""
+    """Per sample: text tokens, image spans, distinct images, status; kept in `folder`, one rendering of everything.
+
+    In place of the spans, their visual tokens where these depend on an image's size.
+    """
     key = {"dataset": samples.fingerprint, "tokenizer": tokenizer.fingerprint, "rendering": RENDERING}
+    key |= {"model": config.to_dict(model)} if model.sized else {}
     file = folder / f"lengths-{_fingerprint(key)[:16]}.npz"
     if file.is_file():
         return _read_arrays(file)
@@ -201,7 +206,7 @@ def _rendered(
         except CorruptRecord:
             table[number, 3] = _REASONS.index(UNREADABLE)
             continue
-        segment = render(sample, tokenizer, visual_tokens=1)
+        segment = render(sample, tokenizer, visual_tokens(sample.images, model) if model.sized else 1)
         spans = int(segment.visual.sum())
         images = len({piece for turn in sample.turns for piece in turn.content if not isinstance(piece, str)})
         status = 0 if segment.targets.any() else _REASONS.index(NO_LOSS)

@@ -25,7 +25,7 @@ from PIL import Image
 from infimed_jax import config, sharding
 from infimed_jax.data.batch import Batch, Segment, build_row, stack_rows
 from infimed_jax.data.chat import Tokenizer, load_tokenizer, render_prompt
-from infimed_jax.data.images import decode_image
+from infimed_jax.data.images import prepare_image, visual_tokens
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.errors import UserError
 from infimed_jax.files import write_json
@@ -160,8 +160,8 @@ def _images(sample: Sample) -> tuple[bytes, ...]:
 
 
 def _segment(sample: Sample, model: config.Model, tokenizer: Tokenizer) -> Segment:
-    pixels = tuple(decode_image(data, model.vision.image_size) for data in sample.images)
-    return render_prompt(sample, tokenizer, model.projector.visual_tokens, pixels)
+    pixels = tuple(prepare_image(data, model) for data in sample.images)
+    return render_prompt(sample, tokenizer, visual_tokens(sample.images, model), pixels)
 
 
 class _Outputs(NamedTuple):
@@ -212,13 +212,7 @@ def _cases(
 
 
 def _batch(segment: Segment, model: config.Model) -> Batch:
-    row = build_row(
-        [segment],
-        context=len(segment),
-        images=len(_first_uses(segment.pixels)),
-        visual_tokens=model.projector.visual_tokens,
-        image_size=model.vision.image_size,
-    )
+    row = build_row([segment], context=len(segment), images=len(_first_uses(segment.pixels)), model=model)
     return stack_rows([row])
 
 
@@ -271,10 +265,10 @@ _jit = functools.partial(jax.jit, static_argnames=("model", "compute"))
 
 
 @_jit
-def _encode(params: Params, pixels: jax.Array, model: config.Model, compute: Compute) -> dict[str, jax.Array]:
+def _encode(params: Params, pixels: Any, model: config.Model, compute: Compute) -> dict[str, jax.Array]:
     """What each stage of the encoder makes of one row's images; empty without images."""
-    images, stages = pixels[0], {}
-    for name, stage in family_of(model).encoder.items() if len(images) else ():
+    images, stages = jax.tree.map(lambda x: x[0], pixels), {}
+    for name, stage in family_of(model).encoder.items() if len(jax.tree.leaves(images)[0]) else ():
         stages[name] = images = stage(params, images, model, compute)
     return stages
 
@@ -304,7 +298,7 @@ def _unembed(head: Params, hidden: jax.Array, model: config.Model) -> jax.Array:
     return forward.logits(head, hidden, model, Compute("float32"))
 
 
-def _first_uses(pixels: Sequence[np.ndarray]) -> list[int]:
+def _first_uses(pixels: Sequence[Any]) -> list[int]:
     """Numbers of the images that are not repeats of an earlier one."""
     seen: dict[int, int] = {}
     for number, image in enumerate(pixels):

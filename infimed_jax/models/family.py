@@ -34,13 +34,13 @@ class Family:
     """The products of one image that multiply no weight."""
     encoder: Mapping[str, Callable[..., Array]]
     """From pixels to visual tokens, a stage for each part that has weights in it: (params, images [I, …], model,
-    compute) to the next stage's images, and at last to [I, P, D]."""
+    compute) to the next stage's images, and at last to [I, P, D]. The first one takes the images' `host_arrays`."""
     blocks: str
     """Path of the language model's stack of blocks in the tree of parameters."""
     hidden: Callable[..., Array]
-    """(params, embeddings [B,T,D], positions, mask, model, compute) to hidden states after the final norm."""
+    """(params, embeddings [B,T,D], positions [B,A,T], mask, model, compute) to hidden states after the final norm."""
     block: Callable[..., tuple[Array, Any]]
-    """(one layer's own parameters, x [B,T,D], positions, attend, model, compute) to (x, what `attend` collected)."""
+    """(one layer's parameters, x [B,T,D], positions [B,A,T], attend, model, compute) to (x, what `attend` collects)."""
     final_norm: Callable[..., Array]
     """(params, x [..., D], model) to normed hidden states."""
     hugging_face: HuggingFace

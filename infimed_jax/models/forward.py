@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 
 from infimed_jax import config, sharding
 from infimed_jax.arrays import Array
@@ -24,15 +24,17 @@ from infimed_jax.ops.cross_entropy import target_logprobs
 from infimed_jax.trees import at
 
 
-def encode_images(
-    params: Params, pixels: UInt8[Array, "B M S S 3"], model: config.Model, compute: Compute
-) -> Float[Array, "B MP D"]:
-    """Every image's visual tokens. M may be 0."""
-    rows, images = pixels.shape[:2]
+def encode_images(params: Params, pixels: Any, model: config.Model, compute: Compute) -> Float[Array, "B MP D"]:
+    """Every image's visual tokens, those of the largest image's number; `pixels` is a tree with [B,M] in front.
+
+    M may be 0. What a smaller image leaves of its P places is no visual token.
+    """
+    first = jax.tree.leaves(pixels)[0]
+    rows, images = first.shape[:2]
     if images == 0:
         nothing = (rows, 0, model.hidden_size)
-        return jnp.zeros(nothing, compute.dtype, out_sharding=PartitionSpec(sharding.spec_of(pixels)[0]))
-    visual = sharding.reshape_rows(pixels, rows * images, *pixels.shape[2:])
+        return jnp.zeros(nothing, compute.dtype, out_sharding=PartitionSpec(sharding.spec_of(first)[0]))
+    visual = jax.tree.map(lambda x: sharding.reshape_rows(x, rows * images, *x.shape[2:]), pixels)
     for stage in family_of(model).encoder.values():
         visual = stage(params, visual, model, compute)
     return sharding.reshape_rows(visual, rows, images * visual.shape[1], model.hidden_size)
@@ -92,7 +94,7 @@ def token_logprobs(
 def text_block(
     layer: Params,
     x: Float[Array, "B T D"],
-    positions: Int[Array, "B T"],
+    positions: Int[Array, "B A T"],
     attend: Attend,
     model: config.Model,
     compute: Compute,

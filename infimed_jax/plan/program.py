@@ -98,13 +98,15 @@ def for_platform(cfg: config.Config, platform: str) -> config.Config:
 
 def _abstract_batch(cfg: config.Config, rows: int, mesh: Mesh | AbstractMesh) -> Batch:
     placed = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
-    tokens, images, side = cfg.data.context, cfg.data.images_per_row, cfg.model.vision.image_size
+    tokens, images, model = cfg.data.context, cfg.data.images_per_row, cfg.model
 
     def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, *shape), jnp.dtype(dtype), sharding=placed)
 
     row = array(jnp.int32, tokens)
-    return Batch(row, row, row, array(jnp.float32, tokens), row, array(jnp.uint8, images, side, side, 3))
+    positions = array(jnp.int32, model.position_axes, tokens)
+    pixels = jax.tree.map(lambda x: array(x.dtype, images, *x.shape), model.blank_image())
+    return Batch(row, row, positions, array(jnp.float32, tokens), row, pixels)
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, mesh: Mesh | AbstractMesh) -> jax.ShapeDtypeStruct:

@@ -12,7 +12,7 @@ import numpy as np
 from infimed_jax import config
 from infimed_jax.data.batch import Batch, Segment, build_row, stack_rows
 from infimed_jax.data.chat import Tokenizer, render_prompt
-from infimed_jax.data.images import ImageError, decode_image
+from infimed_jax.data.images import ImageError, prepare_image, visual_tokens
 from infimed_jax.data.prompts import QUESTION_KINDS, prompt_for
 from infimed_jax.data.sample import Sample
 from infimed_jax.errors import UserError
@@ -47,7 +47,7 @@ def questions(samples: Iterable[Sample], tokenizer: Tokenizer, cfg: config.Confi
     readable: dict[bytes, bool] = {}
     content = hashlib.sha256()
     for number, sample in enumerate(samples):
-        digests = [_check(data, cfg.model.vision.image_size, readable) for data in sample.images]
+        digests = [_check(data, cfg.model, readable) for data in sample.images]
         reason, prompt = _problem(sample, tokenizer, cfg, all(readable[digest] for digest in digests))
         if reason:
             dropped[reason] += 1
@@ -78,16 +78,16 @@ def _problem(sample: Sample, tokenizer: Tokenizer, cfg: config.Config, readable:
         return "unreadable image", _NO_PROMPT
     # As `Policy.prompts` asks it: the reward reads a boxed answer, so the prompt must ask for one.
     asked = prompt_for(sample, reasoning=True)
-    tokens = render_prompt(asked, tokenizer, cfg.model.projector.visual_tokens, thinking=True).tokens
+    tokens = render_prompt(asked, tokenizer, visual_tokens(asked.images, cfg.model), thinking=True).tokens
     return ("longer than grpo.max_prompt" if len(tokens) > cfg.grpo.max_prompt else ""), tokens
 
 
-def _check(data: bytes, size: int, readable: dict[bytes, bool]) -> bytes:
+def _check(data: bytes, model: config.Model, readable: dict[bytes, bool]) -> bytes:
     """The image's digest; `readable` remembers whether it can be decoded."""
     digest = hashlib.sha256(data).digest()
     if digest not in readable:
         try:
-            decode_image(data, size)
+            prepare_image(data, model)
             readable[digest] = True
         except ImageError:
             readable[digest] = False
@@ -222,12 +222,7 @@ def training_rows(
     bins = next_fit(prompts, replies, layout)
     if len(bins) > layout.rows:
         raise ValueError(f"{len(bins)} rows of completions exceed the plan's {layout.rows}")
-    shape = dict(
-        context=layout.context,
-        images=layout.images,
-        visual_tokens=model.projector.visual_tokens,
-        image_size=model.vision.image_size,
-    )
+    shape = dict(context=layout.context, images=layout.images, model=model)
     sampled = np.zeros((layout.rows, layout.context), np.float32)
     credit = np.zeros_like(sampled)
     rows: list[Batch] = [build_row([], **shape)] * layout.rows

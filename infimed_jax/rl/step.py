@@ -129,7 +129,7 @@ def grpo_step(
         state, sums = plan.update(state, batch, rate)
         updates.append(jax.device_get(sums) | {"learning_rate": rate})
     clock.append(time.perf_counter())
-    counts = [jax.device_get(batch_counts(batch.batch, cfg.model.projector.visual_tokens)) for batch in batches]
+    counts = [jax.device_get(batch_counts(batch.batch, cfg.model.visual_tokens)) for batch in batches]
     metrics = rollout_metrics(replies, completions, totals) | update_metrics(updates, gaps)
     metrics |= {name: int(sum(count[name] for count in counts)) for name in counts[0]}
     seconds = dict(zip(("rollout_seconds", "score_seconds", "update_seconds"), np.diff(clock).tolist(), strict=True))

@@ -17,8 +17,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Int
 
 from infimed_jax import config
+from infimed_jax.arrays import Array
 from infimed_jax.cost import chips, flops
 from infimed_jax.cost.chips import GIB
 from infimed_jax.data.batch import Batch
@@ -54,12 +56,23 @@ def batch_counts(batch: Batch, visual_tokens: int) -> dict[str, jax.Array]:
     used = batch.segment_ids != 0
     return {
         "tokens": jnp.sum(used),
-        # Positions restart in each segment, and a token at position p attends to p + 1 keys.
-        "pairs": jnp.sum(jnp.where(used, batch.positions + 1, 0).astype(jnp.float32)),
+        "pairs": jnp.sum(jnp.where(used, _keys(batch), 0).astype(jnp.float32)),
         "loss_tokens": jnp.sum(batch.loss_weights > 0),
         # build_row fills a row's image slots in order, so the highest index tells how many are used.
-        "images": jnp.sum(jnp.max(batch.visual_index, axis=1) + 1) // visual_tokens,
+        "images": jnp.sum((jnp.max(batch.visual_index, axis=1) + visual_tokens) // visual_tokens),
     }
+
+
+def _keys(batch: Batch) -> Int[Array, "B T"]:
+    """How many keys each place attends to: its own segment's up to itself, and the prefix that it continues."""
+    ids = batch.segment_ids
+    place = jnp.arange(ids.shape[1])
+    begins = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    keys = place + 1 - jax.lax.cummax(jnp.where(begins, place, 0), axis=1)
+    if batch.prefix_ids is None:
+        return keys
+    same = (batch.prefix_ids[:, :, None] == ids[:, None, :]) & (batch.prefix_ids[:, :, None] > 0)
+    return keys + jnp.sum(same, axis=2)
 
 
 class Meter:

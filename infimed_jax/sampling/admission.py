@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import numpy as np
 
-from infimed_jax.data.batch import Segment, build_row, stack_rows
+from infimed_jax import config
+from infimed_jax.data.batch import Segment, build_row, image_spans, stack_rows
 from infimed_jax.sampling import decode
 from infimed_jax.sampling.sampler import Settings
 from infimed_jax.sampling.trunks import Request, TrunkKey, power_of_two, split, trunk_key
@@ -109,18 +111,13 @@ class Prefill:
         images = np.zeros((height, width), np.int32)
         for r, row in enumerate(per_row):
             images[r, : len(row)] = [number[id(image)] for image in row]
-        layout = functools.partial(
-            build_row,
-            context=self.tokens,
-            images=width,
-            visual_tokens=decoder.model.projector.visual_tokens,
-            image_size=decoder.model.vision.image_size,
-        )
+        layout = functools.partial(build_row, context=self.tokens, images=width, model=decoder.model)
         batch = stack_rows([layout(row) for row in self.rows] + [layout([])] * (height - len(self.rows)))
-        batch = replace(batch, pixels=batch.pixels[:, :0])  # the table has what is seen of them
-        return decode.prefill(decoder, slots, batch, table, images, self._admission(slots, admitted))
+        # The table has what is seen of the images.
+        batch = replace(batch, pixels=jax.tree.map(lambda x: x[:, :0], batch.pixels))
+        return decode.prefill(decoder, slots, batch, table, images, self._admission(slots, admitted, decoder.model))
 
-    def _admission(self, slots: decode.Slots, admitted: Mapping[int, Request]) -> decode.Admission:
+    def _admission(self, slots: decode.Slots, admitted: Mapping[int, Request], model: config.Model) -> decode.Admission:
         size, history = len(slots.token), slots.history
 
         def zeros(dtype: str = "int32") -> np.ndarray:
@@ -131,6 +128,7 @@ class Prefill:
             place=np.zeros((size, self.context), np.int32) if self.packed else None,
             token=zeros(),
             length=zeros(),
+            position=np.zeros((size, model.position_axes), np.int32),
             limit=zeros(),
             request=zeros(),
             settings=Settings.filled(lambda name: zeros(Settings.dtype(name))),
@@ -144,6 +142,7 @@ class Prefill:
                 first = np.where(position < place.cut, place.start, place.branch - place.cut)
                 new.place[slot, : len(position)] = first + position
             new.token[slot], new.length[slot] = prompt.tokens[-1], len(prompt) - 1
+            new.position[slot] = model.positions(prompt.visual, image_spans(prompt, model))[:, -1]
             new.limit[slot], new.request[slot] = sampling.max_tokens, request.number
             for name, values in vars(new.settings).items():
                 values[slot] = getattr(sampling, name)
@@ -152,13 +151,14 @@ class Prefill:
         return new
 
 
-def _encode(decoder: Decoder, images: Sequence[np.ndarray], room: int, shards: int) -> tuple[jax.Array, dict[int, int]]:
+def _encode(decoder: Decoder, images: Sequence[Any], room: int, shards: int) -> tuple[jax.Array, dict[int, int]]:
     """The table of the distinct images' visual tokens, and each image's place in it by identity."""
     distinct = list({id(image): image for image in images}.values())
     chunk = shards * max(1, ENCODE_IMAGES // shards)
     table = decode.empty_table(max(1, -(-room // chunk)) * chunk, decoder.model, decoder.compute.dtype)
     for first in range(0, len(distinct), chunk):
-        pixels = np.stack(distinct[first : first + chunk])
-        padded = np.concatenate([pixels, np.zeros((chunk - len(pixels), *pixels.shape[1:]), np.uint8)])
-        table = decode.encode(decoder, table, padded, np.int32(first))
+        some = distinct[first : first + chunk]
+        some += [decoder.model.blank_image()] * (chunk - len(some))
+        pixels = jax.tree.map(lambda *images: np.stack(images), *some)
+        table = decode.encode(decoder, table, pixels, np.int32(first))
     return table, {id(image): number for number, image in enumerate(distinct)}

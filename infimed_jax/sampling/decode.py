@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec, reshard
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int
 
 from infimed_jax import config
 from infimed_jax.arrays import Array
@@ -37,9 +37,11 @@ class Slots:
 
     cache: Cache
     token: Int[Array, " slots"]
-    """To be fed next, at position `length`."""
+    """To be fed next, at place `length`."""
     length: Int[Array, " slots"]
-    """Positions whose keys the cache holds, from 0."""
+    """Places whose keys the cache holds, from 0."""
+    position: Int[Array, "slots A"]
+    """The next token's position on each axis; every later token's is one more."""
     count: Int[Array, " slots"]
     """Tokens generated so far."""
     limit: Int[Array, " slots"]
@@ -65,6 +67,8 @@ class Admission:
     """i32[slots]: the prompt's last token."""
     length: np.ndarray
     """i32[slots]: the prompt's tokens but the last."""
+    position: np.ndarray
+    """i32[slots, A]: the last token's."""
     limit: np.ndarray
     """i32[slots]"""
     request: np.ndarray
@@ -85,6 +89,7 @@ def empty_slots(slots: int, length: int, model: config.Model, dtype: str, penalt
         cache=empty_cache(slots, length, model, dtype),
         token=zeros(jnp.int32),
         length=zeros(jnp.int32),
+        position=zeros(jnp.int32, model.position_axes),
         count=zeros(jnp.int32),
         limit=zeros(jnp.int32),
         request=zeros(jnp.int32),
@@ -97,16 +102,17 @@ def empty_slots(slots: int, length: int, model: config.Model, dtype: str, penalt
 @functools.partial(jax.jit, static_argnames=("images", "model", "dtype"))
 def empty_table(images: int, model: config.Model, dtype: str) -> Float[Array, "images P D"]:
     """Room for the visual tokens of a prefill batch's distinct images, whole on every device."""
-    shape = (images, model.projector.visual_tokens, model.hidden_size)
+    shape = (images, model.visual_tokens, model.hidden_size)
     return jnp.zeros(shape, dtype, out_sharding=WHOLE)
 
 
 @functools.partial(jax.jit, donate_argnames="table")
 def encode(
-    decoder: Decoder, table: Float[Array, "images P D"], pixels: UInt8[Array, "C S S 3"], first: Int[Array, ""]
+    decoder: Decoder, table: Float[Array, "images P D"], pixels: Any, first: Int[Array, ""]
 ) -> Float[Array, "images P D"]:
-    """The table with the visual tokens of `pixels` at places first, first + 1, …"""
-    visual = forward.encode_images(decoder.weights, reshard(pixels, ROWS)[:, None], decoder.model, decoder.compute)
+    """The table with the visual tokens of C images, a tree with [C] in front, at places first, first + 1, …"""
+    alone = jax.tree.map(lambda x: reshard(x, ROWS)[:, None], pixels)
+    visual = forward.encode_images(decoder.weights, alone, decoder.model, decoder.compute)
     return jax.lax.dynamic_update_slice_in_dim(table, reshard(visual, WHOLE).astype(table.dtype), first, axis=0)
 
 
@@ -146,7 +152,7 @@ def _admitted(slots: Slots, admission: Admission) -> Slots:
     new = admission.source >= 0
 
     def pick(value: Array | int, old: Array) -> Array:
-        return jnp.where(new.reshape(-1, *[1] * (old.ndim - 1)), value, old)
+        return jnp.where(jnp.expand_dims(new, range(1, old.ndim)), value, old)
 
     history = slots.history
     if history is not None:
@@ -155,6 +161,7 @@ def _admitted(slots: Slots, admission: Admission) -> Slots:
         slots,
         token=pick(admission.token, slots.token),
         length=pick(admission.length, slots.length),
+        position=pick(admission.position, slots.position),
         count=pick(0, slots.count),
         limit=pick(admission.limit, slots.limit),
         request=pick(admission.request, slots.request),
@@ -235,6 +242,7 @@ def _decode(decoder: Decoder, slots: Slots, banned: Array, stops: Array, key: ja
             cache=cache,
             token=jnp.where(slots.active, token, slots.token),
             length=slots.length + step,
+            position=slots.position + step[:, None],
             count=count,
             active=slots.active & ~stopped,
             history=history,
@@ -253,6 +261,6 @@ def decode_logits(decoder: Decoder, slots: Slots) -> tuple[Float[Array, "slots V
     cache = []
     for layer, old in zip(decoder.layers, slots.cache, strict=True):
         attend = functools.partial(append_and_attend, old, slots.length)
-        x, new = forward.text_block(layer, x, slots.length[:, None], attend, model, compute)
+        x, new = forward.text_block(layer, x, slots.position[:, :, None], attend, model, compute)
         cache.append(new)
     return forward.logits(weights, forward.final_norm(weights, x[:, 0], model), model, compute), tuple(cache)

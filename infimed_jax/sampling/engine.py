@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from infimed_jax import config
-from infimed_jax.data.batch import Segment
+from infimed_jax.data.batch import Segment, image_spans
 from infimed_jax.errors import UserError
 from infimed_jax.ops.attention import shares_prefixes
 from infimed_jax.progress import Report
@@ -241,20 +241,25 @@ def _token_arrays(vocab: int, banned: Sequence[int], stops: Sequence[int]) -> tu
 
 def _problem(prompt: Segment, model: config.Model) -> str:
     """Why the prompt cannot be completed, or ""."""
-    side, visual_tokens, vocab = model.vision.image_size, model.projector.visual_tokens, model.vocab_size
+    vocab = model.vocab_size
     if not len(prompt):
         return "is empty: give it at least one token"
     if prompt.visual[-1]:
         return "ends in an image: put text, such as the assistant's first tokens, behind it"
     if prompt.tokens.min() < 0 or prompt.tokens.max() >= vocab:
         return f"holds tokens outside the model's vocabulary of {vocab}: use the model's own tokenizer"
-    if prompt.visual.sum() != len(prompt.pixels) * visual_tokens:
-        return (
-            f"has {prompt.visual.sum()} image places for {len(prompt.pixels)} images of {visual_tokens} visual tokens"
-        )
+    blank, structure = jax.tree.flatten(model.blank_image())
     for image in prompt.pixels:
-        if image.shape != (side, side, 3) or image.dtype != np.uint8:
-            return f"has an image of shape {image.shape} and type {image.dtype}, not uint8 of {(side, side, 3)}"
+        arrays, given = jax.tree.flatten(image)
+        if given != structure:
+            return f"has an image of the structure {given}, not {structure}"
+        for array, like in zip(arrays, blank, strict=True):
+            if array.shape != like.shape or array.dtype != like.dtype:
+                return f"has an image of shape {array.shape} and type {array.dtype}, not {like.dtype} of {like.shape}"
+    try:
+        image_spans(prompt, model)
+    except ValueError as error:
+        return f"has {error}"
     return ""
 
 

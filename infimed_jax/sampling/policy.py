@@ -16,7 +16,7 @@ import numpy as np
 from infimed_jax import config
 from infimed_jax.data.batch import Segment
 from infimed_jax.data.chat import Tokenizer, load_tokenizer, render_prompt
-from infimed_jax.data.images import ImageCache, ImageError
+from infimed_jax.data.images import ImageCache, ImageError, visual_tokens
 from infimed_jax.data.prompts import QUESTION_KINDS, prompt_for
 from infimed_jax.data.sample import Sample
 from infimed_jax.errors import UserError
@@ -104,21 +104,21 @@ class Policy:
         `reasoning` asks for thoughts and a boxed answer, `image=False` is the blind control; without `pixels` the
         prompts are good for their lengths only. UserError for an image that cannot be decoded.
         """
-        decoded: dict[bytes, np.ndarray] = {}  # one array an image, so that sharing does not depend on the cache
+        decoded: dict[bytes, Any] = {}  # one array an image, so that sharing does not depend on the cache
 
         def render(sample: Sample) -> Segment:
             asked = prompt_for(sample, reasoning, image) if sample.kind in QUESTION_KINDS else sample
             arrays = [self._decode(sample, number, decoded) for number in range(len(asked.images))] if pixels else ()
-            visual_tokens = self.config.model.projector.visual_tokens
-            return render_prompt(asked, self.tokenizer, visual_tokens, arrays, thinking=reasoning)
+            places = visual_tokens(asked.images, self.config.model)
+            return render_prompt(asked, self.tokenizer, places, arrays, thinking=reasoning)
 
         return [render(sample) for sample in samples]
 
-    def _decode(self, sample: Sample, number: int, decoded: dict[bytes, np.ndarray]) -> np.ndarray:
+    def _decode(self, sample: Sample, number: int, decoded: dict[bytes, Any]) -> Any:
         data = sample.images[number]
         if data not in decoded:
             try:
-                decoded[data] = self.images.decode(data, self.config.model.vision.image_size)
+                decoded[data] = self.images.prepare(data, self.config.model)
             except ImageError as error:
                 raise UserError(
                     f"sample {sample.id}: image {number + 1} is unreadable ({error.reason}): replace it"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,7 +50,7 @@ def split(prompt: Segment, tokens: int) -> tuple[Segment, Segment]:
     """Its trunk of so many tokens, and its branch: the rest but the last token, which decoding feeds."""
     images = next(number for end, number in trunks(prompt) if end == tokens)
 
-    def part(places: slice, pixels: tuple[np.ndarray, ...]) -> Segment:
+    def part(places: slice, pixels: tuple[Any, ...]) -> Segment:
         return Segment(prompt.tokens[places], prompt.targets[places], prompt.visual[places], pixels)
 
     return part(slice(tokens), prompt.pixels[:images]), part(slice(tokens, -1), prompt.pixels[images:])

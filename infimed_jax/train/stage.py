@@ -121,7 +121,7 @@ class _Stage:
         beat("compiling or computing")
         rate = learning_rate(cfg.optimizer, number - 1, self._loader.steps)
         state, metrics = self._step(state, batch, rate)
-        metrics |= batch_counts(batch, cfg.model.projector.visual_tokens)
+        metrics |= batch_counts(batch, cfg.model.visual_tokens)
         metrics["bad_records"] = jnp.sum(bad)
         self._trace.after(number, metrics)
         return state, Stepped(lambda: self._row(number, metrics, rate, waited, ids), on_devices=True)

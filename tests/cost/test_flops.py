@@ -55,7 +55,9 @@ def _outer(equation) -> bool:
 
 def _batch(side: int) -> Batch:
     i32 = jnp.zeros((ROWS, TOKENS), jnp.int32)
-    return Batch(i32, i32, i32, jnp.zeros((ROWS, TOKENS)), i32, jnp.zeros((ROWS, IMAGES, side, side, 3), jnp.uint8))
+    return Batch(
+        i32, i32, i32[:, None], jnp.zeros((ROWS, TOKENS)), i32, jnp.zeros((ROWS, IMAGES, side, side, 3), jnp.uint8)
+    )
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def _kept(base: config.Model, layers: int, parts: tuple[str, ...], remat: str) -
     train = config.Train(train=parts, compute_dtype="float32", remat=remat, attention="xla")
     cfg = config.Config(model=model, train=train)
     i32, side = jnp.zeros((2, 24), jnp.int32), model.vision.image_size
-    batch = Batch(i32, i32, i32, jnp.zeros((2, 24)), i32, jnp.zeros((2, 1, side, side, 3), jnp.uint8))
+    batch = Batch(i32, i32, i32[:, None], jnp.zeros((2, 24)), i32, jnp.zeros((2, 1, side, side, 3), jnp.uint8))
     batch = sharding.place_batch(batch, jax.sharding.get_mesh())
     state = abstract_state(cfg, make_optimizer(cfg.optimizer))
     loss = next_token_loss(model, Compute.of(train))

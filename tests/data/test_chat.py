@@ -192,7 +192,7 @@ def test_pixels_follow_the_places_in_the_text(ours):
     sample = chat(Turn(U, (1, "x", 0, "y", 1)), Turn(A, ("z",)), images=2)
     segment = render(sample, ours, P, (a, b))
     assert [image is b for image in segment.pixels] == [True, False, True]
-    with pytest.raises(ValueError, match="1 decoded images for 2"):
+    with pytest.raises(ValueError, match="1 prepared images for 2"):
         render(sample, ours, P, (a,))
 
 

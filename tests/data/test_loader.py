@@ -221,7 +221,7 @@ def test_unmasked_packing_is_one_running_sequence(dataset, tokenizer_folder):
         used = a["segment_ids"] > 0
         np.testing.assert_array_equal(b["segment_ids"], used)
         for row, mine in zip(used, b["positions"], strict=True):
-            assert mine.tolist() == list(range(row.sum())) + [0] * (~row).sum()
+            assert mine[0].tolist() == list(range(row.sum())) + [0] * (~row).sum()
         for key in ("tokens", "loss_weights", "visual_index", "pixels"):
             np.testing.assert_array_equal(a[key], b[key])
         assert b["segment_ids"].dtype == b["positions"].dtype == np.int32

@@ -54,7 +54,7 @@ def test_page(tmp_path):
     samples = open_samples(tmp_path / "set")
     tokenizer = load_tokenizer(make_tokenizer(["learnt"] * 3, tmp_path / "tok", vocab_size=330))
     index = build_index(samples, tokenizer, config.Data(context=1024, images_per_row=6), MODEL, tmp_path / "p")
-    picture = write_inspection(samples, index, tokenizer, 4, tmp_path / "page.html", rows=9)
+    picture = write_inspection(samples, index, tokenizer, MODEL, tmp_path / "page.html", rows=9)
     page = Page()
     page.feed((tmp_path / "page.html").read_text(encoding="utf-8"))
     images = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
@@ -88,7 +88,7 @@ def test_what_cannot_be_written_leaves_the_old_page_and_picture(tmp_path, monkey
     tokenizer = load_tokenizer(make_tokenizer(["so"] * 3, tmp_path / "tok", vocab_size=330))
     index = build_index(samples, tokenizer, config.Data(context=64, images_per_row=1), MODEL, tmp_path / "p")
     file = tmp_path / "out/page.html"
-    write_inspection(samples, index, tokenizer, 4, file, rows=1)
+    write_inspection(samples, index, tokenizer, MODEL, file, rows=1)
     before = {part.name: part.read_bytes() for part in file.parent.iterdir()}
 
     def full(self, content):
@@ -100,8 +100,8 @@ def test_what_cannot_be_written_leaves_the_old_page_and_picture(tmp_path, monkey
         ("page.html", 0, "at least 1"),
     ):
         with pytest.raises(UserError, match=words):
-            write_inspection(samples, index, tokenizer, 4, file.with_name(name), rows=number)
+            write_inspection(samples, index, tokenizer, MODEL, file.with_name(name), rows=number)
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
-        write_inspection(samples, index, tokenizer, 4, file, rows=1)
+        write_inspection(samples, index, tokenizer, MODEL, file, rows=1)
     assert {part.name: part.read_bytes() for part in file.parent.iterdir()} == before

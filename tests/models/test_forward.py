@@ -55,7 +55,7 @@ def image(rng: np.random.Generator) -> np.ndarray:
 
 
 def row(segments: list[Segment], context: int, images: int) -> Batch:
-    return build_row(segments, context=context, images=images, visual_tokens=P, image_size=30)
+    return build_row(segments, context=context, images=images, model=MODEL)
 
 
 def loss_and_logprobs(params, batch: Batch, compute: Compute):
@@ -116,7 +116,7 @@ def test_padding_content_changes_nothing(params):
     dirty = replace(
         clean,
         tokens=np.where(padding, noise, clean.tokens),
-        positions=np.where(padding, noise, clean.positions),
+        positions=np.where(padding[:, None], noise[:, None], clean.positions),
         visual_index=np.where(padding, P + noise % P, clean.visual_index).astype(np.int32),
         pixels=pixels,
     )

@@ -48,7 +48,7 @@ def _first_layer(params, compute=COMPUTE):
     """Block 0 on fixed inputs, its attention replaced by something that shows q, k, v and feeds the o projection."""
     layer = jax.tree.map(lambda x: x[0], params["text"]["layers"])
     x = jax.random.normal(jax.random.key(3), (2, 5, 12))
-    positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
+    positions = jnp.broadcast_to(jnp.arange(5), (2, 1, 5))
 
     def attend(q, k, v):
         return q + v.mean(axis=2, keepdims=True), (q, k, v)

@@ -27,7 +27,7 @@ def text_batch(tokens: np.ndarray) -> Batch:
     return Batch(
         tokens=tokens,
         segment_ids=np.ones_like(tokens),
-        positions=np.tile(np.arange(width, dtype=np.int32), (rows, 1)),
+        positions=np.tile(np.arange(width, dtype=np.int32), (rows, 1, 1)),
         loss_weights=np.ones(tokens.shape, np.float32),
         visual_index=np.full_like(tokens, -1),
         pixels=np.zeros((rows, 0, 30, 30, 3), np.uint8),
@@ -43,7 +43,7 @@ def test_each_layer_matches(tokens):
     with torch.no_grad():
         expected = reference.model(torch.from_numpy(tokens).long(), output_hidden_states=True)
     layers = qwen3_params(reference, TEXT)["layers"]
-    positions = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (2, 1))
+    positions = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (2, 1, 1))
     for i in range(TEXT.num_layers - 1):  # Hugging Face's last hidden state has the final norm applied
         own = jax.tree.map(lambda x, i=i: x[i], layers)
         x = jnp.asarray(expected.hidden_states[i].numpy())

@@ -41,7 +41,7 @@ def random_batch():
 
     def row(i: int):
         segments = [segment(1 + i % 2, 3 + i), segment(0, 5)]
-        return build_row(segments, context=28, images=2, visual_tokens=4, image_size=16)
+        return build_row(segments, context=28, images=2, model=MODEL)
 
     return stack_rows([row(i) for i in range(8)])
 

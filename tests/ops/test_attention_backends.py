@@ -61,7 +61,7 @@ def test_it_is_used_by_the_entry_and_by_a_train_step(kernel):
     )
     rng = np.random.default_rng(0)
     segment = Segment(rng.integers(1, 32, 24).astype(np.int32), np.ones(24, np.float32), np.zeros(24, bool))
-    batch = stack_rows([build_row([segment], context=32, images=0, visual_tokens=4, image_size=8)])
+    batch = stack_rows([build_row([segment], context=32, images=0, model=model)])
     with jax.set_mesh(sharding.make_mesh(config.Mesh(), jax.devices()[:1])):
         params = init_params(jax.random.key(0), model)
         losses = {name: next_token_loss(model, Compute("float32", "none", name, 16)) for name in ("xla", kernel)}

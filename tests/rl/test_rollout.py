@@ -175,7 +175,7 @@ def test_rows_hold_each_completion_with_its_own_numbers(rollout):
                 if not len(weighted):  # a prompt
                     continue
                 at = np.concatenate([np.flatnonzero(segment_ids == rows.batch.prefix_ids[place, at[0]]), at])
-            np.testing.assert_array_equal(rows.batch.positions[place, at], np.arange(len(at)))
+            np.testing.assert_array_equal(rows.batch.positions[place, 0, at], np.arange(len(at)))
             found.append((rows.batch.tokens[place, at], rows.batch.tokens[place, weighted + 1],
                           rows.old_logprobs[place, weighted], rows.advantages[place, weighted]))  # fmt: skip
     assert len(found) == len(prompts)

@@ -7,11 +7,13 @@ import pytest
 from infimed_jax import config, sharding
 from infimed_jax.cost import chips, flops
 from infimed_jax.data.batch import Segment, build_row, stack_rows
+from infimed_jax.models.infimed import config as infimed
 from infimed_jax.runs import meter
 from infimed_jax.runs.meter import Meter, Trace, averaged, batch_counts
 
 PLACES = 4
 """Visual tokens of an image."""
+MODEL = infimed.Model(infimed.Vision(image_size=8, patch_size=4), infimed.Projector(visual_tokens=PLACES))
 METRICS = {
     "loss": 2.5,
     "tokens": 600,
@@ -36,7 +38,7 @@ def test_counts_equal_counting_place_by_place():
     # One image, an image that two segments share, no image, a row of padding.
     plan = [[[pictures[0]]], [[pictures[1]], [pictures[1], pictures[2]]], [[]], []]
     segments = [[_segment(rng, images) for images in row] for row in plan]
-    batch = stack_rows([build_row(row, context=48, images=3, visual_tokens=PLACES, image_size=8) for row in segments])
+    batch = stack_rows([build_row(row, context=48, images=3, model=MODEL) for row in segments])
     counts = {name: int(value) for name, value in batch_counts(batch, PLACES).items()}
     learnt = sum(
         segment.targets[t] > 0 and not segment.visual[t]

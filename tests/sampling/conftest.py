@@ -49,8 +49,7 @@ class Tiny:
             [whole],
             context=context,
             images=4,
-            visual_tokens=self.model.projector.visual_tokens,
-            image_size=self.model.vision.image_size,
+            model=self.model,
         )
         logits = np.array(_forward(self.params, stack_rows([row]), self.model, self.compute))[0]
         return logits[len(prompt) - 1 : len(tokens) - 1]

@@ -12,8 +12,9 @@ import pytest
 
 from infimed_jax import config
 from infimed_jax.data import images
-from infimed_jax.data.images import ImageCache, decode_image
+from infimed_jax.data.images import ImageCache, decode_image, prepare_image
 from infimed_jax.errors import UserError
+from infimed_jax.models.infimed.config import Model, Projector, Vision
 from infimed_jax.runs.parameters import save_params
 from infimed_jax.sampling.policy import Policy
 from infimed_jax.sharding import make_mesh
@@ -81,14 +82,17 @@ def test_only_tokens_that_text_may_hold_are_sampled(asked, monkeypatch):
 
 def test_the_cache_decodes_a_kept_image_once_and_keeps_to_its_limit(monkeypatch):
     decoded = []
-    monkeypatch.setattr(images, "decode_image", lambda data, size: (decoded.append(data), decode_image(data, size))[1])
+    eight, four = (Model(Vision(image_size=side, patch_size=2), Projector(visual_tokens=4)) for side in (8, 4))
+    monkeypatch.setattr(
+        images, "prepare_image", lambda data, model: (decoded.append(data), prepare_image(data, model))[1]
+    )
     files = [image(seed) for seed in range(3)]
     cache = ImageCache(limit=2 * 8 * 8 * 3)
     for number in (0, 1, 0, 2, 0, 1):  # 1 is the least recently used when 2 comes, and 2 when 1 comes back
-        np.testing.assert_array_equal(cache.decode(files[number], 8), decode_image(files[number], 8))
+        np.testing.assert_array_equal(cache.prepare(files[number], eight), decode_image(files[number], 8))
     assert [files.index(data) for data in decoded] == [0, 1, 2, 1]
-    assert cache.decode(files[0], 8) is cache.decode(files[0], 8)
-    assert cache.decode(files[0], 4).shape == (4, 4, 3)
+    assert cache.prepare(files[0], eight) is cache.prepare(files[0], eight)
+    assert cache.prepare(files[0], four).shape == (4, 4, 3)
 
 
 def test_tensor_parallel_evaluation_holds_half_the_text_stack_a_device(tmp_path):

@@ -45,7 +45,7 @@ def test_packed_losses_are_the_unpacked_ones(stage, tmp_path: Path):
         np.testing.assert_allclose([row[name] for row in packed], [row[name] for row in unpacked], rtol=2e-4)
 
 
-def _rows(text: int) -> list:
+def _rows(text: int, model: config.Model) -> list:
     rng = np.random.default_rng(0)
 
     def segment(length: int) -> Segment:
@@ -54,9 +54,7 @@ def _rows(text: int) -> list:
         )
 
     lengths = ((30, 50, 20), (text,), (5, 64))
-    return [
-        build_row([segment(n) for n in row], context=128, images=0, visual_tokens=16, image_size=16) for row in lengths
-    ]
+    return [build_row([segment(n) for n in row], context=128, images=0, model=model) for row in lengths]
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -65,7 +63,7 @@ def test_both_packings_under_every_attention_kernel(model, monkeypatch, masked: 
     interpreted = functools.partial(splash.splash_attention, interpret=True)
     monkeypatch.setattr(splash, "BACKEND", dataclasses.replace(splash.BACKEND, run=interpreted, only=""))
     model = dataclasses.replace(model, text=dataclasses.replace(model.text, num_layers=1, head_dim=128))
-    batch = stack_rows(_rows(100))
+    batch = stack_rows(_rows(100, model))
     batch = batch if masked else unmask(batch)
     with jax.set_mesh(sharding.make_mesh(config.Mesh(), jax.devices()[:1])):
         params = init_params(jax.random.key(0), model)
@@ -81,7 +79,7 @@ def test_both_packings_under_every_attention_kernel(model, monkeypatch, masked: 
 
 def test_the_two_packings_differ(model):
     """Else the test above would compare a setting that does nothing."""
-    batch = stack_rows(_rows(100))
+    batch = stack_rows(_rows(100, model))
     with jax.set_mesh(sharding.make_mesh(config.Mesh(), jax.devices()[:1])):
         params = init_params(jax.random.key(0), model)
         loss = next_token_loss(model, Compute("float32", "none", "rows", 128))

@@ -24,6 +24,7 @@ from infimed_jax.data.loader import Loader, make_loader
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import Interrupted, UserError
+from infimed_jax.models.infimed import config as infimed
 from infimed_jax.models.params import init_params
 from infimed_jax.rl.grpo import grpo
 from infimed_jax.runs import checkpoint
@@ -423,7 +424,8 @@ def test_the_printed_sample_shows_places_and_what_is_learnt(tokenizer_folder: Pa
     turns = (Turn("user", (0, "\nwhat is the heart?")), Turn("assistant", ("large",)))
     sample = Sample("toy/train/0", "toy", "train", "open", (b"",), turns)
     segment = render(sample, tokenizer, 4, [np.zeros((8, 8, 3), np.uint8)])
-    shape = {"context": 96, "images": 1, "visual_tokens": 4, "image_size": 8}
+    model = infimed.Model(infimed.Vision(image_size=8, patch_size=4), infimed.Projector(visual_tokens=4))
+    shape = {"context": 96, "images": 1, "model": model}
     batch = stack_rows([build_row([], **shape), build_row([segment, segment], **shape)])
     text = describe_row(batch, tokenizer)
     assert text == (

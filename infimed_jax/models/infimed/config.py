@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
+import numpy as np
+from PIL import Image
+
 from infimed_jax import config
 from infimed_jax.config.fields import Count, Group, require
 
@@ -139,6 +142,20 @@ class Model(config.Model):
     @property
     def visual_tokens(self) -> int:
         return self.projector.visual_tokens
+
+    def image(self, height: int, width: int) -> config.ImageSpan:
+        return config.ImageSpan(self.projector.visual_tokens, (self.projector.grid, self.projector.grid))
+
+    def host_arrays(self, image: Image.Image) -> np.ndarray:
+        """u8[S,S,3]: bicubic, aspect ratio ignored."""
+        side = self.vision.image_size
+        return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+
+    def span(self, pixels: np.ndarray) -> config.ImageSpan:
+        return self.image(*pixels.shape[:2])
+
+    def blank_image(self) -> np.ndarray:
+        return np.zeros((self.vision.image_size, self.vision.image_size, 3), np.uint8)
 
     def with_visual_tokens(self, tokens: int) -> Model:
         return replace(self, projector=Projector(visual_tokens=tokens))

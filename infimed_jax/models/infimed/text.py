@@ -109,25 +109,25 @@ class Qwen3(nn.Module):
 def hidden(
     params: Params,
     x: Float[Array, "B T D"],
-    positions: Int[Array, "B T"],
+    positions: Int[Array, "B 1 T"],
     mask: Mask,
     model: infimed.Model,
     compute: Compute,
 ) -> Float[Array, "B T D"]:
     """Hidden states after the final norm."""
-    return Qwen3(tree(model)["text"], model.text, compute).apply({"params": params["text"]}, x, positions, mask)
+    return Qwen3(tree(model)["text"], model.text, compute).apply({"params": params["text"]}, x, positions[:, 0], mask)
 
 
 def block(
     layer: Params,
     x: Float[Array, "B T D"],
-    positions: Int[Array, "B T"],
+    positions: Int[Array, "B 1 T"],
     attend: Attend,
     model: infimed.Model,
     compute: Compute,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """One layer with its own (unstacked) parameters; `attend` brings the keys, and what it collects is returned."""
-    rope = rope_tables(positions, model.text.head_dim, model.text.rope_theta)
+    rope = rope_tables(positions[:, 0], model.text.head_dim, model.text.rope_theta)
     return Block(tree(model)["text"]["layers"], model.text, compute).apply({"params": layer}, x, rope, attend)
 
 

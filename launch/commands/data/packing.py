@@ -51,8 +51,7 @@ def inspect(args: argparse.Namespace) -> None:
 
     config, samples, index = _packed(args)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    visual_tokens = config.model.projector.visual_tokens
-    picture = write_inspection(samples, index, tokenizer, visual_tokens, args.output, args.rows)
+    picture = write_inspection(samples, index, tokenizer, config.model, args.output, args.rows)
     print(f"Outputs: {args.output}, {picture}")
 
 
