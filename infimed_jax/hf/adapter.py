@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from infimed_jax.config import Lora, Model
+from infimed_jax.errors import UserError
 from infimed_jax.files import write_json
 from infimed_jax.hf.weights import SINGLE, write_weights
 from infimed_jax.models import lora
@@ -27,6 +28,8 @@ def take_adapters(leaves: dict[str, Any], model: Model) -> dict[str, np.ndarray]
         ours = [weight.path.removesuffix("kernel") + name for name in (lora.A, lora.B)]
         if not weight.layers or not all(name in leaves for name in ours):
             continue
+        if weight.pieces:
+            raise UserError(f"{weight.path} is a piece of a tensor, which PEFT adapts as a whole: export it merged")
         a, b = (np.asarray(leaves.pop(name), np.float32) for name in ours)
         for layer, (down, up) in enumerate(zip(a, b, strict=True)):
             key = modules + weight.key.format(layer=layer).removesuffix("weight").removeprefix(f"{model.language}.")

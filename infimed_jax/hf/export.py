@@ -177,14 +177,15 @@ def _stream(
     read_unused: Callable[[UnusedTensor], np.ndarray],
     to_file_key: Callable[[str], str],
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(file key, array) in the announced order; one leaf is on the host at a time."""
-    path, leaf = "", np.empty(0)
-    for tensor in tensors:
-        if tensor.leaf != path:
-            del leaf  # before the next one is read
-            path, leaf = tensor.leaf, np.asarray(leaves[tensor.leaf])
-        ours = leaf if tensor.layer is None else leaf[tensor.layer]
-        yield to_file_key(tensor.key), tensor.weight.to_key(ours)
+    """(file key, array) in the announced order; one leaf, or those that share tensors, is on the host at a time."""
+    held: dict[str, np.ndarray] = {}
+    for key, pieces in names.by_key(tensors).items():
+        paths = {tensor.leaf for tensor in pieces}
+        if held.keys() != paths:
+            held.clear()  # before the next ones are read
+            held = {path: np.asarray(leaves[path]) for path in paths}
+        theirs = [t.weight.to_key(held[t.leaf] if t.layer is None else held[t.leaf][t.layer]) for t in pieces]
+        yield to_file_key(key), np.concatenate(theirs) if len(theirs) > 1 else theirs[0]
     for extra in unused:
         yield to_file_key(extra.key), read_unused(extra)
 

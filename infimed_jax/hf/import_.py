@@ -6,6 +6,7 @@ a model larger than the memory passes through.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -94,10 +95,11 @@ def open_parts(
     """
     hf = family_named(family).hugging_face
     if folders.keys() != hf.sources.keys():
-        raise UserError(f"model.family={family} is read from folders for {' and '.join(hf.sources)}")
+        needed = " and ".join(hf.sources) or "no part alone: give a whole export"
+        raise UserError(f"model.family={family} is read from folders for {needed}")
     read = {part: read_architecture(folders[part], allowed) for part, allowed in hf.sources.items()}
     parts = {part: (*opened, f"{folders[part]}/config.json") for part, opened in read.items()}
-    model = hf.from_parts(parts, visual_tokens)
+    model = dataclasses.replace(hf.from_parts(parts, visual_tokens), family=family)
     sources, faults = [], []
     for part, (architecture, _) in read.items():
         try:
@@ -124,7 +126,7 @@ def open_export(
             f"{folder}/{ADAPTER} holds LoRA adapters, which this does not read: export with the adapters merged, or "
             "move that folder away to read what they adapt"
         )
-    model = hf.from_hf(values, f"{folder}/config.json")
+    model = dataclasses.replace(hf.from_hf(values, f"{folder}/config.json"), family=family)
     if visual_tokens is not None:
         model = model.with_visual_tokens(visual_tokens)
     positions = hf.max_positions(values, f"{folder}/config.json")

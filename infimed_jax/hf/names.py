@@ -24,7 +24,7 @@ FLOATS = ("F32", "BF16", "F16")
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a model: a leaf, or one layer of a stacked leaf."""
+    """A leaf, or one layer of a stacked leaf, as a tensor of Hugging Face's or as a piece of one."""
 
     weight: Weight
     layer: int | None
@@ -50,6 +50,14 @@ def tensors(model: Model) -> tuple[Tensor, ...]:
         for weight in weights(model)
         for layer in (range(weight.layers) if weight.layers else (None,))
     )
+
+
+def by_key(tensors: Iterable[Tensor]) -> dict[str, list[Tensor]]:
+    """Key → what stands in that tensor, in its order there: one, or several pieces."""
+    groups: dict[str, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.key, []).append(tensor)
+    return {key: sorted(group, key=lambda tensor: tensor.weight.piece) for key, group in groups.items()}
 
 
 def leaf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
@@ -99,22 +107,22 @@ class Match:
 def match(found: Mapping[str, Found], architecture: str, model: Model, parts: Iterable[str], where: str) -> Match:
     """Pair every tensor of `model`'s `parts` with one of `found`; UserError names everything that does not fit."""
     parts = tuple(parts)
-    wanted = {t.key: t for t in tensors(model) if t.weight.part in parts}
+    wanted = by_key(t for t in tensors(model) if t.weight.part in parts)
     out, spellings = dropped(model), family_of(model).hugging_face.spellings[architecture]
     sources: dict[Tensor, str] = {}
     left_out: dict[str, str] = {}
     twice: dict[str, str] = {}
     for file_key in sorted(found):
         key = to_our_key(file_key, spellings) or ""
-        if tensor := wanted.get(key):
-            if tensor in sources:
-                twice[file_key] = f"{sources[tensor]} and {file_key}"
+        if pieces := wanted.get(key):
+            if pieces[0] in sources:
+                twice[file_key] = f"{sources[pieces[0]]} and {file_key}"
             else:
-                sources[tensor] = file_key
+                sources |= dict.fromkeys(pieces, file_key)
         elif reasons := [reason for pattern, reason in out if pattern.fullmatch(key)]:
             left_out[file_key] = reasons[0]
     used = {key: tensor for key, tensor in found.items() if key not in left_out and key not in twice}
-    shapes = {sources.get(tensor) or to_file_key(key, spellings): tensor.key_shape for key, tensor in wanted.items()}
+    shapes = {sources.get(t[0]) or to_file_key(key, spellings): t[0].key_shape for key, t in wanted.items()}
     raise_all({"given twice": list(twice.values())} | differences(used, shapes, FLOATS), where)
     return Match(sources, left_out)
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from infimed_jax.errors import UserError
 from infimed_jax.hf.weights import ADAPTER
 
 T = TypeVar("T")
+Features = Mapping[str, tuple[str, str]]
+"""`HuggingFace.features`."""
 
 POSITIONS = 64
 """Whose logits are in memory at once: 2,000 positions of 152k logits are 1.2 GB in float32."""
@@ -49,7 +52,7 @@ class Reference:
     """What one prompt has become; only what is asked for is read."""
 
     file: Path
-    """Stem of its files: pixels f32[M,3,S,S], vision [M,P,E], projector [M,P,D] (with images), logits [T,V]."""
+    """Stem of its files: pixels and the encoder's stages [M, …] (with images), logits [T,V]."""
     tokens: list[int]
 
     def array(self, name: str) -> np.ndarray:
@@ -74,27 +77,43 @@ def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
         ) from None
 
 
-def compute(folder: Path, prompts: Sequence[Prompt], work: Path) -> tuple[list[Reference], list[str]]:
+def compute(
+    folder: Path, prompts: Sequence[Prompt], work: Path, features: Features, family: str = ""
+) -> tuple[list[Reference], list[str]]:
     """(each prompt's outputs, as files in `work`; what transformers had to say of the folder's weights).
 
-    Unusable where the folder cannot be loaded, or its processor takes no prompt.
+    `features` are the family's; `family` names it where it brings a reference of its own. Unusable where the folder
+    cannot be loaded, or its processor takes no prompt.
     """
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     with _their_errors("load the export"):
-        # Where torchvision is installed, transformers would resize with it: one or two of 255 levels off Pillow's, in
-        # 0.2 to 0.4 % of the values of VQA-RAD's images. Training's pixels are Pillow's; the card says so.
-        processor = AutoProcessor.from_pretrained(folder, backend="pil")
-        model, loading = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True)
-        if (folder / ADAPTER).is_dir():
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, str(folder / ADAPTER)).get_base_model()
+        processor, model, loading = _own(folder, family) if family else _open(folder)
     widen_as_they_run(model.eval())
     with torch.no_grad():
-        references = [_answer(prompt, processor, model, work / str(n)) for n, prompt in enumerate(prompts)]
+        references = [_answer(prompt, processor, model, work / str(n), features) for n, prompt in enumerate(prompts)]
     return references, [f"transformers reports {what}: {keys}" for what, keys in loading.items() if keys]
+
+
+def _own(folder: Path, family: str) -> tuple[Any, Any, dict[str, Any]]:
+    from infimed_jax.models.family import family_named  # with JAX, which the process does without otherwise
+
+    return *family_named(family).hugging_face.open_reference(folder), {}
+
+
+def _open(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """(processor, model, what transformers reports of its weights)."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    # Where torchvision is installed, transformers would resize with it: one or two of 255 levels off Pillow's, in
+    # 0.2 to 0.4 % of the values of VQA-RAD's images. Training's pixels are Pillow's; the card says so.
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    model, loading = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    if (folder / ADAPTER).is_dir():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(folder / ADAPTER)).get_base_model()
+    return processor, model, loading
 
 
 @contextlib.contextmanager
@@ -112,7 +131,7 @@ def _their_errors(doing: str) -> Iterator[None]:
         raise Unusable(f"transformers cannot {doing}: {' '.join(str(error).split())}") from error
 
 
-def _answer(prompt: Prompt, processor: Any, model: Any, file: Path) -> Reference:
+def _answer(prompt: Prompt, processor: Any, model: Any, file: Path, features: Features) -> Reference:
     images = [Image.open(io.BytesIO(image)) for image in prompt.images]
     with _their_errors("give a prompt to the export's processor"):
         text = processor.apply_chat_template(
@@ -125,14 +144,17 @@ def _answer(prompt: Prompt, processor: Any, model: Any, file: Path) -> Reference
     if reference.tokens != prompt.tokens:
         return reference
 
-    def keep(_: Any, arguments: tuple[Any, ...], projected: Any) -> None:
-        _save(file.with_suffix(".vision.npy"), arguments[0])
-        _save(file.with_suffix(".projector.npy"), projected)
+    def keep(stage: str, side: str, _: Any, arguments: tuple[Any, ...], output: Any) -> None:
+        _save(file.with_suffix(f".{stage}.npy"), arguments[0] if side == "input" else output)
 
-    hook = model.model.multi_modal_projector.register_forward_hook(keep)
+    hooks = [
+        model.model.get_submodule(module).register_forward_hook(functools.partial(keep, stage, side))
+        for stage, (module, side) in features.items()
+    ]
     with _their_errors("run the export"):
         hidden = model.model(**inputs, use_cache=False).last_hidden_state[0]
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     with open(file.with_suffix(".logits"), "wb") as out:
         for piece in hidden.split(POSITIONS):
             out.write(model.lm_head(piece).numpy().data)

@@ -69,7 +69,7 @@ def verify(
     folder = Path(hf_folder)
     hf = family_of(model).hugging_face
     _, values = read_architecture(folder, (hf.architecture,))
-    exported = hf.from_hf(values, f"{folder}/config.json")
+    exported = dataclasses.replace(hf.from_hf(values, f"{folder}/config.json"), family=model.family)
     packages = ["torch", "transformers", *(["peft"] if (folder / ADAPTER).is_dir() else [])]
     absent = [package for package in packages if importlib.util.find_spec(package) is None]
     if absent:
@@ -101,7 +101,9 @@ def verify(
     try:
         log.info("%d prompts through transformers, in a process of its own", len(prompts))
         try:
-            theirs, faults = reference.in_own_process(reference.compute, folder, prompts, work)
+            theirs, faults = reference.in_own_process(
+                reference.compute, folder, prompts, work, hf.features, model.family if hf.open_reference else ""
+            )
         except reference.Unusable as error:
             return _finish(folder, result | {"failures": [str(error)]})
         log.info("the same through our model, a layer at a time")
@@ -168,7 +170,7 @@ class _Outputs(NamedTuple):
     """What our model makes of one prompt, up to the logits."""
 
     features: dict[str, np.ndarray]
-    """With images: vision [M,P,E], projector [M,P,D]."""
+    """With images, each stage of the encoder: [M, …]."""
     hidden: jax.Array
     """[T,D], after the final norm."""
 
@@ -182,7 +184,7 @@ def _cases(
     segments: Sequence[Segment],
     theirs: Sequence[reference.Reference],
 ) -> list[dict[str, Any]]:
-    compute = Compute("float32", "none", "xla", 1, lora_scale)
+    compute, hf = Compute("float32", "none", "xla", 1, lora_scale), family_of(model).hugging_face
     same = [segment.tokens.tolist() == answer.tokens for segment, answer in zip(segments, theirs, strict=True)]
     batches = [_batch(segment, model) for segment, equal in zip(segments, same, strict=True) if equal]
     rounded, head = _run(params, batches, model, compute, dtype), _head(params, model, dtype)
@@ -192,8 +194,7 @@ def _cases(
         case: dict[str, Any] = {"id": sample.id, "images": len(segment.pixels), "tokens": len(segment)}
         case["tokens_equal"] = equal
         if segment.pixels:
-            pixels = np.stack(segment.pixels).astype(np.float32) / 127.5 - 1
-            case["pixels"] = _difference(pixels.transpose(0, 3, 1, 2), answer.array("pixels"))
+            case["pixels"] = _difference(hf.pixels(segment.pixels), answer.array("pixels"))
         if equal:
             features, hidden = next(outputs)
             # images of a row that repeat share a slot of ours, and are encoded again by theirs
@@ -340,11 +341,11 @@ def _faults(case: Mapping[str, Any], tolerance: float) -> Iterator[str]:
     """What in a case is not as it must be; a NaN is never within a tolerance."""
     if not case["tokens_equal"]:
         yield f"{case['id']}: the exported processor gives other tokens than our renderer"
-    for name in ("pixels", "vision", "projector", "logits"):
-        if name in case:
-            limit = PIXEL_TOLERANCE if name == "pixels" else tolerance * max(1.0, case[name]["scale"])
-            if not case[name]["max_abs"] <= limit:
-                yield f"{case['id']}: {name} differ by {case[name]['max_abs']:.3g}, more than {limit:.3g}"
+    for name, difference in case.items():
+        if isinstance(difference, dict) and "max_abs" in difference:
+            limit = PIXEL_TOLERANCE if name == "pixels" else tolerance * max(1.0, difference["scale"])
+            if not difference["max_abs"] <= limit:
+                yield f"{case['id']}: {name} differ by {difference['max_abs']:.3g}, more than {limit:.3g}"
 
 
 def _config_faults(model: config.Model, exported: config.Model) -> list[str]:

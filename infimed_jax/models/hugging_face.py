@@ -7,9 +7,12 @@ changes the numbers: a shape that is not written is an error, and so is a featur
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
 
 from infimed_jax.errors import UserError
 
@@ -53,8 +56,6 @@ class HuggingFace:
     """(pattern, reason) of other keys that a source may hold and the model does not use."""
     from_hf: Callable[[Values, str], Any]
     """(values, where) to the model of a whole export."""
-    from_parts: Callable[[Mapping[str, tuple[str, Values, str]], int], Any]
-    """({part: (architecture, values, where)}, visual tokens of an image) to a model."""
     to_hf: Callable[[Any, SpecialTokens, str, int], dict[str, Any]]
     """(model, tokens, dtype, max_positions) to an export's config.json."""
     processor: Callable[[Any], Mapping[str, dict[str, Any]]]
@@ -67,6 +68,14 @@ class HuggingFace:
     """Lines of the model card: what the model is, what an image becomes."""
     language: str
     """How transformers names the language model below `model.`: PEFT's adapters stand there."""
+    features: Mapping[str, tuple[str, Literal["input", "output"]]]
+    """Stage of the encoder → the module below transformers' `model.` that takes or gives what the stage makes."""
+    pixels: Callable[[Sequence[Any]], np.ndarray]
+    """`host_arrays` of a prompt's images as transformers' processor gives them, `pixel_values`."""
+    from_parts: Callable[[Mapping[str, tuple[str, Values, str]], int], Any] | None = None
+    """({part: (architecture, values, where)}, visual tokens of an image) to a model, where there are `sources`."""
+    open_reference: Callable[[Path], tuple[Any, Any]] | None = None
+    """(processor, torch model) of an export whose architecture transformers does not know."""
 
 
 def section(values: Values, where: str, name: str) -> dict[str, Any]:

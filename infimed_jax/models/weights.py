@@ -60,9 +60,13 @@ class Weight:
     key: str
     """Its tensor in Hugging Face's files, with the family's own beginning; `{layer}` where the leaf is a stack."""
     key_letters: str
-    """That tensor's shape; `N*H` is one dimension of N * H."""
+    """That tensor's shape; `N*H` is one dimension of N * H. Of our piece of it, where it holds several weights."""
     order: tuple[int, ...] = ()
     """Which dimension of the tensor each of ours comes from, where they differ: (1, 0) is a transposition."""
+    pieces: tuple[str, ...] = ()
+    """Letters of axis 0 of each weight in a tensor that holds several, such as a fused projection to q, k and v."""
+    piece: int = 0
+    """Which of them ours is."""
     inputs: int = 0
     """Leading dimensions that a product contracts; 0 for what is no matrix of a product."""
     per: Per = ""
@@ -107,8 +111,19 @@ class Weight:
         return shape_of(self.letters, dict(self.sizes))
 
     @functools.cached_property
-    def key_shape(self) -> tuple[int, ...]:
+    def piece_shape(self) -> tuple[int, ...]:
+        """Of what is ours in Hugging Face's tensor."""
         return shape_of(self.key_letters, dict(self.sizes))
+
+    @functools.cached_property
+    def key_shape(self) -> tuple[int, ...]:
+        """Of Hugging Face's tensor."""
+        rows = sum(self._piece_rows) if self.pieces else self.piece_shape[0]
+        return (rows, *self.piece_shape[1:])
+
+    @property
+    def _piece_rows(self) -> tuple[int, ...]:
+        return shape_of(" ".join(self.pieces), dict(self.sizes))
 
     @property
     def leaf_shape(self) -> tuple[int, ...]:
@@ -141,18 +156,21 @@ class Weight:
         return bool(set(self.axes[self.inputs :]) & {"heads", "mlp", "vocab"})
 
     def to_key(self, ours: np.ndarray) -> np.ndarray:
-        """Hugging Face's tensor from one layer of ours; exact inverse of `to_leaf`."""
+        """Hugging Face's tensor, or our piece of it, from one layer of ours; exact inverse of `to_leaf`."""
         _check(self.path, ours.shape, self.shape)
         if not self.order:
-            return ours.reshape(self.key_shape)
-        permuted = ours.reshape([self.key_shape[axis] for axis in self.order])
+            return ours.reshape(self.piece_shape)
+        permuted = ours.reshape([self.piece_shape[axis] for axis in self.order])
         theirs = permuted.transpose(np.argsort(self.order))
-        _check(self.key, theirs.shape, self.key_shape)
+        _check(self.key, theirs.shape, self.piece_shape)
         return theirs
 
     def to_leaf(self, theirs: np.ndarray) -> np.ndarray:
-        """One layer of ours from Hugging Face's tensor."""
+        """One layer of ours from Hugging Face's whole tensor."""
         _check(self.key, theirs.shape, self.key_shape)
+        if self.pieces:
+            start = sum(self._piece_rows[: self.piece])
+            theirs = theirs[start : start + self.piece_shape[0]]
         ours = (theirs.transpose(self.order) if self.order else theirs).reshape(self.shape)
         _check(self.path, ours.shape, self.shape)
         return ours

@@ -74,7 +74,7 @@ class Policy:
         """
         folder = Path(folder)
         export = (folder / EXPORT_CONFIG).is_file() if export is None else export
-        params, values, metadata, context = _open_export(folder) if export else _open_checkpoint(folder)
+        params, values, metadata, context = _open_export(folder, settings) if export else _open_checkpoint(folder)
         values = config.with_overrides(config.merge(values, defaults or {}), list(settings))
         cfg = config.from_dict(config.Config, values)
         # A setting such as model.text.num_layers must fit: a layer too many would be a copy of the last one.
@@ -167,10 +167,12 @@ def _open_checkpoint(folder: Path) -> tuple[Params, dict[str, Any], Metadata, in
     return params, metadata["config"], metadata, max_positions(history_of(metadata)) or MAX_POSITIONS
 
 
-def _open_export(folder: Path) -> tuple[Params, dict[str, Any], Metadata, int]:
-    """The same of a LLaVA folder, as `convert to-hf` writes it."""
+def _open_export(folder: Path, settings: Sequence[str]) -> tuple[Params, dict[str, Any], Metadata, int]:
+    """The same of a folder that `convert to-hf` wrote, of the family that `settings` name."""
+    family = config.with_overrides({"model": {}}, list(settings))["model"].get("family", "infimed")
     written = read_json(folder / EXPORT_CONFIG)
     narrow = "bfloat16" in (written.get("dtype"), written.get("torch_dtype"))
-    opened = open_export(folder, dtype="bfloat16" if narrow else "float32")
-    cfg = config.Config(model=opened.model, data=config.Data(tokenizer=str(folder)))
+    opened = open_export(folder, dtype="bfloat16" if narrow else "float32", family=family)
+    train = config.Train(train=opened.model.PARTS[1:])  # parts that the model has; nothing learns here
+    cfg = config.Config(model=opened.model, data=config.Data(tokenizer=str(folder)), train=train)
     return opened.params(), config.to_dict(cfg), {}, opened.max_positions

@@ -21,10 +21,16 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     p.add_argument("--text", type=Path, metavar="DIR", help="a Qwen3 folder (config.json, safetensors)")
     p.add_argument("--vision", type=Path, metavar="DIR", help="a SigLIP folder, with or without its text tower")
-    p.add_argument("--llava", type=Path, metavar="DIR", help="instead of both: a LLaVA folder of SigLIP and Qwen3")
+    p.add_argument(
+        "--llava",
+        type=Path,
+        metavar="DIR",
+        help="instead of both: a LLaVA folder of SigLIP and Qwen3, or another family's export",
+    )
     p.add_argument("--output", type=Path, required=True, metavar="CKPT")
     p.add_argument("--visual-tokens", type=int, help="a square number [144, as in pretraining; --llava: all patches]")
     p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="data type of the checkpoint [%(default)s]")
+    p.add_argument("--family", default="infimed", help="the model's kind, as model.family names it [%(default)s]")
     p.add_argument("--seed", type=int, help="seed of the fresh projector [0]")
     p.add_argument("--tokenizer", type=Path, metavar="DIR", help="[the --text or --llava folder]")
     p = add_command(ways, "to-hf", to_hf, "Export a checkpoint of any stage to a LLaVA folder for transformers.")
@@ -69,17 +75,22 @@ def from_hf(args: argparse.Namespace) -> None:
     from infimed_jax.runs.parameters import save_params
 
     if whole:
-        opened = open_export(args.llava, visual_tokens=args.visual_tokens, dtype=args.dtype)
+        opened = open_export(args.llava, visual_tokens=args.visual_tokens, dtype=args.dtype, family=args.family)
         folders = {"all weights": args.llava}
     else:
         tokens = 144 if args.visual_tokens is None else args.visual_tokens
         opened = open_parts(
-            {"vision": args.vision, "text": args.text}, visual_tokens=tokens, seed=seed, dtype=args.dtype
+            {"vision": args.vision, "text": args.text},
+            visual_tokens=tokens,
+            seed=seed,
+            dtype=args.dtype,
+            family=args.family,
         )
         folders = {"text weights": args.text, "vision weights": args.vision}
     tokenizer = _tokenizer(args.tokenizer or args.llava or args.text, opened.model.vocab_size)
     entry = provenance.import_entry(opened, folders)
-    config = Config(model=opened.model, data=Data(tokenizer=str(tokenizer)), train=Train(stage=provenance.IMPORT))
+    stage = Train(stage=provenance.IMPORT, train=opened.model.PARTS[1:])
+    config = Config(model=opened.model, data=Data(tokenizer=str(tokenizer)), train=stage)
     with progress_bar("from-hf") as bar:
 
         def leaves():
@@ -161,7 +172,8 @@ def verify(args: argparse.Namespace) -> None:
 def describe_case(case: dict) -> str:
     """One line: `verify/image: 1 image, 750 tokens; vision 1.2e-06, …`, each the largest difference."""
     parts = [f"{case['id']}: {case['images']} images, {case['tokens']} tokens"]
-    parts += [f"{name} {case[name]['max_abs']:.1e}" for name in ("pixels", "vision", "projector") if name in case]
+    compared = {name: value for name, value in case.items() if isinstance(value, dict) and name != "logits"}
+    parts += [f"{name} {value['max_abs']:.1e}" for name, value in compared.items() if "max_abs" in value]
     if "logits" in case:
         logits = case["logits"]
         parts.append(

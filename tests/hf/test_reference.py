@@ -15,6 +15,7 @@ from infimed_jax.errors import UserError
 from infimed_jax.hf import reference
 from infimed_jax.hf.export import to_hf
 from infimed_jax.hf.verify import builtin_samples, hf_messages, verify
+from infimed_jax.models.infimed.hf import HUGGING_FACE
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_pieces_are_all_the_logits(model, tokenizer_folder, folder, tmp_path, mo
     sample = builtin_samples()[0]
     tokens = render_prompt(sample, load_tokenizer(tokenizer_folder), 16, ()).tokens.tolist()
     prompt = reference.Prompt(hf_messages(sample), (), tokens)
-    (answer,), faults = reference.compute(folder, [prompt], tmp_path)
+    (answer,), faults = reference.compute(folder, [prompt], tmp_path, HUGGING_FACE.features)
     assert faults == [] and answer.tokens == tokens
     pieces = list(answer.logits(model.text.vocab_size))
     assert [len(piece) for piece in pieces[:-1]] == [7] * (len(tokens) // 7)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from infimed_jax.errors import UserError
 from infimed_jax.models.hugging_face import (
@@ -291,6 +293,11 @@ def processor(model: infimed.Model) -> dict[str, dict[str, Any]]:
     }
 
 
+def pixels(images: Sequence[np.ndarray]) -> np.ndarray:
+    """f32[M,3,S,S] in [-1, 1]."""
+    return (np.stack(images).astype(np.float32) / 127.5 - 1).transpose(0, 3, 1, 2)
+
+
 def exported(model: infimed.Model) -> infimed.Model:
     """LLaVA has no pooling: an export has all patches."""
     return replace(model, projector=infimed.Projector(visual_tokens=model.vision.num_patches))
@@ -324,4 +331,6 @@ HUGGING_FACE = HuggingFace(
     max_positions=max_positions,
     describe=describe,
     language="language_model.",
+    features={"vision": ("multi_modal_projector", "input"), "projector": ("multi_modal_projector", "output")},
+    pixels=pixels,
 )
