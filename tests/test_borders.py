@@ -274,7 +274,6 @@ KNOWN: dict[str, set[str]] = {
     },
     "many_parameters": {
         "infimed_jax/data/prompts.py:question_sample",
-        "infimed_jax/hf/export.py:to_hf",
     },
     "keywords_handed_through": {
         "data_prep/sources/conversations.py:_source",

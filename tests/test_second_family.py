@@ -21,7 +21,6 @@ from infimed_jax.data.batch import Segment, build_row, stack_rows
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.data.storage import write_samples
 from infimed_jax.errors import Interrupted, UserError
-from infimed_jax.hf.export import to_hf
 from infimed_jax.hf.import_ import open_export
 from infimed_jax.hf.names import leaf_shapes
 from infimed_jax.hf.verify import verify
@@ -36,6 +35,7 @@ from infimed_jax.sharding import make_mesh
 from infimed_jax.train.stage import train
 from infimed_jax.trees import flatten, nest
 from launch.run import main
+from tests.hf.reading import to_hf
 
 FAMILY = str(Path(__file__).with_name("two_sizes.py"))
 MODEL = config.model_class(FAMILY)(family=FAMILY)

@@ -15,7 +15,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from infimed_jax.config.fields import ConfigError, nearest, require, types_of
-from infimed_jax.config.settings import Config, Model, model_class
+from infimed_jax.config.model import Model, model_class
+from infimed_jax.config.settings import Config
 from infimed_jax.errors import one_line
 from infimed_jax.files import to_json
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import shutil
@@ -34,85 +33,111 @@ log = logging.getLogger(__name__)
 SUMMARY = "export.json"
 
 
-def to_hf(
-    params: Mapping[str, Any],
-    model: Model,
-    tokenizer_folder: str | Path,
-    output: str | Path,
-    *,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    source_vision: str | Path | None = None,
-    visual_tokens: int | None = None,
-    lora: Lora | None = None,
-    card: Card | None = None,
-    max_positions: int = MAX_POSITIONS,
-    shard_bytes: int = SHARD_BYTES,
-    on_progress: Report | None = None,
-) -> Path:
-    """Write `params` as a Hugging Face LLaVA folder and return its path.
+class Export:
+    """Parameters with what an export adds to them, checked; `write` makes a Hugging Face folder of them.
 
-    Leaves are asked for one at a time, so `open_params`' pass through whatever their size; `on_progress(bytes, total)`
-    after each tensor. The folder holds export.json, what was done, beside transformers' own files.
-
-    What our tower does not hold (the blocks after the feature layer, the final norm, the pooling head) comes from
-    `source_vision`, a SigLIP folder; without it they are initialised, and the log and the card say so: a tower is
-    written whole, as SigLIP is published, so that no reader misses a key. With `lora`, `params` has its adapters as
-    leaves: they go to the folder's `adapter` in PEFT's layout, and the rest is what they adapt. The folder appears
-    under its name only when it is complete.
+    What our tower does not hold (InfiMed's: the blocks after the feature layer, the final norm, the pooling head) comes
+    from `source_vision`, a folder as published; without it these are initialised, and the log and the card say so: a
+    tower is written whole, so that no reader misses a key. With `lora`, `params` has its adapters as leaves: they go to
+    the folder's `adapter` in PEFT's layout, and the rest is what they adapt.
 
     A model that pools cannot be plain LLaVA: UserError, unless `visual_tokens` asks for all patches. UserError too
-    where the parameters do not fit `model`, where the output exists, and where the disk is full.
+    where the parameters or the tokenizer do not fit `model`.
     """
-    output, card = Path(output), card or Card()
-    _check_resolution(model, visual_tokens)
-    leaves = flatten(dict(params))
-    adapters = take_adapters(leaves, model) if lora else {}
-    names.check_leaves(leaves, model)
-    tokenizer = _tokenizer(tokenizer_folder, model)
-    read_unused = _unused_reader(source_vision, model) if source_vision else _initialised
-    if output.exists():
-        raise UserError(f"{output} exists already: remove it or choose another folder")
 
-    tensors = names.tensors(model)
-    hf = family_of(model).hugging_face
-    unused = hf.unused(model)
-    to_file_key = functools.partial(names.to_file_key, spellings=hf.spellings[hf.architecture])
-    made_up = [] if source_vision else names.by_module(to_file_key(tensor.key) for tensor in unused)
-    shapes = {to_file_key(t.key): t.key_shape for t in tensors}
-    shapes |= {to_file_key(tensor.key): tensor.shape for tensor in unused}
-    special = SpecialTokens(tokenizer.image_pad, tokenizer.im_end, tokenizer.endoftext)
-    config = hf.to_hf(model, special, dtype, max_positions)
-    parameters = sum(math.prod(shape) for shape in shapes.values())
-    text = render_card(card, model, dtype=dtype, parameters=parameters, made_up=made_up, adapter=lora)
-    summary = {
-        "dtype": dtype,
-        "tensors": len(shapes),
-        "parameters": parameters,
-        "trained_visual_tokens": model.visual_tokens,
-        "exported_visual_tokens": hf.exported(model).visual_tokens,
-        "source_vision": str(source_vision) if source_vision else None,
-        "initialised": made_up,
-        "adapter": {"rank": lora.rank, "alpha": lora.alpha, "tensors": len(adapters)} if lora else None,
-        "card": dataclasses.asdict(card),
-        "licence": licence(card),
-    }
-    banned = tokenizer.unsampled(model.vocab_size)
-    with _whole_or_nothing(output) as folder:
-        write_processor(tokenizer_folder, model, folder)  # first: a tokenizer without a template costs no minutes
-        stream = _stream(leaves, tensors, unused, read_unused, to_file_key)
-        write_weights(folder, stream, shapes, dtype, shard_bytes, on_progress)
-        write_json(folder / "config.json", config)
-        settings = generation_config(tokenizer.stop_tokens, tokenizer.endoftext, banned)
-        write_json(folder / "generation_config.json", settings)
-        (folder / "README.md").write_text(text, encoding="utf-8")
-        if lora:
-            write_adapter(folder / ADAPTER, adapters, lora, model, output)
-            (folder / ADAPTER / "README.md").write_text(text, encoding="utf-8")
-        write_json(folder / SUMMARY, summary)
-    if made_up:
-        log.warning("no SigLIP folder was given: initialised, and not used by this model, are %s", ", ".join(made_up))
-    log.info("exported %d tensors in %s to %s", len(shapes), dtype, output)
-    return output
+    def __init__(
+        self,
+        params: Mapping[str, Any],
+        model: Model,
+        tokenizer_folder: str | Path,
+        *,
+        source_vision: str | Path | None = None,
+        visual_tokens: int | None = None,
+        lora: Lora | None = None,
+    ) -> None:
+        _check_resolution(model, visual_tokens)
+        self.model, self.source, self.lora = model, source_vision, lora
+        self._leaves = flatten(dict(params))
+        self._adapters = take_adapters(self._leaves, model) if lora else {}
+        names.check_leaves(self._leaves, model)
+        self._tokenizer_folder, self._tokenizer = tokenizer_folder, _tokenizer(tokenizer_folder, model)
+        self._hf = family_of(model).hugging_face
+        self._unused = self._hf.unused(model)
+        self._read_unused = _unused_reader(source_vision, model) if source_vision else _initialised
+
+    def write(
+        self,
+        output: str | Path,
+        *,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        card: Card | None = None,
+        max_positions: int = MAX_POSITIONS,
+        shard_bytes: int = SHARD_BYTES,
+        on_progress: Report | None = None,
+    ) -> Path:
+        """Write the folder, which appears under its name only when it is complete, and return its path.
+
+        Leaves are asked for one at a time, so `open_params`' pass through whatever their size; `on_progress(bytes,
+        total)` after each tensor. The folder holds export.json, what was done, beside transformers' own files.
+        UserError where it exists, and where the disk is full.
+        """
+        output, card, model, hf = Path(output), card or Card(), self.model, self._hf
+        if output.exists():
+            raise UserError(f"{output} exists already: remove it or choose another folder")
+        made_up = [] if self.source else names.by_module(self._file_key(tensor.key) for tensor in self._unused)
+        shapes = {self._file_key(t.key): t.key_shape for t in names.tensors(model)}
+        shapes |= {self._file_key(tensor.key): tensor.shape for tensor in self._unused}
+        parameters = sum(math.prod(shape) for shape in shapes.values())
+        text = render_card(card, model, dtype=dtype, parameters=parameters, made_up=made_up, adapter=self.lora)
+        adapter = {"rank": self.lora.rank, "alpha": self.lora.alpha} if self.lora else None
+        summary = {
+            "dtype": dtype,
+            "tensors": len(shapes),
+            "parameters": parameters,
+            "trained_visual_tokens": model.visual_tokens,
+            "exported_visual_tokens": hf.exported(model).visual_tokens,
+            "source_vision": str(self.source) if self.source else None,
+            "initialised": made_up,
+            "adapter": adapter | {"tensors": len(self._adapters)} if adapter else None,
+            "card": dataclasses.asdict(card),
+            "licence": licence(card),
+        }
+        tokenizer = self._tokenizer
+        special = SpecialTokens(tokenizer.image_pad, tokenizer.im_end, tokenizer.endoftext)
+        banned = tokenizer.unsampled(model.vocab_size)
+        with _whole_or_nothing(output) as folder:
+            # First: a tokenizer without a template costs no minutes.
+            write_processor(self._tokenizer_folder, model, folder)
+            write_weights(folder, self._stream(), shapes, dtype, shard_bytes, on_progress)
+            write_json(folder / "config.json", hf.to_hf(model, special, dtype, max_positions))
+            settings = generation_config(tokenizer.stop_tokens, tokenizer.endoftext, banned)
+            write_json(folder / "generation_config.json", settings)
+            (folder / "README.md").write_text(text, encoding="utf-8")
+            if self.lora:
+                write_adapter(folder / ADAPTER, self._adapters, self.lora, model, output)
+                (folder / ADAPTER / "README.md").write_text(text, encoding="utf-8")
+            write_json(folder / SUMMARY, summary)
+        if made_up:
+            unused = ", ".join(made_up)
+            log.warning("no SigLIP folder was given: initialised, and not used by this model, are %s", unused)
+        log.info("exported %d tensors in %s to %s", len(shapes), dtype, output)
+        return output
+
+    def _file_key(self, key: str) -> str:
+        return names.to_file_key(key, self._hf.spellings[self._hf.architecture])
+
+    def _stream(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(file key, array) in the announced order; one leaf, or those that share tensors, is on the host at a time."""
+        held: dict[str, np.ndarray] = {}
+        for key, pieces in names.by_key(names.tensors(self.model)).items():
+            paths = {tensor.leaf for tensor in pieces}
+            if held.keys() != paths:
+                held, theirs = {}, []  # before the next ones are read
+                held = {path: np.asarray(self._leaves[path]) for path in paths}
+            theirs = [t.weight.to_key(held[t.leaf] if t.layer is None else held[t.leaf][t.layer]) for t in pieces]
+            yield self._file_key(key), np.concatenate(theirs) if len(theirs) > 1 else theirs[0]
+        for extra in self._unused:
+            yield self._file_key(extra.key), self._read_unused(extra)
 
 
 @contextlib.contextmanager
@@ -168,26 +193,6 @@ def _unused_reader(folder: str | Path, model: Model) -> Callable[[UnusedTensor],
     found = {key: weights.found[file_keys[key]] for key in wanted if key in file_keys}
     names.raise_all(names.differences(found, wanted, names.FLOATS), str(folder))
     return lambda tensor: weights.read(file_keys[tensor.key])
-
-
-def _stream(
-    leaves: Mapping[str, Any],
-    tensors: tuple[names.Tensor, ...],
-    unused: tuple[UnusedTensor, ...],
-    read_unused: Callable[[UnusedTensor], np.ndarray],
-    to_file_key: Callable[[str], str],
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(file key, array) in the announced order; one leaf, or those that share tensors, is on the host at a time."""
-    held: dict[str, np.ndarray] = {}
-    for key, pieces in names.by_key(tensors).items():
-        paths = {tensor.leaf for tensor in pieces}
-        if held.keys() != paths:
-            held.clear()  # before the next ones are read
-            held = {path: np.asarray(leaves[path]) for path in paths}
-        theirs = [t.weight.to_key(held[t.leaf] if t.layer is None else held[t.leaf][t.layer]) for t in pieces]
-        yield to_file_key(key), np.concatenate(theirs) if len(theirs) > 1 else theirs[0]
-    for extra in unused:
-        yield to_file_key(extra.key), read_unused(extra)
 
 
 def _initialised(tensor: UnusedTensor) -> np.ndarray:

@@ -115,7 +115,7 @@ def open_parts(
 def open_export(
     folder: str | Path, *, visual_tokens: int | None = None, dtype: Dtype = "float32", family: str = "infimed"
 ) -> Import:
-    """A folder such as `to_hf` writes; exact inverse of it.
+    """A folder such as `export.Export` writes; exact inverse of it.
 
     An image has as many visual tokens as the export's own unless `visual_tokens` says otherwise.
     """

@@ -76,7 +76,7 @@ def allows_commercial_use(licence: str) -> bool:
 def _base(folder: Path) -> dict[str, Any]:
     """Name, architecture and licence of a source folder, as its own files say.
 
-    With the card's facts where `to_hf` wrote the folder: what a model learnt from is not forgotten on the way through.
+    With the card's facts where `to-hf` wrote the folder: what a model learnt from is not forgotten on the way through.
     """
     values = read_json(folder / "config.json")
     licence = UNKNOWN

@@ -117,7 +117,8 @@ def to_hf(args: argparse.Namespace) -> None:
     from data_prep.sources import COMMERCIAL_USE
     from infimed_jax.config import Config, from_dict
     from infimed_jax.hf import provenance
-    from infimed_jax.hf.export import to_hf as write_hf
+    from infimed_jax.hf.configuration import MAX_POSITIONS
+    from infimed_jax.hf.export import Export
     from infimed_jax.runs.history import history_of
     from infimed_jax.runs.parameters import open_params, open_stored
 
@@ -127,20 +128,21 @@ def to_hf(args: argparse.Namespace) -> None:
     if apart and not config.train.lora.rank:
         raise UserError(f"{args.checkpoint} holds no adapters (train.lora.rank is 0): leave out --lora peft")
     history = history_of(metadata)
-    positions = provenance.max_positions(history)
+    export = Export(
+        params,
+        config.model,
+        args.tokenizer or config.data.tokenizer,
+        source_vision=args.vision,
+        visual_tokens=args.visual_tokens,
+        lora=config.train.lora if apart else None,
+    )
     with progress_bar("to-hf") as bar:
-        write_hf(
-            params,
-            config.model,
-            args.tokenizer or config.data.tokenizer,
+        export.write(
             args.output,
             dtype=args.dtype,
-            source_vision=args.vision,
-            visual_tokens=args.visual_tokens,
-            lora=config.train.lora if apart else None,
             card=provenance.checkpoint_card(history, args.evaluation, COMMERCIAL_USE),
+            max_positions=provenance.max_positions(history) or MAX_POSITIONS,
             on_progress=bar,
-            **({"max_positions": positions} if positions else {}),
         )
     print(f"Outputs: {args.output}")
 

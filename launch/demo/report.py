@@ -17,7 +17,7 @@ from infimed_jax.evaluation.report import Report, Stage, write_report
 from infimed_jax.evaluation.run import Record, compare_runs, image_gain, read_evaluation
 from infimed_jax.evaluation.statistics import Comparison, majority_baseline
 from infimed_jax.files import write_json
-from infimed_jax.hf.export import to_hf
+from infimed_jax.hf.export import Export
 from infimed_jax.hf.provenance import checkpoint_card
 from infimed_jax.hf.verify import verify
 from infimed_jax.progress import clock
@@ -113,7 +113,7 @@ def _export(chain: Chain) -> Exported:
     card = replace(card, title=chain.plan["title"])
     shutil.rmtree(chain.folder / "export", ignore_errors=True)  # left by a run that was stopped before its proof
     with jax.set_mesh(make_mesh(config.mesh)):
-        path = to_hf(params, config.model, chain.tokenizer_folder, chain.folder / "export", card=card)
+        path = Export(params, config.model, chain.tokenizer_folder).write(chain.folder / "export", card=card)
         proof = verify(params, config.model, path, chain.tokenizer_folder)
     if proof["status"] != "passed":
         failures = tuple(proof.get("failures", ()))

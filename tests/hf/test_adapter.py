@@ -13,11 +13,11 @@ from transformers import LlavaForConditionalGeneration
 from infimed_jax import config
 from infimed_jax.errors import UserError
 from infimed_jax.hf import reference
-from infimed_jax.hf.export import to_hf
 from infimed_jax.hf.import_ import open_export
 from infimed_jax.hf.verify import verify
 from infimed_jax.models import lora
 from infimed_jax.train.state import merge_params
+from tests.hf.reading import to_hf
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 

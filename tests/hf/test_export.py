@@ -18,9 +18,8 @@ from transformers import LlavaForConditionalGeneration, SiglipVisionConfig, Sigl
 from infimed_jax.errors import UserError
 from infimed_jax.hf import export, names
 from infimed_jax.hf.card import Card, DataSource
-from infimed_jax.hf.export import to_hf
 from infimed_jax.models.infimed import config as infimed
-from tests.hf.reading import from_llava
+from tests.hf.reading import from_llava, to_hf
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -222,8 +221,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(model, make_params, tokenize
 
 KILLED = """
 import os, pickle, signal, sys
+from infimed_jax.hf.export import Export
 from infimed_jax.models.weights import Weight
-from infimed_jax.hf.export import to_hf
 
 params, model, tokenizer, output = pickle.load(open(sys.argv[1], "rb"))
 count, convert = 0, Weight.to_key
@@ -236,7 +235,7 @@ def to_key(self, ours):
     return convert(self, ours)
 
 Weight.to_key = to_key
-to_hf(params, model, tokenizer, output, shard_bytes=20_000)
+Export(params, model, tokenizer).write(output, shard_bytes=20_000)
 """
 
 

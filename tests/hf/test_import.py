@@ -21,8 +21,7 @@ from transformers import (
 )
 
 from infimed_jax.errors import UserError
-from infimed_jax.hf.export import to_hf
-from tests.hf.reading import from_hf, from_llava
+from tests.hf.reading import from_hf, from_llava, to_hf
 
 VISION = dict(
     hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2, image_size=30, patch_size=7

@@ -13,9 +13,9 @@ from transformers import LlavaForConditionalGeneration
 from infimed_jax.data.chat import load_tokenizer, render_prompt
 from infimed_jax.errors import UserError
 from infimed_jax.hf import reference
-from infimed_jax.hf.export import to_hf
 from infimed_jax.hf.verify import builtin_samples, hf_messages, verify
 from infimed_jax.models.infimed.hf import HUGGING_FACE
+from tests.hf.reading import to_hf
 
 
 @pytest.fixture

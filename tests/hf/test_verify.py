@@ -10,9 +10,9 @@ from safetensors.numpy import load_file, save_file
 
 from infimed_jax.data.sample import Sample, Turn
 from infimed_jax.hf import reference
-from infimed_jax.hf.export import to_hf
 from infimed_jax.hf.verify import builtin_samples, verify
 from infimed_jax.models.infimed import config as infimed
+from tests.hf.reading import to_hf
 
 
 @pytest.fixture(autouse=True)
