@@ -91,13 +91,13 @@ def random_batch(seed: int, model):
     from infimed_jax.data.batch import Segment, build_row, stack_rows
 
     rng = np.random.default_rng(seed)
-    places, side = model.visual_tokens, model.vision.image_size
+    places, shape = model.visual_tokens, model.blank_image().shape
 
     def segment(images: int, text: int) -> Segment:
         visual = np.zeros(text + places * images, bool)
         visual[1 : 1 + places * images] = True
-        tokens = np.resize(rng.integers(0, model.text.vocab_size, 4), len(visual)).astype(np.int32)
-        pixels = tuple(rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(images))
+        tokens = np.resize(rng.integers(0, model.vocab_size, 4), len(visual)).astype(np.int32)
+        pixels = tuple(rng.integers(0, 256, shape, dtype=np.uint8) for _ in range(images))
         return Segment(tokens, (~visual).astype(np.float32), visual, pixels)
 
     rows = [[segment(1, 10), segment(0, 12)] for _ in range(8)]

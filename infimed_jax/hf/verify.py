@@ -15,10 +15,9 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -34,9 +33,9 @@ from infimed_jax.hf.configuration import read_architecture
 from infimed_jax.hf.weights import ADAPTER, DTYPES
 from infimed_jax.models import forward, lora
 from infimed_jax.models.compute import Compute
-from infimed_jax.models.family import family_of, head_path, table_path, weights
+from infimed_jax.models.family import family_of, head_path, table_path
+from infimed_jax.models.layerwise import Outputs, layerwise, widen
 from infimed_jax.models.params import Params
-from infimed_jax.ops.attention import Mask, attention
 from infimed_jax.trees import at, flatten, nest
 
 log = logging.getLogger(__name__)
@@ -166,15 +165,6 @@ def _segment(sample: Sample, model: config.Model, tokenizer: Tokenizer) -> Segme
     return render_prompt(sample, tokenizer, visual_tokens(sample.images, model), pixels)
 
 
-class _Outputs(NamedTuple):
-    """What our model makes of one prompt, up to the logits."""
-
-    features: dict[str, np.ndarray]
-    """With images, each stage of the encoder: [M, …]."""
-    hidden: jax.Array
-    """[T,D], after the final norm."""
-
-
 def _cases(
     params: Mapping[str, Any],
     model: config.Model,
@@ -218,28 +208,15 @@ def _batch(segment: Segment, model: config.Model) -> Batch:
 
 
 def _run(
-    params: Mapping[str, Any], batches: Sequence[Batch], model: config.Model, compute: Compute, dtype: str
-) -> list[_Outputs]:
-    """All prompts through one part of the model after the other, so that only one is held in float32."""
-    family, table = family_of(model), table_path(model)
-    part = jax.device_put(_wide(_rounded({name: params[name] for name in family.encoder}, dtype)))
-    encoded = [_encode(part, batch.pixels, model, compute) for batch in batches]
-    part = jax.device_put(_wide(_rounded(nest({table: at(params, table)}), dtype)))
-    states = [_embed(part, batch, stages, model, compute) for batch, stages in zip(batches, encoded, strict=True)]
-    del part
-    stacks = _rounded(at(params, family.blocks), dtype)
-    for number in range(model.num_layers):
-        layer = jax.device_put(_wide(jax.tree.map(lambda leaf, number=number: leaf[number], stacks)))
-        states = [_block(layer, x, batch, model, compute) for x, batch in zip(states, batches, strict=True)]
-    others = [w.path for w in weights(model) if w.part == model.language and not (w.layers or w.role)]
-    norm = _wide(_rounded(nest({path: at(params, path) for path in others}), dtype))
-    features = [{name: np.asarray(stage) for name, stage in stages.items()} for stages in encoded]
-    return [_Outputs(f, forward.final_norm(norm, x[0], model)) for f, x in zip(features, states, strict=True)]
+    params: Mapping[str, Any], rows: Sequence[Batch], model: config.Model, compute: Compute, dtype: str
+) -> list[Outputs]:
+    """All prompts through our model, its parameters rounded to `dtype`."""
+    return layerwise(lambda path: _rounded(at(params, path), dtype), rows, model, compute)
 
 
 def _head(params: Params, model: config.Model, dtype: str) -> Params:
     path = head_path(model) or table_path(model)
-    return jax.device_put(_wide(_rounded(nest({path: at(params, path)}), dtype)))
+    return widen(nest({path: _rounded(at(params, path), dtype)}))
 
 
 def _logits(head: Params, hidden: jax.Array, model: config.Model) -> Iterator[np.ndarray]:
@@ -248,50 +225,14 @@ def _logits(head: Params, hidden: jax.Array, model: config.Model) -> Iterator[np
         yield np.asarray(_unembed(head, hidden[start : start + reference.POSITIONS], model))
 
 
-def _rounded(tree: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def _rounded(tree: Any, dtype: str) -> Any:
     """Leaves on the host as the export holds them: adapters are never rounded."""
 
     def leaf(path: tuple[Any, ...], stored: Any) -> np.ndarray:
         array = np.asarray(stored)
-        return array if path[-1].key in (lora.A, lora.B) else array.astype(DTYPES[dtype][1], copy=False)
+        return array if path and path[-1].key in (lora.A, lora.B) else array.astype(DTYPES[dtype][1], copy=False)
 
-    return jax.tree_util.tree_map_with_path(leaf, dict(tree))
-
-
-def _wide(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.astype(np.float32), tree)
-
-
-_jit = functools.partial(jax.jit, static_argnames=("model", "compute"))
-
-
-@_jit
-def _encode(params: Params, pixels: Any, model: config.Model, compute: Compute) -> dict[str, jax.Array]:
-    """What each stage of the encoder makes of one row's images; empty without images."""
-    images, stages = jax.tree.map(lambda x: x[0], pixels), {}
-    for name, stage in family_of(model).encoder.items() if len(jax.tree.leaves(images)[0]) else ():
-        stages[name] = images = stage(params, images, model, compute)
-    return stages
-
-
-@_jit
-def _embed(
-    params: Params, batch: Batch, stages: dict[str, jax.Array], model: config.Model, compute: Compute
-) -> jax.Array:
-    last = [*family_of(model).encoder][-1]
-    visual = stages[last] if stages else jnp.zeros((0, 0, model.hidden_size))
-    flat = sharding.reshape_rows(visual, 1, visual.shape[0] * visual.shape[1], visual.shape[2])
-    return forward.embed(params, batch.tokens, batch.visual_index, flat, model, compute)
-
-
-@_jit
-def _block(layer: Params, x: jax.Array, batch: Batch, model: config.Model, compute: Compute) -> jax.Array:
-    mask = Mask(causal=True, query_segments=batch.segment_ids, key_segments=batch.segment_ids)
-
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-        return attention(q, k, v, mask, implementation=compute.implementation), None
-
-    return forward.text_block(layer, x, batch.positions, attend, model, compute)[0]
+    return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
 @functools.partial(jax.jit, static_argnames="model")
