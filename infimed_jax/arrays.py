@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import numpy as np
 
-Array = jax.Array | np.ndarray
+if TYPE_CHECKING:  # static checkers are told what a function computes with and returns
+    Array = jax.Array
+else:  # what it may be called with, which tests check as they run
+    Array = jax.Array | np.ndarray

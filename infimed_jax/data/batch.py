@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from infimed_jax import config
+from infimed_jax.arrays import Array
 
 PADDING_SEGMENT = 0
 NO_IMAGE = -1
@@ -23,19 +24,19 @@ NO_IMAGE = -1
 class Batch:
     """Rows of packed segments; host side as NumPy arrays, device side as global arrays sharded over rows."""
 
-    tokens: jax.Array | np.ndarray
+    tokens: Array
     """i32[B,T]; padding is 0, but only `segment_ids` says what is padding."""
-    segment_ids: jax.Array | np.ndarray
+    segment_ids: Array
     """i32[B,T]; 1, 2, … in order of the row, 0 is padding."""
-    positions: jax.Array | np.ndarray
+    positions: Array
     """i32[B,A,T] on the family's A axes; from 0 in each segment, or from where the segment that it continues ends."""
-    loss_weights: jax.Array | np.ndarray
+    loss_weights: Array
     """f32[B,T]; weight of predicting `tokens[b, t+1]` at t; 0 at a segment's end and where t+1 is an image position."""
-    visual_index: jax.Array | np.ndarray
+    visual_index: Array
     """i32[B,T]; -1 for text, else the index into the row's M*P visual tokens: image slot m begins at m*P."""
     pixels: Any
     """The images as the family's encoder takes them, a tree with [B,M] in front; unused image slots are 0."""
-    prefix_ids: jax.Array | np.ndarray | None = None
+    prefix_ids: Array | None = None
     """i32[B,T]; the segment that a token's own continues and sees, 0 for none. None where no segment does."""
 
 

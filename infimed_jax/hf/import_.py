@@ -94,7 +94,7 @@ def open_parts(
     that is missing, left over, misshaped or of a wrong type.
     """
     hf = family_named(family).hugging_face
-    if folders.keys() != hf.sources.keys():
+    if hf.from_parts is None or folders.keys() != hf.sources.keys():
         needed = " and ".join(hf.sources) or "no part alone: give a whole export"
         raise UserError(f"model.family={family} is read from folders for {needed}")
     read = {part: read_architecture(folders[part], allowed) for part, allowed in hf.sources.items()}

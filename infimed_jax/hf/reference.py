@@ -98,7 +98,10 @@ def compute(
 def _own(folder: Path, family: str) -> tuple[Any, Any, dict[str, Any]]:
     from infimed_jax.models.family import family_named  # with JAX, which the process does without otherwise
 
-    return *family_named(family).hugging_face.open_reference(folder), {}
+    opened = family_named(family).hugging_face.open_reference
+    if opened is None:
+        raise Unusable(f"model.family={family} has no reference of its own")
+    return *opened(folder), {}
 
 
 def _open(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
@@ -108,7 +111,8 @@ def _open(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
     # Where torchvision is installed, transformers would resize with it: one or two of 255 levels off Pillow's, in
     # 0.2 to 0.4 % of the values of VQA-RAD's images. Training's pixels are Pillow's; the card says so.
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
-    model, loading = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    load: Any = AutoModelForImageTextToText.from_pretrained  # annotated as if it gave the model alone
+    model, loading = load(folder, dtype="auto", output_loading_info=True)
     if (folder / ADAPTER).is_dir():
         from peft import PeftModel
 

@@ -130,7 +130,9 @@ def next_token(
         return jnp.argmax(scores(), axis=-1).astype(jnp.int32)
 
     def sampled() -> Int[Array, " B"]:
-        return jnp.where(samples, draw(warp(scores(), settings, samples), uniform()), greedy())
+        drawn = draw(warp(scores(), settings, samples), uniform())
+        mixed = (active & ~samples).any()
+        return jax.lax.cond(mixed, lambda: jnp.where(samples, drawn, greedy()), lambda: drawn)
 
     token = jax.lax.cond(samples.any(), sampled, greedy)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
