@@ -125,10 +125,9 @@ def spec_of(x: jax.Array) -> tuple[Any, ...]:
     return jax.typeof(x).sharding.spec.partitions
 
 
-def summed_once(x: jax.Array, axes: str | Sequence[str] | None) -> jax.Array:
-    """`x`, with its gradient kept as each device's own part of a sum over the mesh `axes` until all uses are added.
-
-    Where `x` meets operands that are split over `axes`, each use would else sum its gradient over the devices.
+def defer_grad_reduction(x: jax.Array, axes: str | Sequence[str] | None) -> jax.Array:
+    """Identity. The gradient stays an unreduced partial sum over the mesh `axes`, so several uses of `x` cost one
+    all-reduce, not one each: each use of `x` with operands split over `axes` would otherwise reduce its own gradient.
     """
     axes = () if axes is None else (axes,) if isinstance(axes, str) else axes
     return jax.sharding.reshard(x, PartitionSpec(*spec_of(x), reduced=frozenset(axes)))

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
 from infimed_jax.arrays import Array
-from infimed_jax.sharding import reshape_rows, spec_of, summed_once
+from infimed_jax.sharding import defer_grad_reduction, reshape_rows, spec_of
 
 
 def target_logprobs(
@@ -32,7 +32,7 @@ def target_logprobs(
     wanted = weights != 0
     order = jnp.argsort(~wanted, axis=1, stable=True)
     inverse = jnp.argsort(order, axis=1)
-    unembedding = summed_once(unembedding, spec_of(hidden)[0])
+    unembedding = defer_grad_reduction(unembedding, spec_of(hidden)[0])
     front = (_permute(hidden, order, inverse), _rows(targets, order), _rows(wanted, order))
     pieces = [_split(x, chunks, chunk) for x in front]
 

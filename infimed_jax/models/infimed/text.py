@@ -20,7 +20,7 @@ from infimed_jax.models.params import Params
 from infimed_jax.models.weights import Tree
 from infimed_jax.ops.attention import Mask, attention
 from infimed_jax.ops.rope import apply_rope, rope_tables
-from infimed_jax.sharding import summed_once
+from infimed_jax.sharding import defer_grad_reduction
 
 
 class SelfAttention(nn.Module):
@@ -34,7 +34,7 @@ class SelfAttention(nn.Module):
     def __call__(self, x: Float[Array, "B T D"], rope: tuple[Array, Array], attend: Attend) -> tuple[Array, Any]:
         weights, eps = self.weights, self.text.norm_eps
         linear = functools.partial(_linear, weights, self.compute)
-        x = summed_once(x, "tensor")
+        x = defer_grad_reduction(x, "tensor")
         query, key, value = linear("q_proj")(x), linear("k_proj")(x), linear("v_proj")(x)
         query = apply_rope(RMSNorm(weights["q_norm"], eps, name="q_norm")(query), rope)
         key = apply_rope(RMSNorm(weights["k_norm"], eps, name="k_norm")(key), rope)
@@ -51,7 +51,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         linear = functools.partial(_linear, self.weights, self.compute)
-        x = summed_once(x, "tensor")
+        x = defer_grad_reduction(x, "tensor")
         gate, up = linear("gate_proj")(x), linear("up_proj")(x)
         return linear("down_proj")(jax.nn.silu(gate) * up)
 

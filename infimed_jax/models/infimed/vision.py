@@ -19,7 +19,7 @@ from infimed_jax.models.params import Params
 from infimed_jax.models.weights import Tree
 from infimed_jax.ops.attention import Mask, attention
 from infimed_jax.ops.pooling import adaptive_average_pool
-from infimed_jax.sharding import reshape_rows, summed_once
+from infimed_jax.sharding import defer_grad_reduction, reshape_rows
 
 
 class SelfAttention(nn.Module):
@@ -29,7 +29,7 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B P E"]) -> Float[Array, "B P E"]:
         dtype = jnp.dtype(self.compute.dtype)
-        x = summed_once(x, "tensor")
+        x = defer_grad_reduction(x, "tensor")
 
         def project(name: str) -> Float[Array, "B P A X"]:
             return Linear(self.weights[name], dtype, name=name)(x)
