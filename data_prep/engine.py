@@ -41,7 +41,7 @@ class Engine:
     jobs: int = 1
     """Processes; -1 is one for each processor."""
     address: str = ""
-    """Of a running Ray cluster; empty starts one on this machine."""
+    """Address of a running Ray cluster; empty starts one on this machine."""
 
     def __post_init__(self) -> None:
         if self.name not in get_args(Name):

@@ -29,7 +29,7 @@ from infimed_jax.errors import UserError
 from infimed_jax.progress import Report
 
 VERSION = 5
-"""Of the patterns; raise it when they change, so that datasets are scrubbed again."""
+"""Version of the patterns; raise it when they change, so that datasets are scrubbed again."""
 NO_PROMISE = (
     "Patterns find some identifiers and miss others (names without a title, places, text inside the images): "
     "this is no promise of anonymity."

@@ -29,7 +29,7 @@ from data_prep.reading.faults import (
 MAX_MEMBER = 2**28
 """Bytes of one member: 256 MiB. Images and their annotations are a thousandth of it."""
 MAX_RATIO = 200
-"""Of an archive's unpacked to its packed bytes, above which it is taken for a bomb. Deflate reaches 1,032 on zeros;
+"""Unpacked to packed bytes of an archive, above which it is taken for a bomb. Deflate reaches 1,032 on zeros;
 JPEG files do not compress, JSON text by 5 to 20."""
 _RATIO_FROM = 2**24
 """Unpacked bytes from which the ratio is looked at: small archives of text may compress well."""

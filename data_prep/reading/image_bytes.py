@@ -1,6 +1,6 @@
 """Encoded images as they are kept: the source's own bytes without the metadata that may name a patient or a place.
 
-No pixel is touched. Of EXIF only the orientation stays, where the picture would else lie on its side.
+No pixel is touched. Of EXIF only the orientation stays, where the picture would otherwise lie on its side.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def _sample(images: Images, image: str, caption: str, source_id: str, id: str, r
 
 
 def _sample_by_id(images: Images, caption: str, source_id: str, id: str, row: Row) -> Sample:
-    """Of a table that does not name the images: they are called as its rows."""
+    """A sample of a table that does not name the images: they are called as its rows."""
     return _sample(images, "image", caption, source_id, id, row | {"image": f"{text(row[source_id])}.jpg"})
 
 

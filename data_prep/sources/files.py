@@ -118,4 +118,4 @@ def _opened(file: Path, size: int, modified: int) -> ZipFiles:
 
 
 _real = functools.lru_cache(1024)(os.path.realpath)
-"""Of folders: thousands of images share one."""
+"""Real paths of folders: thousands of images share one."""

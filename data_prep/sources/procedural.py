@@ -38,7 +38,7 @@ _PIECE = 400
 """Images that one process draws at a time, about a second of work."""
 RECIPE = "recipe.json"
 VERSION = 5
-"""Of the drawings and wordings; raise it when they change, so that old folders are not taken for new ones."""
+"""Version of the drawings and wordings; raise it when they change, so that old folders are not taken for new ones."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Question:
 
     @property
     def letter(self) -> str:
-        """Of a choice's right option."""
+        """Letter of a choice's right option."""
         return LETTERS[self.options.index(self.answer)]
 
 

@@ -54,7 +54,7 @@ from infimed_jax.errors import UserError
 from infimed_jax.progress import Report
 
 VERSION = 3
-"""Of what counts as a copy, and of the report."""
+"""Version of what counts as a copy, and of the report."""
 IMAGE, QUESTION = "image", "question"
 _LONG = 8
 """Words from which a question stands for itself."""
@@ -73,7 +73,7 @@ class Tests:
     owner: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     sets: list[Samples] = field(default_factory=list)
     place: list[tuple[int, int, int]] = field(default_factory=list)
-    """Of each image: its set, its sample's number, its number there. They are read again where looks are near."""
+    """Each image's place: its set, its sample's number, its number there. They are read again where looks are near."""
     of_image: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
     of_words: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     """n-gram → ids of the samples that ask it; short and common questions only of samples without an image."""

@@ -34,7 +34,7 @@ from infimed_jax.errors import UserError
 from infimed_jax.progress import Report
 
 VERSION = 2
-"""Of the rules; raise it when they change, so that datasets are filtered again."""
+"""Version of the rules; raise it when they change, so that datasets are filtered again."""
 SOURCE_EXCLUDED = "source excluded by the assessment"
 REFUSAL = "refusal"
 EMPTY = "empty text"

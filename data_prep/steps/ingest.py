@@ -26,7 +26,7 @@ from infimed_jax.files import write_json
 from infimed_jax.progress import Report
 
 VERSION = 6
-"""Of what adapters make of the same files; raise it when that changes, so that datasets are prepared again."""
+"""Version of what adapters make of the same files; raise it when that changes, so that datasets are prepared again."""
 _REMEMBERED = 100_000
 """Images whose verdict is kept, in case they come again."""
 

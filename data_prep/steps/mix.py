@@ -29,7 +29,7 @@ from infimed_jax.errors import UserError
 from infimed_jax.progress import Report
 
 VERSION = 3
-"""Of the way in which samples are drawn and ordered, and of the report."""
+"""Version of the way in which samples are drawn and ordered, and of the report."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Part:
 
     folder: Path
     share: float = 1.0
-    """Of its samples, drawn at random; more than all of them is a matter of epochs."""
+    """Share of its samples, drawn at random; more than all of them is a matter of epochs."""
     cap: int = 0
     """Samples at most; 0 is no bound."""
     group: str = ""
@@ -120,9 +120,9 @@ def mix(
     """Write the mixture, a view, to `output` and return its report, which is also `output.json` beside it.
 
     A pure function of the datasets and the seed; a mixture that was made so before is left as it is. Damaged records
-    are left out by name, and nothing is drawn in their place. A test or validation split among the parts is told, and
-    named in the report. UserError: no parts, a part is no prepared dataset or may not be trained on, or an id occurs
-    twice.
+    are left out by name, and nothing is drawn in their place. The log warns of a
+    test or validation split among the parts, and the report names it. UserError: no parts, a part is no
+    prepared dataset or may not be trained on, or an id occurs twice.
     """
     if not parts:
         raise UserError("a mixture needs at least one part")
@@ -222,7 +222,7 @@ def _row(part: Part, dataset: Samples, taken: int) -> dict[str, Any]:
 
 
 def _licences(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Of every source in the mixture, by name: as its manifest states it, otherwise as the source's adapter does."""
+    """Licence of every source in the mixture: as its manifest states it, otherwise as the source's adapter does."""
     stated: dict[str, str] = {}
     for row in rows:
         stated |= licences(Path(row["folder"]))

@@ -117,8 +117,8 @@ def _samples(row: dict[str, Any], where: str) -> list[Sample]:
         if isinstance(
             error, KeyError
         ):  # as in rows of other programs, whose text does not say who speaks to which image
-            mend = "give what `data export-json` writes; what other programs wrote enters by a source of `data ingest`"
-            raise UserError(f"{where} is no packed row (no {error}): {mend}") from error
+            fix = "give what `data export-json` writes; what other programs wrote enters by a source of `data ingest`"
+            raise UserError(f"{where} is no packed row (no {error}): {fix}") from error
         raise UserError(f"{where} is no packed row ({error}): export it again") from error
 
 

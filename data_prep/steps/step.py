@@ -66,7 +66,7 @@ class Slice:
 
     @property
     def numbers(self) -> range:
-        """Of its samples in the dataset."""
+        """Numbers of its samples in the dataset."""
         return range(self.start, self.stop)
 
     def read(self, unreadable: list[str]) -> Iterator[Sample]:

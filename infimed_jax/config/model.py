@@ -88,7 +88,7 @@ class Model(Group, path="model"):
 
     @property
     def num_layers(self) -> int:
-        """Of the language model."""
+        """Blocks of the language model."""
         raise NotImplementedError
 
     @property

@@ -21,7 +21,7 @@ class Chip:
     memory: int
     """Bytes of HBM."""
     bandwidth: float
-    """Of HBM, bytes a second."""
+    """Bandwidth of HBM, bytes a second."""
     link: float
     """One direction, all links of the device together, within a slice or a node; bytes a second."""
     source: str
@@ -62,7 +62,7 @@ _FORM = re.compile(r"(?P<kind>[a-z0-9]+?)(:(?P<shape>\d+(x\d+){1,2})|x(?P<count>
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Of one device as JAX names it; None where no figure is known. The longest name that occurs decides."""
+    """Peak of one device as JAX names it; None where no figure is known. The longest name that occurs decides."""
     known = [name for name in _PEAKS if name in device_kind]
     return _PEAKS[max(known, key=len)] if known else None
 

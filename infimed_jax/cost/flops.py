@@ -55,7 +55,7 @@ class Product:
 
     @property
     def flops(self) -> int:
-        """Of all runs."""
+        """FLOPs of all runs."""
         return 2 * self.rows * self.inner * self.outer * self.count * self.runs
 
     @property
@@ -66,7 +66,7 @@ class Product:
 
     @property
     def forward_flops(self) -> float:
-        """Of one forward pass, without masked scores."""
+        """FLOPs of one forward pass, without masked scores."""
         return 2 * self.rows * self.inner * self.outer * self.count * self.forward * self.needed
 
     def bytes(self, batch_shards: int, tensor: int) -> int:

@@ -80,7 +80,7 @@ class LoadedRow:
     batch: Batch
     """One row, without the B axis."""
     ids: tuple[str, ...]
-    """Of the samples in it, in order."""
+    """Ids of the samples in it, in order."""
     bad: tuple[tuple[str, str], ...]
     """(id, reason) of each sample that was left out."""
 
@@ -183,7 +183,7 @@ class Loader:
         self.shapes = index.buckets
         """(tokens, images) of every batch there may be."""
         self.fingerprint = hashlib.sha256(f"{index.fingerprint} {train.seed} {train.global_batch}".encode()).hexdigest()
-        """Of the stream: resuming under another one would repeat and miss samples."""
+        """Digest of the stream: a resume under another one would repeat and miss samples."""
         self._read = 0
         self._bad: dict[str, str] = {}
 
@@ -232,7 +232,7 @@ class Loader:
         if bad > limit * max(read, min(_PATIENCE, len(self._reader.index.samples))):
             raise UserError(
                 f"{bad} of {read} records read of {self._reader.samples.folder} were bad (each is named above as left "
-                f"out, on the host that read it), more than data.max_bad_records={limit} allows: mend the dataset or "
+                f"out, on the host that read it), more than data.max_bad_records={limit} allows: repair the dataset or "
                 "raise the limit"
             )
 

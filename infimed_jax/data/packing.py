@@ -34,7 +34,7 @@ TOO_MANY_IMAGES = "too many images"
 NO_LOSS = "nothing to learn"
 
 VERSION = 2
-"""Of the rows that the same settings give and of the index's files."""
+"""Version of the rows that the same settings give, and of the index's files."""
 _REASONS = ("", UNREADABLE, NO_LOSS, TOO_LONG, TOO_MANY_IMAGES)
 _SHAPE_STEPS = 8
 """Unpacked rows have a multiple of context/8 tokens: 512 of 4096, which kernels and loss chunks divide."""
@@ -55,7 +55,7 @@ class PackingIndex:
     buckets: tuple[tuple[int, int], ...]
     """(tokens, images) of a row."""
     fingerprint: str
-    """Of the dataset, the tokenizer and every setting that shapes the rows."""
+    """Digest of the dataset, the tokenizer and every setting that shapes the rows."""
     dropped: tuple[tuple[str, str], ...]
     """(sample id, reason) of each sample that is in no row."""
     fill_bound: float
@@ -277,6 +277,6 @@ def _replace(file: Path, content: bytes) -> None:
         part.write_bytes(content)
         os.replace(part, file)
     except OSError as error:
-        with suppress(OSError):  # on a full disk each run would else leave less room
+        with suppress(OSError):  # otherwise each run on a full disk would leave less room
             part.unlink(missing_ok=True)
         raise UserError(f"cannot write the packing index {file}: {error.strerror or error}") from error

@@ -35,7 +35,7 @@ from infimed_jax.files import write_json
 
 MANIFEST = "manifest.json"
 INDICES = "indices.npz"
-"""Of a view: `base` and `number`, i64[N] each, and where a step added to `meta`, `meta`, JSON by sample."""
+"""A view's `base` and `number`, i64[N] each, and `meta`, JSON by sample, where a step added to it."""
 FORMAT = 1
 """Layout of a prepared dataset; another number in a manifest is refused."""
 TFDS_SPLIT = "samples"

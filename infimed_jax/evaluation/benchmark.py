@@ -61,7 +61,7 @@ class Benchmark:
 
 
 GENERAL = Benchmark("general")
-"""Of questions that no benchmark owns."""
+"""The rules of questions that no benchmark owns."""
 
 
 @functools.cache

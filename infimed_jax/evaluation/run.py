@@ -64,7 +64,7 @@ class Evaluation:
     name: str
     terms: Terms
     fingerprint: str
-    """Of the questions, answers and images; runs with another one cannot be compared."""
+    """Digest of the questions, answers and images; runs with another one cannot be compared."""
     seconds: float
     records: tuple[Record, ...]
     """In the order of the samples."""

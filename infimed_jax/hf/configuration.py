@@ -9,7 +9,7 @@ from infimed_jax.errors import UserError
 from infimed_jax.hf.weights import read_json
 
 MAX_POSITIONS = 40_960
-"""Of Qwen3 as published: the context of a model whose checkpoint names none, as one that was never imported."""
+"""Context of Qwen3 as published, for a model whose checkpoint names none because it was never imported."""
 
 
 def read_architecture(folder: str | Path, allowed: tuple[str, ...]) -> tuple[str, dict[str, Any]]:

@@ -42,12 +42,12 @@ class Import:
     """The text model's max_position_embeddings, for the export."""
     dtype: Dtype
     seed: int
-    """Of the projector, where it is fresh."""
+    """Seed of the projector's first values, where it is fresh."""
     _sources: tuple[_Source, ...]
 
     @property
     def nbytes(self) -> int:
-        """Of all leaves together."""
+        """Size of all leaves together."""
         return sum(map(math.prod, names.leaf_shapes(self.model).values())) * _NUMPY[self.dtype].itemsize
 
     @property

@@ -48,21 +48,21 @@ def checkpoint_card(
     name, whether it allows commercial use, where the licence's text alone would have to say it.
     """
     bases = [base for entry in history for base in entry.get("sources", ())]
-    told = [_card(base["card"]) for base in bases if "card" in base]
+    cards = [_card(base["card"]) for base in bases if "card" in base]
     trained = [entry for entry in history if entry["stage"] != IMPORT]
-    sources = {source.name: source for card in told for source in card.sources}
+    sources = {source.name: source for card in cards for source in card.sources}
     sources |= {source.name: source for entry in trained for source in _data(entry, commercial or {})}
     lines = [f"{b['name']} ({b['architecture']}, {b['gave']}): {b['licence']}" for b in bases]
     closed = [
         b["name"] for b in bases if "card" not in b and not allows_commercial_use(b["licence"].removeprefix("licence "))
     ]
     last = history[-1]["stage"] if history else IMPORT
-    untrained = "imported" if told else "untrained"
+    untrained = "imported" if cards else "untrained"
     return Card(
         title="InfiMed model, " + (last if last != IMPORT else untrained),
-        base_models=(*(line for card in told for line in card.base_models), *lines),
-        closed_bases=(*(name for card in told for name in card.closed_bases), *closed),
-        stages=(*(line for card in told for line in card.stages), *map(_line, trained)),
+        base_models=(*(line for card in cards for line in card.base_models), *lines),
+        closed_bases=(*(name for card in cards for name in card.closed_bases), *closed),
+        stages=(*(line for card in cards for line in card.stages), *map(_line, trained)),
         sources=tuple(sources.values()),
         results=dict(_result(Path(folder)) for folder in evaluations),
     )
@@ -90,23 +90,23 @@ def _base(folder: Path) -> dict[str, Any]:
     name = str(values.get("_name_or_path") or folder.resolve().name)
     base = {"name": name, "architecture": values["architectures"][0], "licence": f"licence {licence}"}
     summary = folder / SUMMARY
-    told = read_json(summary).get("card") if summary.is_file() else None
-    if told is None:
+    values = read_json(summary).get("card") if summary.is_file() else None
+    if values is None:
         return base
     try:
-        _card(told)
+        _card(values)
     except (KeyError, TypeError) as error:
         raise UserError(f"{summary} is not as to-hf wrote it: move it away to go on without the history") from error
-    return base | {"card": told}
+    return base | {"card": values}
 
 
-def _card(told: Mapping[str, Any]) -> Card:
+def _card(values: Mapping[str, Any]) -> Card:
     """What still holds of an earlier export's card, from its JSON; its title and results were of that model."""
     return Card(
-        base_models=tuple(told["base_models"]),
-        closed_bases=tuple(told["closed_bases"]),
-        stages=tuple(told["stages"]),
-        sources=tuple(DataSource(**source) for source in told["sources"]),
+        base_models=tuple(values["base_models"]),
+        closed_bases=tuple(values["closed_bases"]),
+        stages=tuple(values["stages"]),
+        sources=tuple(DataSource(**source) for source in values["sources"]),
     )
 
 

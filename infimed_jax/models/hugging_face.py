@@ -45,7 +45,7 @@ class HuggingFace:
     """Functions take the family's settings, `model`, or a config.json's values and its name for messages, `where`."""
 
     architecture: str
-    """Of an export, as config.json names it."""
+    """Architecture of an export, as config.json names it."""
     sources: Mapping[str, tuple[str, ...]]
     """Part → architectures of the folders that may give it to `from_parts`; the other parts are drawn afresh."""
     spellings: Mapping[str, Mapping[str, tuple[str, ...]]]

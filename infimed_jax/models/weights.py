@@ -107,17 +107,17 @@ class Weight:
 
     @functools.cached_property
     def shape(self) -> tuple[int, ...]:
-        """Of one layer."""
+        """Shape of one layer."""
         return shape_of(self.letters, dict(self.sizes))
 
     @functools.cached_property
     def piece_shape(self) -> tuple[int, ...]:
-        """Of what is ours in Hugging Face's tensor."""
+        """Shape of our piece of Hugging Face's tensor."""
         return shape_of(self.key_letters, dict(self.sizes))
 
     @functools.cached_property
     def key_shape(self) -> tuple[int, ...]:
-        """Of Hugging Face's tensor."""
+        """Shape of Hugging Face's tensor."""
         rows = sum(self._piece_rows) if self.pieces else self.piece_shape[0]
         return (rows, *self.piece_shape[1:])
 

@@ -21,7 +21,7 @@ from infimed_jax.plan.rollout import rollout
 from infimed_jax.plan.roofline import roofline
 
 GPU_SHARE = 0.9
-"""Of the vendor's memory: what `launch/run.py` gives to JAX; the rest is the driver's, and libraries'."""
+"""Share of the vendor's memory that `launch/run.py` gives to JAX; driver and libraries use the rest."""
 
 Cell = dict[str, Any]
 

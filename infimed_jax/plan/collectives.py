@@ -119,7 +119,7 @@ def _activations(cfg: config.Config, rows: int, tensor: int) -> list[Collective]
     width = 4 if cfg.train.compute_dtype == "float32" else 2
     tokens, counts = rows * cfg.data.context, rows_of(cfg, rows)
     times: Counter[tuple[str, int]] = Counter({("head", tokens * cfg.model.hidden_size): 1})
-    """Of each part and number of elements."""
+    """How often each part sums so many elements."""
     kernels = [use for use in uses(cfg) if use.weight.inputs]
     for use in kernels:
         weight, layers = use.weight, use.weight.layers or 1

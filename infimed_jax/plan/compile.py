@@ -55,7 +55,7 @@ class Compiled:
     available: int = 0
     """Bytes that the compiler may use; 0 where it did not say, which is where they fit."""
     seconds: float = 0.0
-    """Of the compilation."""
+    """Time that the compilation took."""
     kept: bool = False
     """Read from disk."""
 

@@ -12,7 +12,7 @@ from infimed_jax.models.family import weights
 
 
 def rollout(cfg: config.Config, topology: Topology, mesh: dict[str, int], state: int, available: int) -> dict[str, Any]:
-    """Of `grpo.prompts * grpo.group_size` completions, each prompt with one image and every length at its bound.
+    """Memory and time of all completions of a rollout, each prompt with one image and every length at its bound.
 
     Bytes are a device's: `state`, the reference included, stays while it decodes; all must fit `available`. The time is
     the larger of arithmetic and of reading the text model (an untied table aside) and the cache once a token.

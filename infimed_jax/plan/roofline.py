@@ -27,7 +27,7 @@ class Roofline:
     memory: float
     network: float
     model_flops: float
-    """Of a step over the pod, without recomputation."""
+    """FLOPs of a step over the pod, without recomputation."""
     peak: float
     """FLOPs a second of all devices."""
 

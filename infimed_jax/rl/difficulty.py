@@ -58,7 +58,7 @@ class Plan:
             raise UserError(f"the seed must not be negative, not {self.seed}")
 
     def share(self, right: int) -> float:
-        """Of the questions with so many right answers, how many are kept."""
+        """Share that is kept of the questions with so many right answers."""
         if self.low <= right <= self.high:
             return 1.0
         return self.extreme if right in (0, self.draws) else self.between

@@ -150,7 +150,7 @@ def plan_layout(found: Questions, cfg: config.Config) -> Layout:
 
 
 def _most_prompts(completions: int, grpo: config.Grpo) -> int:
-    """Of so many completions side by side: the first may be the last of its group."""
+    """Most prompts of so many completions side by side: the first may be the last of its group."""
     return 1 + -(-(completions - 1) // grpo.group_size)
 
 

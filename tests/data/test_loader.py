@@ -265,7 +265,7 @@ def test_damage_stays_in_its_place(tmp_path, tokenizer_folder):
 def test_the_limit_of_bad_records_is_a_share_of_what_was_read_and_at_first_of_the_data(dataset, tokenizer_folder):
     made = open_loader(make_config(dataset, tokenizer_folder, max_bad_records=0.1), mesh=make_mesh(Mesh()))
     made.check_bad_records(2, 3)  # 23 samples
-    with pytest.raises(UserError, match=r"3 of 3 records .* more than data\.max_bad_records=0\.1 allows: mend"):
+    with pytest.raises(UserError, match=r"3 of 3 records .* more than data\.max_bad_records=0\.1 allows: repair"):
         made.check_bad_records(3, 3)
     made.check_bad_records(100, 1000)
     with pytest.raises(UserError, match="101 of 1000 records"):

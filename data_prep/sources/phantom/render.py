@@ -51,7 +51,7 @@ class _Body:
 
 
 def lesion_coverage(scene: Scene, lesion: Lesion) -> np.ndarray:
-    """f32[S,S] in [0,1]. Area hardly depends on the shape, so that size is told apart from it."""
+    """f32[S,S] in [0,1]. Area hardly depends on the shape, so that it does not reveal the size."""
     radius = RADIUS[scene.size]
     x, y, angle = lesion.x, lesion.y, lesion.angle
     if scene.shape == "oval":

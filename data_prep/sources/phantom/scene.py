@@ -22,7 +22,7 @@ QUADRANTS = ("upper left", "upper right", "lower left", "lower right")
 RADIUS = {"small": 0.075, "large": 0.125}
 """In image sides: 3.6 and 6 pixels where the model sees 48."""
 COUNT_CHANCES = (0.2, 0.6, 0.2)
-"""Of 0, 1, 2 lesions: most questions want exactly one."""
+"""Chances of 0, 1 and 2 lesions: most questions want exactly one."""
 TAKEN = (((),), ((0,), (1,), (2,), (3,)), ((0, 3), (1, 2)))
 """Quadrants by count: two lesions lie across the centre from each other, where large ones cannot touch."""
 
@@ -72,7 +72,7 @@ class Scene:
     modality: Modality
     organ: Organ
     size: str
-    """Of all lesions, as are shape and intensity; drawn also where there is no lesion, and then without meaning."""
+    """Size of all lesions, as shape and intensity are; drawn also where there is no lesion, then without meaning."""
     shape: str
     intensity: str
     """Against the organ around."""
