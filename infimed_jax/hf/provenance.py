@@ -90,14 +90,14 @@ def _base(folder: Path) -> dict[str, Any]:
     name = str(values.get("_name_or_path") or folder.resolve().name)
     base = {"name": name, "architecture": values["architectures"][0], "licence": f"licence {licence}"}
     summary = folder / SUMMARY
-    values = read_json(summary).get("card") if summary.is_file() else None
-    if values is None:
+    history = read_json(summary).get("card") if summary.is_file() else None
+    if history is None:
         return base
     try:
-        _card(values)
+        _card(history)
     except (KeyError, TypeError) as error:
         raise UserError(f"{summary} is not as to-hf wrote it: move it away to go on without the history") from error
-    return base | {"card": values}
+    return base | {"card": history}
 
 
 def _card(values: Mapping[str, Any]) -> Card:
