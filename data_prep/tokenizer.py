@@ -16,7 +16,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from data_prep.sources import phantom, shapes
 from data_prep.sources.procedural import write_folder
-from infimed_jax.data.prompts import QUESTION_KINDS, prompt_for
+from infimed_jax.data.prompts import as_turns, exchange
+from infimed_jax.data.sample import Question
 from infimed_jax.errors import UserError
 from infimed_jax.files import to_json
 
@@ -120,8 +121,8 @@ def _procedural_texts(images: int = 400) -> list[str]:
             folder = write_folder(blank, Path(scratch) / source.name, 0, dict.fromkeys(source.splits, images))
             for split in source.splits:
                 for sample in source.read(folder, split):
-                    asked = [prompt_for(sample, reasoning=True)] if sample.kind in QUESTION_KINDS else []
-                    for turn in (turn for variant in (sample, *asked) for turn in variant.turns):
+                    asked = exchange(sample, reasoning=True) if isinstance(sample, Question) else ()
+                    for turn in (*as_turns(sample), *asked):
                         texts += [piece for piece in (*turn.content, turn.reasoning) if isinstance(piece, str)]
     return texts
 

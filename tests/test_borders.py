@@ -272,9 +272,6 @@ KNOWN: dict[str, set[str]] = {
         "infimed_jax <-> infimed_jax/config",
         "launch <-> launch/commands <-> launch/commands/data <-> launch/demo",
     },
-    "many_parameters": {
-        "infimed_jax/data/prompts.py:question_sample",
-    },
     "keywords_handed_through": {
         "data_prep/sources/conversations.py:_source",
         "data_prep/sources/parts.py:even_parts",

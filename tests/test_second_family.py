@@ -18,7 +18,7 @@ from infimed_jax import config
 from infimed_jax.config import Config, Data, Optimizer, Train
 from infimed_jax.cost.chips import parse_topology
 from infimed_jax.data.batch import Segment, build_row, stack_rows
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.sample import Chat, Turn
 from infimed_jax.data.storage import write_samples
 from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.hf.import_ import open_export
@@ -50,14 +50,14 @@ def _image(number: int) -> bytes:
     return buffer.getvalue()
 
 
-def _samples(count: int) -> list[Sample]:
+def _samples(count: int) -> list[Chat]:
     answers = ("yes", "no", "left lung", "the heart is large")
     samples = []
     for n in range(count):
         shown = (0, "<image_2>: ", 1) if n % 3 == 0 else (0,)
         turns = (Turn("user", (*shown, f"\nwhat is {n}?")), Turn("assistant", (answers[n % 4],)))
         images = tuple(_image(n + k) for k in range(2 if n % 3 == 0 else 1))
-        samples.append(Sample(f"toy/train/{n}", "toy", "train", "chat", images, turns))
+        samples.append(Chat(f"toy/train/{n}", "toy", "train", images, turns))
     return samples
 
 

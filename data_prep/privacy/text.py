@@ -23,12 +23,12 @@ from data_prep.steps.step import (
     slices,
     unreadable_report,
 )
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.sample import Chat, Content, Document, Question, Sample, Turn
 from infimed_jax.data.storage import open_samples, write_shard
 from infimed_jax.errors import UserError
 from infimed_jax.progress import Report
 
-VERSION = 5
+VERSION = 6
 """Version of the patterns; raise it when they change, so that datasets are scrubbed again."""
 NO_PROMISE = (
     "Patterns find some identifiers and miss others (names without a title, places, text inside the images): "
@@ -131,7 +131,7 @@ def _scrub_shard(mode: Mode, piece: Slice, folder: Path, name: str) -> dict[str,
             clean, counts = scrub_sample(sample)
             if counts:
                 findings[sample.id] = dict(sorted(counts.items()))
-            if mode == "mask" and (clean.answer, clean.options) != (sample.answer, sample.options):
+            if mode == "mask" and isinstance(sample, Question) and _gold(clean) != _gold(sample):
                 left_out.append(sample.id)
                 continue
             kept = clean if mode == "mask" else sample
@@ -163,11 +163,12 @@ def _report(folder: str, mode: Mode, _: dict[str, Any], facts: list[dict[str, An
     }
 
 
-def scrub_sample(sample: Sample) -> tuple[Sample, Counter[str]]:
-    """The sample with its text masked, `meta` and images left alone, and what was found in its turns.
+def _gold(question: Question) -> tuple[str, tuple[str, ...]]:
+    return question.answer, question.options
 
-    Question, options and answer stand in the turns as well, so they are masked and not counted again.
-    """
+
+def scrub_sample(sample: Sample) -> tuple[Sample, Counter[str]]:
+    """The sample with its text masked, `meta` and images left alone, and what was found in it."""
     counts: Counter[str] = Counter()
 
     def masked(text: str) -> str:
@@ -175,15 +176,13 @@ def scrub_sample(sample: Sample) -> tuple[Sample, Counter[str]]:
         counts.update(found)
         return text
 
-    turns = tuple(
-        Turn(turn.role, tuple(masked(p) if isinstance(p, str) else p for p in turn.content), masked(turn.reasoning))
-        for turn in sample.turns
-    )
-    clean = replace(
-        sample,
-        turns=turns,
-        question=mask(sample.question)[0],
-        options=tuple(mask(option)[0] for option in sample.options),
-        answer=mask(sample.answer)[0],
-    )
-    return clean, counts
+    def pieces(content: Content) -> Content:
+        return tuple(masked(piece) if isinstance(piece, str) else piece for piece in content)
+
+    if isinstance(sample, Document):
+        return replace(sample, chunks=tuple(map(pieces, sample.chunks))), counts
+    if isinstance(sample, Chat):
+        turns = tuple(Turn(turn.role, pieces(turn.content), masked(turn.reasoning)) for turn in sample.turns)
+        return replace(sample, turns=turns), counts
+    texts = {field: masked(getattr(sample, field)) for field in ("question", "answer", "reasoning", "system")}
+    return replace(sample, **texts, options=tuple(map(masked, sample.options))), counts

@@ -13,6 +13,7 @@ from data_prep.quality.report import summarise, write_page
 from data_prep.quality.rubric import instructions
 from data_prep.quality.sampling import Place, draw
 from infimed_jax.data.images import ImageError
+from infimed_jax.data.prompts import as_turns
 from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import UNREADABLE, CorruptRecord, Samples, open_samples, record_name
 from infimed_jax.errors import UserError
@@ -178,7 +179,7 @@ def shown(sample: Sample) -> tuple[list[str | int], bool]:
     """The sample as the rater sees it, images in their places, and whether its text had to be cut."""
     pieces: list[str | int] = ["<sample>\n"]
     left, cut = MAX_CHARACTERS, False
-    for turn in sample.turns:
+    for turn in as_turns(sample):
         words = () if sample.kind == "document" else (f"\n[{turn.role}]\n",)
         thoughts = (f"(thoughts: {turn.reasoning})\n",) if turn.reasoning else ()
         for piece in (*words, *thoughts, *turn.content):

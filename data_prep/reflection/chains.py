@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data_prep.endpoint import Reply
-from infimed_jax.data.sample import Sample
+from infimed_jax.data.sample import Question
 from infimed_jax.evaluation.answers import gold_value, matches, parse_answer
 from infimed_jax.rl.rewards.verifiable import CLOSE_TAG, OPEN_TAG, well_formed
 
@@ -70,7 +70,7 @@ class Made:
     draws: tuple[int, ...]
 
 
-def read_chain(reply: Reply, draw: int, sample: Sample) -> tuple[Chain | None, str]:
+def read_chain(reply: Reply, draw: int, sample: Question) -> tuple[Chain | None, str]:
     """The reply's chain and why it is rejected; the empty reason accepts it. Without the asked form there is no chain.
 
     A reply that the limit cut is no answer, whatever it holds.
@@ -89,15 +89,15 @@ def read_chain(reply: Reply, draw: int, sample: Sample) -> tuple[Chain | None, s
     return Chain(draw, thoughts, parsed.value), "" if matches(parsed, sample) else "wrong answer"
 
 
-def corrected(sample: Sample, wrong: Chain, right: Chain, language: str, rng: random.Random) -> Made:
+def corrected(sample: Question, wrong: Chain, right: Chain, language: str, rng: random.Random) -> Made:
     return _join("corrected", (wrong, right), (_DOUBT, _CORRECTION), sample, language, rng)
 
 
-def verified(sample: Sample, first: Chain, second: Chain, language: str, rng: random.Random) -> Made:
+def verified(sample: Question, first: Chain, second: Chain, language: str, rng: random.Random) -> Made:
     return _join("verified", (first, second), (_VERIFY, _AGREEMENT), sample, language, rng)
 
 
-def reexamined(sample: Sample, chain: Chain, look: Chain, language: str, rng: random.Random) -> Made:
+def reexamined(sample: Question, chain: Chain, look: Chain, language: str, rng: random.Random) -> Made:
     return _join("reexamined", (chain, look), (_LOOK, _HOLDS), sample, language, rng)
 
 
@@ -105,7 +105,7 @@ def _join(
     pattern: Pattern,
     chains: tuple[Chain, Chain],
     joints: tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]],
-    sample: Sample,
+    sample: Question,
     language: str,
     rng: random.Random,
 ) -> Made:
@@ -118,7 +118,7 @@ def _join(
     return Made(pattern, reasoning, tuple(chain.draw for chain in chains))
 
 
-def spoken(value: str, sample: Sample) -> str:
+def spoken(value: str, sample: Question) -> str:
     """An answer inside a sentence: a choice's letter with its option's text."""
     if sample.kind == "choice":
         return f"{value} ({sample.options[ord(value) - ord('A')]})"
@@ -127,7 +127,7 @@ def spoken(value: str, sample: Sample) -> str:
     return value
 
 
-def holds(sample: Sample, made: Made) -> bool:
+def holds(sample: Question, made: Made) -> bool:
     """Whether the built reply passes the very checks that its parts have passed."""
     text = boxed(made.reasoning, sample.answer)
     return well_formed(text) and matches(parse_answer(text, sample.kind, sample.options), sample)

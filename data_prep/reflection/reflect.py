@@ -42,8 +42,8 @@ from data_prep.steps.step import (
     refuse_other_files,
 )
 from infimed_jax.data.images import ImageError
-from infimed_jax.data.prompts import LETTERS, QUESTION_KINDS, prompt_for
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.prompts import LETTERS, exchange
+from infimed_jax.data.sample import Question, Sample
 from infimed_jax.data.storage import Samples
 from infimed_jax.data.training import open_for_training
 from infimed_jax.errors import UserError
@@ -220,7 +220,7 @@ def _questions(dataset: Samples, unreadable: list[str]) -> tuple[dict[int, str],
 
 
 def _problem(sample: Sample) -> str:
-    if sample.kind not in QUESTION_KINDS or not sample.answer.strip():
+    if not isinstance(sample, Question) or not sample.answer.strip():
         return "no question with a gold answer"
     if sample.kind == "choice" and (len(sample.answer) != 1 or sample.answer not in LETTERS[: len(sample.options)]):
         return "answer that is no option"
@@ -229,7 +229,7 @@ def _problem(sample: Sample) -> str:
     return ""
 
 
-def _words(sample: Sample) -> int:
+def _words(sample: Question) -> int:
     """Words of the gold answer: of the option's text in a choice, and each Chinese character for half a word."""
     text = sample.answer
     if sample.kind == "choice":
@@ -238,11 +238,10 @@ def _words(sample: Sample) -> int:
     return len(text.split()) if not chinese else -(-chinese // 2)
 
 
-async def _ask(client: ChatClient, sample: Sample, plan: Plan, sparse: bool) -> Outcome:
+async def _ask(client: ChatClient, sample: Question, plan: Plan, sparse: bool) -> Outcome:
     language = sample.meta.get("language", "en")
     try:
-        asked = prompt_for(sample, reasoning=True).turns
-        question = next(turn for turn in asked if turn.role == "user")
+        question = next(turn for turn in exchange(sample, reasoning=True) if turn.role == "user")
         body = parts(question.content, sample.images, client.endpoint.image_side)
     except ImageError as error:
         return Outcome((), 0, (), f"image: {error.reason}")
@@ -291,7 +290,7 @@ async def _ask(client: ChatClient, sample: Sample, plan: Plan, sparse: bool) -> 
 
 async def _reflect(
     client: ChatClient,
-    sample: Sample,
+    sample: Question,
     right: Sequence[Chain],
     wrong: Sequence[Chain],
     messages: list[Message],
@@ -315,7 +314,7 @@ async def _reflect(
 
 
 async def _second_look(
-    client: ChatClient, sample: Sample, chain: Chain, messages: list[Message], language: str, plan: Plan
+    client: ChatClient, sample: Question, chain: Chain, messages: list[Message], language: str, plan: Plan
 ) -> Chain | None:
     """What the model says after `chain` when it is asked to look again; None unless that reaches the answer too."""
     said = speech("assistant", boxed(chain.thoughts, sample.answer))
@@ -345,10 +344,7 @@ def _samples(dataset: Samples, outcomes: dict[int, Outcome], endpoint: Endpoint)
                 "reasoning_draws": ",".join(map(str, made.draws)),
                 "reasoning_right": f"{outcome.right}/{outcome.right + len(outcome.reasons)}",
             }
-            reply = Turn("assistant", (sample.answer,), made.reasoning)
-            system = tuple(turn for turn in sample.turns if turn.role == "system")
-            sample_with = replace(sample, turns=(*system, reply), meta=sample.meta | meta)
-            yield replace(prompt_for(sample_with, reasoning=True), id=f"{sample.id}/reflect-{place}")
+            yield replace(sample, id=f"{sample.id}/reflect-{place}", reasoning=made.reasoning, meta=sample.meta | meta)
 
 
 def _count(asked: dict[int, str], outcomes: dict[int, Outcome]) -> dict[str, Any]:

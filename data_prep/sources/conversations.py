@@ -18,7 +18,7 @@ from data_prep.sources.files import Images, find_files
 from data_prep.sources.parts import json_parts
 from data_prep.sources.rows import WHOLE, Part, json_rows
 from data_prep.sources.source import Option, Row, Source, caption_sample, filled, records, text
-from infimed_jax.data.sample import Sample, Skipped, Turn
+from infimed_jax.data.sample import Chat, Sample, Skipped, Turn
 
 _MARK = re.compile(r"(<image>)")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -84,7 +84,7 @@ def _sample(images: Images, document: bool, captioning: bool, id: str, row: Row)
         language="en",
     )
     if not document:
-        return Sample(id, source, split, "chat", encoded, turns, meta=meta)
+        return Chat(id, source, split, encoded, turns, meta=meta)
     words = [turn.text.strip() for turn in (turns[-1:] if captioning else turns)]
     return caption_sample(id, encoded, "\n".join(words), meta)
 

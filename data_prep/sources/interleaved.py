@@ -1,6 +1,6 @@
 """Web documents of text and images in turn: OBELICS and MMC4.
 
-Each chunk of a document, its images and the text after them, is one Turn, so that the renderer can mark its end.
+A chunk of a document is some images and the text after them, so that the renderer can mark its end.
 Images that could not be fetched are counted one by one, and the document is kept without them; with no image left,
 or ten or more, it is skipped, as the recipe has it.
 """
@@ -28,7 +28,7 @@ from data_prep.sources.parquet import parquet_rows
 from data_prep.sources.rows import json_rows
 from data_prep.sources.source import Row, Source, numbered, text
 from data_prep.sources.webdataset import json_member
-from infimed_jax.data.sample import Sample, Skipped, Turn
+from infimed_jax.data.sample import Document, Sample, Skipped
 
 MAX_IMAGES = 9
 
@@ -61,12 +61,11 @@ def document(id: str, pieces: Iterable[Piece], joint: str) -> Iterator[Sample | 
     elif not any(words for _, words in chunks):
         yield Skipped(id, NO_TEXT)
     else:
-        turns = tuple(
-            Turn("document", (*numbers, *(["\n" * bool(numbers) + joint.join(words)] if words else [])))
-            for numbers, words in chunks
+        contents = tuple(
+            (*numbers, *(["\n" * bool(numbers) + joint.join(words)] if words else [])) for numbers, words in chunks
         )
         meta = {"language": "en"} | ({"images_missing": str(missing)} if missing else {})
-        yield Sample(id, source, split, "document", tuple(images), turns, meta=meta)
+        yield Document(id, source, split, tuple(images), contents, meta=meta)
 
 
 def _documents(prefix: str, rows: Iterable[Any], pieces: Any, joint: str) -> Iterator[Sample | Skipped]:

@@ -23,8 +23,9 @@ from data_prep.reading.faults import IMAGE_MISSING
 from data_prep.sources.files import read_image
 from data_prep.sources.rows import read_json, read_rows
 from data_prep.sources.source import Source
-from infimed_jax.data.prompts import LETTERS, question_sample
-from infimed_jax.data.sample import Kind, Sample, Skipped, Turn
+from infimed_jax.data import sample as samples
+from infimed_jax.data.prompts import LETTERS
+from infimed_jax.data.sample import Chat, Document, QuestionKind, Sample, Skipped, Turn
 from infimed_jax.errors import UserError
 from infimed_jax.files import to_json
 
@@ -44,7 +45,7 @@ VERSION = 5
 @dataclass(frozen=True)
 class Question:
     template: str
-    kind: Kind
+    kind: QuestionKind
     text: str
     answer: str
     """`yes`/`no`, the text, or (in a choice) the right option's text."""
@@ -188,11 +189,11 @@ def read_folder(name: str, folder: Path, split: str) -> Iterator[Sample | Skippe
         if image is None:
             yield Skipped(id, IMAGE_MISSING, image_name)
         elif split == "pretrain":
-            turn = Turn("document", (0, "\n" + caption))
-            yield Sample(id, name, split, "document", (image,), (turn,), meta=meta | {"template": "caption"})
+            chunk = (0, "\n" + caption)
+            yield Document(id, name, split, (image,), (chunk,), meta=meta | {"template": "caption"})
         elif split == "alignment":
             turns = (Turn("user", (0, "\nDescribe this image.")), Turn("assistant", (caption,)))
-            yield Sample(id, name, split, "chat", (image,), turns, meta=meta | {"template": "caption"})
+            yield Chat(id, name, split, (image,), turns, meta=meta | {"template": "caption"})
         else:
             for q, question in enumerate(questions):
                 yield _sample(f"{id}-{q}", name, split, image, question, meta)
@@ -219,7 +220,7 @@ def _question(values: dict[str, Any]) -> Question:
 
 def _sample(id: str, name: str, split: str, image: bytes, question: Question, meta: dict[str, str]) -> Sample:
     reflective = split == "reflective"
-    return question_sample(
+    return samples.Question(
         id=id,
         source=name,
         split=split,
@@ -229,6 +230,5 @@ def _sample(id: str, name: str, split: str, image: bytes, question: Question, me
         answer=question.letter if question.options else question.answer,
         options=question.options,
         reasoning=question.reasoning if reflective else "",
-        with_reasoning=reflective,
         meta=meta | {"template": question.template} | ({"reflection": question.reflection} if reflective else {}),
     )

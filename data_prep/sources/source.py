@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.reading.faults import DUPLICATE, NO_ANSWER, NO_QUESTION, NO_TEXT, NOT_AN_OPTION, Unusable
-from infimed_jax.data.prompts import LETTERS, question_sample
-from infimed_jax.data.sample import Kind, Sample, Skipped, Turn
+from infimed_jax.data.prompts import LETTERS
+from infimed_jax.data.sample import Document, Question, QuestionKind, Sample, Skipped
 from infimed_jax.errors import UserError
 
 Row = dict[str, Any]
@@ -202,7 +202,7 @@ def question_and_answer(row: Row, question: str = "question", answer: str = "ans
     return need(row, question, NO_QUESTION), need(row, answer, NO_ANSWER)
 
 
-def answer_kind(answer: str, answer_type: str = "") -> Kind:
+def answer_kind(answer: str, answer_type: str = "") -> QuestionKind:
     """How a question of CLOSED or OPEN type is asked: yes/no by its answer, else closed or open."""
     if answer.lower() in ("yes", "no"):
         return "yes_no"
@@ -216,9 +216,7 @@ def qa_sample(
     kind = answer_kind(answer, answer_type)
     source, split = id.split("/")[:2]
     answer = answer.lower() if kind == "yes_no" else answer
-    return question_sample(
-        id=id, source=source, split=split, images=images, kind=kind, question=question, answer=answer, meta=meta
-    )
+    return Question(id, source, split, images, kind, question, answer, meta=dict(meta))
 
 
 def choice_sample(
@@ -229,17 +227,7 @@ def choice_sample(
     options = tuple(options)
     if not 2 <= len(options) <= len(LETTERS) or len(letter) != 1 or letter not in LETTERS[: len(options)]:
         raise Unusable(NOT_AN_OPTION)
-    return question_sample(
-        id=id,
-        source=source,
-        split=split,
-        images=images,
-        kind="choice",
-        question=question,
-        answer=letter,
-        options=options,
-        meta=meta,
-    )
+    return Question(id, source, split, images, "choice", question, letter, options, meta=dict(meta))
 
 
 def caption_sample(id: str, images: tuple[bytes, ...], caption: str, meta: Mapping[str, str]) -> Sample:
@@ -247,8 +235,7 @@ def caption_sample(id: str, images: tuple[bytes, ...], caption: str, meta: Mappi
     if not caption:
         raise Unusable(NO_TEXT)
     source, split = id.split("/")[:2]
-    turn = Turn("document", (*range(len(images)), f"\n{caption}"))
-    return Sample(id, source, split, "document", images, (turn,), meta=dict(meta))
+    return Document(id, source, split, images, ((*range(len(images)), f"\n{caption}"),), meta=dict(meta))
 
 
 def filled(**meta: Any) -> dict[str, str]:

@@ -48,7 +48,8 @@ from data_prep.steps.step import (
     removed_report,
     slices,
 )
-from infimed_jax.data.sample import Sample
+from infimed_jax.data.prompts import as_turns
+from infimed_jax.data.sample import Question, Sample
 from infimed_jax.data.storage import Samples, open_samples
 from infimed_jax.errors import UserError
 from infimed_jax.progress import Report
@@ -137,7 +138,9 @@ def read_tests(folders: Sequence[Path]) -> Tests:
 
 def _question(sample: Sample) -> str:
     """The bare question; of a chat or document, all that is not the assistant's."""
-    return sample.question or "\n".join(turn.text for turn in sample.turns if turn.role != "assistant")
+    if isinstance(sample, Question):
+        return sample.question
+    return "\n".join(turn.text for turn in as_turns(sample) if turn.role != "assistant")
 
 
 def matches(sample: Sample, tests: Tests, seen: dict[str, list[int]]) -> dict[str, set[str]]:

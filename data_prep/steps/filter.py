@@ -28,7 +28,8 @@ from data_prep.steps.step import (
     slices,
 )
 from infimed_jax.data.images import FORMATS
-from infimed_jax.data.sample import Sample
+from infimed_jax.data.prompts import as_turns
+from infimed_jax.data.sample import Question, Sample
 from infimed_jax.data.storage import open_samples
 from infimed_jax.errors import UserError
 from infimed_jax.progress import Report
@@ -156,13 +157,14 @@ def why_left_out(sample: Sample, rules: Rules) -> str:
     """The first reason against a sample, or the empty string."""
     if sample.source in rules.excluded:
         return SOURCE_EXCLUDED
-    replies = [turn.text for turn in sample.turns if turn.role in ("assistant", "document")]
+    turns = as_turns(sample)
+    replies = [turn.text for turn in turns if turn.role in ("assistant", "document")]
     if not replies or not all(reply.strip() for reply in replies):
         return EMPTY
     if rules.refusals and any(is_refusal(reply) for reply in replies):
         return REFUSAL
-    whole = [turn.text + "\n" + turn.reasoning for turn in sample.turns]
-    if sample.kind in ("document", "chat") and any(is_degenerate(reply) for reply in replies):
+    whole = [turn.text + "\n" + turn.reasoning for turn in turns]
+    if not isinstance(sample, Question) and any(is_degenerate(reply) for reply in replies):
         return DEGENERATE
     if any(is_repeating(part, rules.max_compression) for part in whole):
         return REPEATED

@@ -19,13 +19,14 @@ from data_prep.reading.faults import NOT_JSON, Unusable
 from data_prep.sources.rows import json_rows, read_json
 from data_prep.steps.step import MAX_BAD_RECORDS, Step, make_dataset, readable, refuse_damage, write_stream
 from infimed_jax.data.packing import PackingIndex
-from infimed_jax.data.sample import Kind, Sample, Turn
+from infimed_jax.data.records import TEXT_FIELDS, from_values
+from infimed_jax.data.sample import Chat, Kind, Sample
 from infimed_jax.data.storage import Samples
 from infimed_jax.errors import UserError
 from infimed_jax.files import open_whole, to_json
 from infimed_jax.progress import Report
 
-VERSION = 1
+VERSION = 2
 _LONGEST = 2**30
 """Characters of a row; a longer one is no row of samples, and is not kept in memory."""
 
@@ -123,32 +124,27 @@ def _samples(row: dict[str, Any], where: str) -> list[Sample]:
 
 
 def _to_json(sample: Sample) -> dict[str, Any]:
-    """The paper's keys, `image` and `text`, do not tell where images stand: `turns` does."""
-    return vars(sample) | {
-        "images": [base64.b64encode(image).decode("ascii") for image in sample.images],
-        "turns": [vars(turn) for turn in sample.turns],
-    }
+    """The paper's keys, `image` and `text`, do not tell where images stand: `turns` and `chunks` do."""
+    values = {"kind": sample.kind} | vars(sample)
+    values["images"] = [base64.b64encode(image).decode("ascii") for image in sample.images]
+    return values | ({"turns": list(map(vars, sample.turns))} if isinstance(sample, Chat) else {})
 
 
 def _from_json(value: dict[str, Any]) -> Sample:
-    lists = [value["turns"], value["images"], options := value.get("options", [])]
-    if not all(isinstance(part, list) for part in (*lists, *(turn["content"] for turn in value["turns"]))):
+    if value["kind"] not in get_args(Kind):
+        raise TypeError(f"a kind that is none of {', '.join(get_args(Kind))}")
+    contents = value.get("chunks", []) + [turn["content"] for turn in value.get("turns", [])]
+    if not all(isinstance(part, list) for part in (value["images"], value.get("options", []), *contents)):
         raise TypeError("a value that must be a list is none")
-    turns = tuple(Turn(turn["role"], tuple(turn["content"]), turn.get("reasoning", "")) for turn in value["turns"])
-    images = tuple(base64.b64decode(image, validate=True) for image in value["images"])
-    sample = Sample(**value | {"turns": turns, "images": images, "options": tuple(options)})
-    _check_types(sample)
-    return sample
-
-
-def _check_types(sample: Sample) -> None:
-    """TypeError where JSON has another type than the field: it would be found by whoever reads it, long after."""
-    texts = [sample.id, sample.source, sample.split, sample.question, sample.answer, *sample.options]
-    texts += [text for turn in sample.turns for text in (turn.role, turn.reasoning)]
-    texts += [text for pair in sample.meta.items() for text in pair]
+    if not all(type(piece) in (str, int) for content in contents for piece in content):
+        raise TypeError("content that is neither text nor the number of an image")
+    sample = from_values(value | {"images": [base64.b64decode(image, validate=True) for image in value["images"]]})
+    if unknown := value.keys() - vars(sample).keys() - {"kind"}:
+        raise TypeError(f"unknown {', '.join(sorted(unknown))}")
+    # Another type than the field's would be found by whoever reads it, long after.
+    texts = [getattr(sample, field, "") for field in TEXT_FIELDS]
+    texts += [*getattr(sample, "options", ()), *(text for pair in sample.meta.items() for text in pair)]
+    texts += [text for turn in getattr(sample, "turns", ()) for text in (turn.role, turn.reasoning)]
     if not all(isinstance(text, str) for text in texts):
         raise TypeError("a value that must be text is none")
-    if not all(type(piece) in (str, int) for turn in sample.turns for piece in turn.content):
-        raise TypeError("content that is neither text nor the number of an image")
-    if sample.kind not in get_args(Kind):
-        raise TypeError(f"a kind that is none of {', '.join(get_args(Kind))}")
+    return sample

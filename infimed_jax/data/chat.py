@@ -16,7 +16,8 @@ import numpy as np
 import tokenizers
 
 from infimed_jax.data.batch import Segment
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.prompts import Wording, as_turns, exchange, question_text
+from infimed_jax.data.sample import Document, Question, Sample, Turn
 from infimed_jax.errors import UserError
 
 RENDERING = 1
@@ -207,10 +208,10 @@ def render(
     sample's images prepared in order; without them the segment has none, and is good for its length only.
     """
     pen = _Pen(tokenizer, visual_tokens)
-    if sample.kind == "document":
+    if isinstance(sample, Document):
         _document(pen, sample)
     else:
-        _turns(pen, sample.turns)
+        _turns(pen, as_turns(sample))
     return pen.segment(sample, pixels)
 
 
@@ -219,35 +220,45 @@ def render_prompt(
     tokenizer: Tokenizer,
     visual_tokens: int | Sequence[int],
     pixels: Sequence[Any] = (),
-    thinking: bool = False,
+    *,
+    reasoning: bool = False,
+    image: bool = True,
+    wording: Wording = question_text,
 ) -> Segment:
-    """What stands before the last assistant turn, and the generation prompt: an empty think block unless `thinking`.
+    """What stands before the last assistant turn, and the generation prompt: an empty think block unless `reasoning`.
 
-    Targets are all 0. UserError for a document, which has no prompt.
+    A question is put in `wording`; `image=False` leaves its images out. Targets are all 0. UserError for a document,
+    which has no prompt.
     """
-    if sample.kind == "document":
+    if isinstance(sample, Document):
         raise UserError(f"sample {sample.id} is a document: only chats and questions have a prompt")
-    answers = [number for number, turn in enumerate(sample.turns) if turn.role == "assistant"]
+    turns = exchange(sample, reasoning, image, wording) if isinstance(sample, Question) else sample.turns
     pen = _Pen(tokenizer, visual_tokens)
-    _turns(pen, sample.turns[: answers[-1]] if answers else sample.turns)
+    _turns(pen, before_answer(turns))
     pen.special(tokenizer.im_start)
     pen.text("assistant\n")
-    if not thinking:
+    if not reasoning:
         _empty_think(pen)
         pen.text("\n\n")
     pen.targets = [0.0] * len(pen.tokens)
     return pen.segment(sample, pixels)
 
 
-def _document(pen: _Pen, sample: Sample) -> None:
+def before_answer(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """The turns before the last assistant turn; all where there is none."""
+    answers = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
+    return turns[: answers[-1]] if answers else turns
+
+
+def _document(pen: _Pen, sample: Document) -> None:
     """Begin of document, chunks, `<|im_end|>`; where there are several images, each chunk ends with a mark.
 
     Open-Qwen2VL's layout; it marks chunks with `<|endofchunk|>`, which Qwen3 lacks, so `<|vision_end|>` serves.
     """
-    several = sum(not isinstance(piece, str) for turn in sample.turns for piece in turn.content) > 1
+    several = sum(not isinstance(piece, str) for chunk in sample.chunks for piece in chunk) > 1
     pen.special(pen.tokenizer.endoftext)
-    for turn in sample.turns:
-        for run in _runs(turn.content):
+    for chunk in sample.chunks:
+        for run in _runs(chunk):
             if isinstance(run, str):
                 pen.text(run, weight=1.0)
             else:

@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
-import jax
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
@@ -113,7 +112,9 @@ class ImageCache:
 
 
 def _nbytes(image: Any) -> int:
-    return sum(array.nbytes for array in jax.tree.leaves(image))
+    from jax import tree  # here, since sources of data import this module and need no JAX
+
+    return sum(array.nbytes for array in tree.leaves(image))
 
 
 def decode_rgb(data: bytes) -> Image.Image:

@@ -24,6 +24,7 @@ from infimed_jax import config
 from infimed_jax.data.bins import first_fit_decreasing, least_bins, minimum_bin_slack
 from infimed_jax.data.chat import RENDERING, Tokenizer, render
 from infimed_jax.data.images import visual_tokens
+from infimed_jax.data.prompts import as_turns
 from infimed_jax.data.storage import UNREADABLE, CorruptRecord, Samples, record_name
 from infimed_jax.errors import UserError
 from infimed_jax.files import to_json
@@ -208,7 +209,7 @@ def _rendered(
             continue
         segment = render(sample, tokenizer, visual_tokens(sample.images, model) if model.sized else 1)
         spans = int(segment.visual.sum())
-        images = len({piece for turn in sample.turns for piece in turn.content if not isinstance(piece, str)})
+        images = len({piece for turn in as_turns(sample) for piece in turn.content if not isinstance(piece, str)})
         status = 0 if segment.targets.any() else _REASONS.index(NO_LOSS)
         table[number] = len(segment) - spans, spans, images, status
     arrays = dict(zip(("text", "spans", "images", "status"), table.T.copy(), strict=True))

@@ -9,27 +9,47 @@ from typing import Any
 
 from tensorflow_datasets.proto import tf_example_pb2
 
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.prompts import LETTERS, as_turns, question_text
+from infimed_jax.data.sample import Chat, Document, Question, Sample, Turn
 from infimed_jax.errors import UserError
 
-_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-TEXT_FIELDS = ("id", "source", "split", "kind", "question", "answer")
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=vars).encode
+TEXT_FIELDS = ("id", "source", "split", "kind", "question", "answer", "reasoning", "system")
+JSON_FIELDS = ("chunks", "turns", "meta")
 
 
 def check_sample(sample: Sample) -> None:
-    """UserError where a sample contradicts itself: no id or turns, an image index without an image, misplaced roles."""
+    """UserError where a sample contradicts itself: no id, nothing in it, an image index without an image, a reply
+    without a role that may reason, an answer that the question's kind cannot have."""
     if not sample.id:
         raise UserError(f"a sample of source {sample.source!r} has no id")
-    if not sample.turns:
-        raise UserError(f"sample {sample.id}: no turns")
-    for turn in sample.turns:
-        if (turn.role == "document") != (sample.kind == "document"):
-            raise UserError(f"sample {sample.id}: a {sample.kind} sample cannot have a turn of role {turn.role}")
+    if isinstance(sample, Question):
+        _check_question(sample)
+        return
+    turns = as_turns(sample)
+    if not turns:
+        raise UserError(f"sample {sample.id}: no {'turns' if isinstance(sample, Chat) else 'chunks'}")
+    for turn in turns:
+        if isinstance(sample, Chat) and turn.role == "document":
+            raise UserError(f"sample {sample.id}: a chat cannot have a turn of role document")
         if turn.reasoning and turn.role != "assistant":
             raise UserError(f"sample {sample.id}: only assistant turns may have reasoning")
         for piece in turn.content:
             if not isinstance(piece, str) and not 0 <= piece < len(sample.images):
                 raise UserError(f"sample {sample.id}: image index {piece}, but it has {len(sample.images)} images")
+
+
+def _check_question(sample: Question) -> None:
+    kind, answer = sample.kind, sample.answer
+    if kind == "yes_no" and answer not in ("yes", "no"):
+        raise UserError(f"sample {sample.id}: a yes_no answer must be 'yes' or 'no', not {answer!r}")
+    if kind == "choice" and (len(answer) != 1 or answer not in LETTERS[: len(sample.options)]):
+        raise UserError(
+            f"sample {sample.id}: a choice's answer must be the letter of one of its options, not {answer!r}"
+        )
+    if not answer.strip():
+        raise UserError(f"sample {sample.id}: a {kind} question needs a gold answer")
+    question_text(sample)  # raises where there is no wording for it
 
 
 def to_record(sample: Sample) -> bytes:
@@ -38,10 +58,10 @@ def to_record(sample: Sample) -> bytes:
     features = example.features.feature
     try:
         for field in TEXT_FIELDS:
-            features[field].bytes_list.value.append(getattr(sample, field).encode())
-        features["turns"].bytes_list.value.append(_to_json([vars(turn) for turn in sample.turns]).encode())
-        features["meta"].bytes_list.value.append(_to_json(sample.meta).encode())
-        features["options"].bytes_list.value.extend([option.encode() for option in sample.options])
+            features[field].bytes_list.value.append(getattr(sample, field, "").encode())
+        for field in JSON_FIELDS:
+            features[field].bytes_list.value.append(_to_json(getattr(sample, field, ())).encode())
+        features["options"].bytes_list.value.extend([option.encode() for option in getattr(sample, "options", ())])
     except UnicodeEncodeError as error:
         raise UserError(f"sample {sample.id!r} holds text that is not Unicode: {error.reason}") from error
     features["images"].bytes_list.value.extend(sample.images)
@@ -55,14 +75,22 @@ def from_record(record: bytes) -> Sample:
         (value,) = features[key].bytes_list.value
         return value.decode()
 
-    turns = tuple(Turn(t["role"], tuple(t["content"]), t["reasoning"]) for t in json.loads(one("turns")))
-    return Sample(
-        **{field: one(field) for field in TEXT_FIELDS},
-        images=tuple(features["images"].bytes_list.value),
-        turns=turns,
-        options=tuple(option.decode() for option in features["options"].bytes_list.value),
-        meta=json.loads(one("meta")),
-    )
+    values: dict[str, Any] = {field: one(field) for field in TEXT_FIELDS}
+    values |= {field: json.loads(one(field)) for field in JSON_FIELDS}
+    values["options"] = [option.decode() for option in features["options"].bytes_list.value]
+    return from_values(values | {"images": features["images"].bytes_list.value})
+
+
+def from_values(values: dict[str, Any]) -> Sample:
+    """The sample of fields as JSON has them, images as bytes; fields of other kinds are ignored."""
+    common = {field: values[field] for field in ("id", "source", "split", "meta")} | {"images": tuple(values["images"])}
+    if values["kind"] == Document.kind:
+        return Document(**common, chunks=tuple(map(tuple, values["chunks"])))
+    if values["kind"] == Chat.kind:
+        turns = tuple(Turn(t["role"], tuple(t["content"]), t.get("reasoning", "")) for t in values["turns"])
+        return Chat(**common, turns=turns)
+    texts = {field: values[field] for field in ("kind", "question", "answer", "reasoning", "system")}
+    return Question(**common, **texts, options=tuple(values["options"]))
 
 
 class Tally:

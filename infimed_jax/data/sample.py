@@ -1,22 +1,24 @@
-"""The Sample: one document or conversation with its images, as every source yields it and every stage reads it."""
+"""The Sample: a document, a chat or a question with its images, as every source yields it and every stage reads it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
-Kind = Literal["document", "chat", "yes_no", "choice", "closed", "open"]
-"""`document`: pretraining text without a chat template. `chat`: a conversation without one gold answer.
-The other four are questions with a gold answer, by the way in which they are asked and scored."""
+QuestionKind = Literal["yes_no", "choice", "closed", "open"]
+"""How a question is asked and scored."""
+Kind = Literal["document", "chat", QuestionKind]
+Content = tuple[str | int, ...]
+"""Pieces in order: text, or an index into the sample's images. No text is ever read as an image mark."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a conversation, or one chunk of a document (role `document`)."""
+    """One turn of a conversation."""
 
     role: Literal["document", "system", "user", "assistant"]
-    content: tuple[str | int, ...]
-    """Pieces in order: text, or an index into the sample's images. No text is ever read as an image mark."""
+    """`document` only where a document's chunks are shown as turns (`prompts.as_turns`)."""
+    content: Content
     reasoning: str = ""
     """What stands inside `<think>`; assistant turns only."""
 
@@ -27,23 +29,51 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Sample:
+class _Common:
     id: str
     """Unique in the whole mixture: `source/split/number`."""
     source: str
     split: str
-    kind: Kind
     images: tuple[bytes, ...]
     """Encoded files (JPEG, PNG, …), in the order of the image indices."""
+    meta: dict[str, str] = field(default_factory=dict, kw_only=True)
+    """`modality`, `template` or `question_type`, `organ`, `language`, `image_id` (one per distinct image), …"""
+
+
+@dataclass(frozen=True)
+class Document(_Common):
+    """Pretraining text without a chat template."""
+
+    chunks: tuple[Content, ...]
+    kind: ClassVar[Kind] = "document"
+
+
+@dataclass(frozen=True)
+class Chat(_Common):
+    """A conversation without one gold answer."""
+
     turns: tuple[Turn, ...]
-    question: str = ""
-    """The bare question, before any prompt wording; empty for documents and chats."""
+    kind: ClassVar[Kind] = "chat"
+
+
+@dataclass(frozen=True)
+class Question(_Common):
+    """A question with a gold answer, without any wording: it is worded when it is rendered."""
+
+    kind: QuestionKind
+    question: str
+    """The bare question."""
+    answer: str
+    """Gold answer: `yes`/`no`, a choice's letter, or the text."""
     options: tuple[str, ...] = ()
     """A choice's options, without letters, in order A, B, C, …"""
-    answer: str = ""
-    """Gold answer: `yes`/`no`, a choice's letter, or the text."""
-    meta: dict[str, str] = field(default_factory=dict)
-    """`modality`, `template` or `question_type`, `organ`, `language`, `image_id` (one per distinct image), …"""
+    reasoning: str = ""
+    """Thoughts that lead to the answer; with them, training asks for a boxed answer."""
+    system: str = ""
+    """The system turn before the question, if any."""
+
+
+Sample = Document | Chat | Question
 
 
 @dataclass(frozen=True)

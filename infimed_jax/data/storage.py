@@ -28,7 +28,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from infimed_jax.data.records import TEXT_FIELDS, Tally, check_sample, from_record, to_record
+from infimed_jax.data.records import JSON_FIELDS, TEXT_FIELDS, Tally, check_sample, from_record, to_record
 from infimed_jax.data.sample import Sample
 from infimed_jax.errors import UserError, one_line
 from infimed_jax.files import write_json
@@ -36,7 +36,7 @@ from infimed_jax.files import write_json
 MANIFEST = "manifest.json"
 INDICES = "indices.npz"
 """A view's `base` and `number`, i64[N] each, and `meta`, JSON by sample, where a step added to it."""
-FORMAT = 1
+FORMAT = 2
 """Layout of a prepared dataset; another number in a manifest is refused."""
 TFDS_SPLIT = "samples"
 """The one TFDS split; a sample's own split is its field."""
@@ -46,7 +46,7 @@ SHARD_SIZE = 4096
 """Samples a shard: about 200 MB at the usual 50 KB an image."""
 
 _DESCRIPTION = (
-    "Samples of images and text; `turns` and `meta` are JSON, `images` are encoded files as their source had them."
+    "Samples of images and text; `chunks`, `turns` and `meta` are JSON, `images` are encoded files as in their source."
 )
 
 
@@ -225,7 +225,7 @@ def _write_tfds_metadata(
     """What `tfds.builder_from_directory` wants. Images are bytes to it: decoding hostile files is ours, not TFDS's."""
     text = tfds.features.Text()
     features = tfds.features.FeaturesDict(
-        {field: text for field in (*TEXT_FIELDS, "turns", "meta")}
+        {field: text for field in (*TEXT_FIELDS, *JSON_FIELDS)}
         | {"options": tfds.features.Sequence(text), "images": tfds.features.Sequence(text)}
     )
     split = tfds.core.SplitInfo(name=TFDS_SPLIT, shard_lengths=lengths, num_bytes=size, filename_template=template)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from infimed_jax.data.prompts import LETTERS, QUESTION_KINDS
-from infimed_jax.data.sample import Kind, Sample
+from infimed_jax.data.sample import Kind, Question
 from infimed_jax.errors import UserError
 
 Status = Literal["ok", "unparsed", "truncated"]
@@ -64,12 +64,12 @@ def parse_answer(reply: str, kind: Kind, options: Sequence[str] = (), finished: 
     return Parsed(value, "ok") if value is not None else missing
 
 
-def matches(parsed: Parsed, sample: Sample) -> bool:
+def matches(parsed: Parsed, sample: Question) -> bool:
     """Whether the reply answers as the gold answer does."""
     return parsed.status == "ok" and parsed.value == gold_value(sample)
 
 
-def gold_value(sample: Sample) -> str:
+def gold_value(sample: Question) -> str:
     """The sample's gold answer in the form that `parse_answer` gives."""
     return sample.answer if sample.kind in ("yes_no", "choice") else normalize(sample.answer)
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from infimed_jax import plugins
-from infimed_jax.data.sample import Kind, Sample
+from infimed_jax.data.prompts import Wording, question_text
+from infimed_jax.data.sample import Question, QuestionKind
 from infimed_jax.errors import UserError
 from infimed_jax.evaluation.answers import Status
 
@@ -29,15 +30,15 @@ class Verdict:
     """How the question was scored."""
 
 
-Grade = Callable[[Sample, str, bool], Verdict]
+Grade = Callable[[Question, str, bool], Verdict]
 """`(sample, reply, finished) -> verdict`."""
 
 
-def _unchanged(sample: Sample) -> Sample:
+def _unchanged(sample: Question) -> Question:
     return sample
 
 
-def _own_kind(sample: Sample) -> Kind:
+def _own_kind(sample: Question) -> QuestionKind:
     return sample.kind
 
 
@@ -46,9 +47,11 @@ class Benchmark:
     name: str
     owns: Callable[[str], bool] = lambda source: False
     """Whether a source's questions are this benchmark's; asked where no benchmark is named."""
-    ask: Callable[[Sample], Sample] = _unchanged
-    """The question as this benchmark asks it, before a protocol words it."""
-    medevalkit_kind: Callable[[Sample], Kind] = _own_kind
+    ask: Callable[[Question], Question] = _unchanged
+    """The question as this benchmark asks it, before it is worded."""
+    wording: Wording = question_text
+    """The words around the question."""
+    medevalkit_kind: Callable[[Question], QuestionKind] = _own_kind
     """The kind as which MedEvalKit asks and grades a question."""
     medevalkit_strips: bool = True
     """Whether MedEvalKit takes the blanks off a reply that is no choice."""
@@ -74,7 +77,9 @@ def load_benchmark(name: str) -> Benchmark:
 
 
 @functools.cache
-def benchmark_of(source: str) -> Benchmark:
-    """The benchmark of this house that owns the source, or GENERAL."""
+def benchmark_of(source: str, name: str = "") -> Benchmark:
+    """The benchmark of that name; without one, the shipped benchmark that owns the source, or GENERAL."""
+    if name:
+        return load_benchmark(name)
     shipped = (load_benchmark(name) for name in plugins.names(ROOM))
     return next((benchmark for benchmark in shipped if benchmark.owns(source)), GENERAL)

@@ -17,19 +17,19 @@ from dataclasses import replace
 from difflib import SequenceMatcher
 
 from infimed_jax.data.prompts import LETTERS
-from infimed_jax.data.sample import Sample
+from infimed_jax.data.sample import Question
 from infimed_jax.errors import UserError
 from infimed_jax.evaluation.answers import Status, matches, parse_answer
 from infimed_jax.evaluation.benchmark import Benchmark, Verdict
 
 
-def grade_strict(sample: Sample, reply: str, finished: bool, _: Benchmark) -> Verdict:
+def grade_strict(sample: Question, reply: str, finished: bool, _: Benchmark) -> Verdict:
     """The project's own answer grammar (`answers.py`)."""
     parsed = parse_answer(reply, sample.kind, sample.options, finished)
     return Verdict(matches(parsed, sample), parsed.status, parsed.value, f"grammar, {sample.kind}")
 
 
-def grade_medevalkit_fixed(sample: Sample, reply: str, finished: bool, benchmark: Benchmark) -> Verdict:
+def grade_medevalkit_fixed(sample: Question, reply: str, finished: bool, benchmark: Benchmark) -> Verdict:
     """MedEvalKit with closed questions by rule, as the InfiMed authors ran it."""
     kind = benchmark.medevalkit_kind(sample)
     if kind == "choice":
@@ -44,7 +44,7 @@ def grade_medevalkit_fixed(sample: Sample, reply: str, finished: bool, benchmark
     return _verdict(read == sample.answer.lower(), read, finished, "open, exact match without a judge")
 
 
-def grade_medevalkit_2025_06(sample: Sample, reply: str, finished: bool, benchmark: Benchmark) -> Verdict:
+def grade_medevalkit_2025_06(sample: Question, reply: str, finished: bool, benchmark: Benchmark) -> Verdict:
     """MedEvalKit's first release: yes/no by the text before the first full stop, SLAKE like open questions."""
     kind = benchmark.medevalkit_kind(sample)
     if kind == "choice":
@@ -57,7 +57,7 @@ def grade_medevalkit_2025_06(sample: Sample, reply: str, finished: bool, benchma
     return _verdict(read == sample.answer.lower(), read, finished, f"{kind}, exact match without a judge")
 
 
-PROTOCOLS: dict[str, Callable[[Sample, str, bool, Benchmark], Verdict]] = {
+PROTOCOLS: dict[str, Callable[[Question, str, bool, Benchmark], Verdict]] = {
     "strict": grade_strict,
     "medevalkit-fixed": grade_medevalkit_fixed,
     "medevalkit-2025-06": grade_medevalkit_2025_06,
@@ -70,13 +70,13 @@ def check_protocol(protocol: str, benchmark: Benchmark) -> None:
         raise UserError(f"unknown protocol {protocol!r}; there are {', '.join(known)}")
 
 
-def ask(sample: Sample, protocol: str, benchmark: Benchmark) -> Sample:
+def ask(sample: Question, protocol: str, benchmark: Benchmark) -> Question:
     """The question as the benchmark and the protocol's harness put it."""
     asked = benchmark.ask(sample)
     return replace(asked, kind=benchmark.medevalkit_kind(asked)) if protocol.startswith("medevalkit") else asked
 
 
-def grade(sample: Sample, reply: str, finished: bool, protocol: str, benchmark: Benchmark) -> Verdict:
+def grade(sample: Question, reply: str, finished: bool, protocol: str, benchmark: Benchmark) -> Verdict:
     """By the benchmark's own rule for the protocol, otherwise by the protocol's general one."""
     if own := benchmark.grades.get(protocol):
         return own(sample, reply, finished)
@@ -151,7 +151,7 @@ def _only_one_of(values: Sequence[str], text: str) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _judge_choice(sample: Sample, reply: str, finished: bool) -> Verdict:
+def _judge_choice(sample: Question, reply: str, finished: bool) -> Verdict:
     """A bare letter, a letter before a full stop, an option's text, else the most similar option."""
     letters = LETTERS[: len(sample.options)].lower()
     options = [option.lower() for option in sample.options]

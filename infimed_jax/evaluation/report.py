@@ -15,7 +15,7 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
-from infimed_jax.data.sample import Sample
+from infimed_jax.data.sample import Question
 from infimed_jax.evaluation.run import Record
 from infimed_jax.files import write_text
 
@@ -51,7 +51,7 @@ class Report:
     questions: str
     """What the accuracy is measured on, as it reads after 'Accuracy is on'."""
     stages: Sequence[Stage]
-    samples: Sequence[Sample]
+    samples: Sequence[Question]
     baseline: float
     """Accuracy of the most frequent answer per question template."""
     blind: float | None

@@ -9,7 +9,8 @@ from typing import Literal
 import jax
 
 from infimed_jax import config
-from infimed_jax.data.sample import Sample
+from infimed_jax.data.sample import Question
+from infimed_jax.evaluation.benchmark import benchmark_of
 from infimed_jax.progress import Report
 from infimed_jax.sampling.policy import Policy
 
@@ -26,7 +27,7 @@ class Reply:
     """Generated, without the stop token."""
 
 
-Respondent = Callable[[Sequence[Sample]], Iterator[Reply]]
+Respondent = Callable[[Sequence[Question]], Iterator[Reply]]
 """Answers questions, which come in the protocol's kind; the replies come in the questions' order."""
 
 
@@ -49,8 +50,11 @@ def ask_policy(
 ) -> Respondent:
     """The policy as a Respondent; `report` is called after each burst."""
 
-    def respond(samples: Sequence[Sample]) -> Iterator[Reply]:
-        asked = {"reasoning": terms.reasoning, "image": terms.image}
+    def wording(question: Question, reasoning: bool) -> str:
+        return benchmark_of(question.source, terms.benchmark).wording(question, reasoning)
+
+    def respond(samples: Sequence[Question]) -> Iterator[Reply]:
+        asked = {"reasoning": terms.reasoning, "image": terms.image, "wording": wording}
         longest = max(map(len, policy.prompts(samples, **asked, pixels=False)), default=0)
         for start in range(0, len(samples), CHUNK):
 

@@ -19,11 +19,10 @@ from typing import Any, Literal
 import jax
 
 from infimed_jax import config
-from infimed_jax.data.prompts import QUESTION_KINDS
-from infimed_jax.data.sample import Kind, Sample
+from infimed_jax.data.sample import Kind, Question, Sample
 from infimed_jax.errors import UserError
 from infimed_jax.evaluation.answers import Status
-from infimed_jax.evaluation.benchmark import GENERAL, Benchmark, benchmark_of, load_benchmark
+from infimed_jax.evaluation.benchmark import Benchmark, benchmark_of
 from infimed_jax.evaluation.contamination import GROUPING
 from infimed_jax.evaluation.protocols import ask, check_protocol, grade
 from infimed_jax.evaluation.respondents import Reply, Respondent, Terms
@@ -129,13 +128,12 @@ def evaluate(
     With a `folder`, `replies.jsonl` and `summary.json` are written there. Raises UserError for an unknown protocol,
     samples without a gold answer, equal ids, and a folder that cannot be written.
     """
-    named = load_benchmark(terms.benchmark) if terms.benchmark else None
-    check_protocol(terms.protocol, named or GENERAL)
+    check_protocol(terms.protocol, benchmark_of("", terms.benchmark))
     _check(samples)
     if folder is not None and jax.process_index() == 0:
         make_folder(Path(folder))
     began = time.monotonic()
-    benchmarks = [named or benchmark_of(sample.source) for sample in samples]
+    benchmarks = [benchmark_of(sample.source, terms.benchmark) for sample in samples]
     replies = respond([ask(sample, terms.protocol, of) for sample, of in zip(samples, benchmarks, strict=True)])
     records = tuple(_grade(*each, terms.protocol) for each in zip(samples, replies, benchmarks, strict=True))
     groupings = (*GROUPS, *sorted({name for benchmark in benchmarks for name in benchmark.groups} - {*GROUPS}))
@@ -177,7 +175,7 @@ def image_gain(seeing: Evaluation, blind: Evaluation) -> Comparison:
     return compare_runs(seeing, blind)
 
 
-def fingerprint(samples: Sequence[Sample]) -> str:
+def fingerprint(samples: Sequence[Question]) -> str:
     """16 hexadecimal digits of what is asked, whatever the order of the samples."""
     rows = sorted(
         (s.id, s.kind, s.question, list(s.options), s.answer, [_digest(image) for image in s.images]) for s in samples
@@ -195,14 +193,14 @@ def _check(samples: Sequence[Sample]) -> None:
     if not samples:
         raise UserError("the test set is empty: there is nothing to evaluate")
     for sample in samples:
-        if sample.kind not in QUESTION_KINDS:
+        if not isinstance(sample, Question):
             raise UserError(f"sample {sample.id} is a {sample.kind} without a gold answer: evaluate questions only")
     ids = {sample.id for sample in samples}
     if len(ids) < len(samples):
         raise UserError(f"{len(samples) - len(ids)} of {len(samples)} questions repeat an id: each must be its own")
 
 
-def _grade(sample: Sample, reply: Reply, benchmark: Benchmark, protocol: str) -> Record:
+def _grade(sample: Question, reply: Reply, benchmark: Benchmark, protocol: str) -> Record:
     verdict = grade(sample, reply.text, reply.finish == "stop", protocol, benchmark)
     return Record(
         id=sample.id,

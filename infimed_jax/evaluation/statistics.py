@@ -20,7 +20,7 @@ from typing import Protocol
 
 import numpy as np
 
-from infimed_jax.data.sample import Sample
+from infimed_jax.data.sample import Question
 from infimed_jax.errors import UserError
 from infimed_jax.evaluation.answers import gold_value, normalize
 
@@ -145,7 +145,7 @@ class Baseline:
         return sum(self.correct) / len(self.correct)
 
 
-def majority_baseline(samples: Sequence[Sample]) -> Baseline:
+def majority_baseline(samples: Sequence[Question]) -> Baseline:
     """A template is a kind with its `meta["template"]`, else its `meta["question_type"]`.
 
     A choice is answered by letter or by option text, whichever is right more often in its template.
@@ -174,7 +174,7 @@ def _most_frequent(values: Sequence[str]) -> str:
     return min(Counter(values).items(), key=lambda item: (-item[1], item[0]))[0]
 
 
-def _option(sample: Sample) -> str:
+def _option(sample: Question) -> str:
     return sample.options[ord(sample.answer) - ord("A")]
 
 

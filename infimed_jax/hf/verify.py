@@ -23,9 +23,10 @@ from PIL import Image
 
 from infimed_jax import config, sharding
 from infimed_jax.data.batch import Batch, Segment, build_row, stack_rows
-from infimed_jax.data.chat import Tokenizer, load_tokenizer, render_prompt
+from infimed_jax.data.chat import Tokenizer, before_answer, load_tokenizer, render_prompt
 from infimed_jax.data.images import prepare_image, visual_tokens
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.prompts import as_turns
+from infimed_jax.data.sample import Chat, Sample, Turn
 from infimed_jax.errors import UserError
 from infimed_jax.files import write_json
 from infimed_jax.hf import reference
@@ -124,11 +125,9 @@ def builtin_samples() -> tuple[Sample, ...]:
         Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(stream, format="PNG")
         images.append(stream.getvalue())
 
-    def sample(name: str, number: int, question: str) -> Sample:
+    def sample(name: str, number: int, question: str) -> Chat:
         user = Turn("user", (*range(number), f"\n{question}" if number else question))
-        return Sample(
-            f"verify/{name}", "verify", "test", "open", tuple(images[:number]), (user, Turn("assistant", ("Yes.",)))
-        )
+        return Chat(f"verify/{name}", "verify", "test", tuple(images[:number]), (user, Turn("assistant", ("Yes.",))))
 
     return (
         sample("text", 0, "Which organ makes insulin?"),
@@ -139,12 +138,7 @@ def builtin_samples() -> tuple[Sample, ...]:
 
 def hf_messages(sample: Sample) -> list[dict[str, Any]]:
     """The turns before the last answer as a processor takes them: lists of image and text parts."""
-    return [{"role": turn.role, **_content(turn)} for turn in _prompt_turns(sample)]
-
-
-def _prompt_turns(sample: Sample) -> tuple[Turn, ...]:
-    answers = [number for number, turn in enumerate(sample.turns) if turn.role == "assistant"]
-    return sample.turns[: answers[-1]] if answers else sample.turns
+    return [{"role": turn.role, **_content(turn)} for turn in before_answer(as_turns(sample))]
 
 
 def _content(turn: Turn) -> dict[str, Any]:
@@ -156,7 +150,7 @@ def _content(turn: Turn) -> dict[str, Any]:
 
 def _images(sample: Sample) -> tuple[bytes, ...]:
     """In the order of the prompt, repeated where it repeats them."""
-    pieces = (piece for turn in _prompt_turns(sample) for piece in turn.content)
+    pieces = (piece for turn in before_answer(as_turns(sample)) for piece in turn.content)
     return tuple(sample.images[piece] for piece in pieces if not isinstance(piece, str))
 
 

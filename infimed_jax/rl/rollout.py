@@ -13,8 +13,7 @@ from infimed_jax import config
 from infimed_jax.data.batch import Batch, Segment, build_row, stack_rows
 from infimed_jax.data.chat import Tokenizer, render_prompt
 from infimed_jax.data.images import ImageError, prepare_image, visual_tokens
-from infimed_jax.data.prompts import QUESTION_KINDS, prompt_for
-from infimed_jax.data.sample import Sample
+from infimed_jax.data.sample import Question, Sample
 from infimed_jax.errors import UserError
 from infimed_jax.models.compute import Compute
 from infimed_jax.ops.attention import shares_prefixes
@@ -70,15 +69,14 @@ _NO_PROMPT = np.zeros(0, np.int32)
 
 def _problem(sample: Sample, tokenizer: Tokenizer, cfg: config.Config, readable: bool) -> tuple[str, np.ndarray]:
     """(why the sample cannot be asked, or "", i32[n] tokens of its prompt)."""
-    if sample.kind not in QUESTION_KINDS or not sample.answer.strip():
+    if not isinstance(sample, Question) or not sample.answer.strip():
         return "no gold answer", _NO_PROMPT
     if len(sample.images) > cfg.data.images_per_row:
         return "more images than data.images_per_row", _NO_PROMPT
     if not readable:
         return "unreadable image", _NO_PROMPT
     # As `Policy.prompts` asks it: the reward reads a boxed answer, so the prompt must ask for one.
-    asked = prompt_for(sample, reasoning=True)
-    tokens = render_prompt(asked, tokenizer, visual_tokens(asked.images, cfg.model), thinking=True).tokens
+    tokens = render_prompt(sample, tokenizer, visual_tokens(sample.images, cfg.model), reasoning=True).tokens
     return ("longer than grpo.max_prompt" if len(tokens) > cfg.grpo.max_prompt else ""), tokens
 
 

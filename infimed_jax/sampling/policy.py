@@ -17,8 +17,8 @@ from infimed_jax import config
 from infimed_jax.data.batch import Segment
 from infimed_jax.data.chat import Tokenizer, load_tokenizer, render_prompt
 from infimed_jax.data.images import ImageCache, ImageError, visual_tokens
-from infimed_jax.data.prompts import QUESTION_KINDS, prompt_for
-from infimed_jax.data.sample import Sample
+from infimed_jax.data.prompts import Wording, question_text
+from infimed_jax.data.sample import Chat, Sample
 from infimed_jax.errors import UserError
 from infimed_jax.hf.configuration import MAX_POSITIONS
 from infimed_jax.hf.import_ import open_export
@@ -97,20 +97,29 @@ class Policy:
         return cls(cfg, _decoder(params, cfg), tokenizer, jax.sharding.get_mesh(), images)
 
     def prompts(
-        self, samples: Sequence[Sample], *, reasoning: bool, image: bool = True, pixels: bool = True
+        self,
+        samples: Sequence[Sample],
+        *,
+        reasoning: bool,
+        image: bool = True,
+        pixels: bool = True,
+        wording: Wording = question_text,
     ) -> list[Segment]:
         """What each sample asks, up to the place where the reply begins; equal images are one array.
 
-        `reasoning` asks for thoughts and a boxed answer, `image=False` is the blind control; without `pixels` the
-        prompts are good for their lengths only. UserError for an image that cannot be decoded.
+        `reasoning` asks for thoughts and a boxed answer, `image=False` is the blind control of questions, which are
+        put in `wording`; without `pixels` the prompts are good for their lengths only. UserError for an image that
+        cannot be decoded.
         """
         decoded: dict[bytes, Any] = {}  # one array an image, so that sharing does not depend on the cache
 
         def render(sample: Sample) -> Segment:
-            asked = prompt_for(sample, reasoning, image) if sample.kind in QUESTION_KINDS else sample
-            arrays = [self._decode(sample, number, decoded) for number in range(len(asked.images))] if pixels else ()
-            places = visual_tokens(asked.images, self.config.model)
-            return render_prompt(asked, self.tokenizer, places, arrays, thinking=reasoning)
+            shown = sample.images if image or isinstance(sample, Chat) else ()
+            arrays = [self._decode(sample, number, decoded) for number in range(len(shown))] if pixels else ()
+            places = visual_tokens(shown, self.config.model)
+            return render_prompt(
+                sample, self.tokenizer, places, arrays, reasoning=reasoning, image=image, wording=wording
+            )
 
         return [render(sample) for sample in samples]
 

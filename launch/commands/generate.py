@@ -131,9 +131,9 @@ def _check_image(file: Path, data: bytes) -> None:
 def _sample(prompt: str, images: list[bytes]) -> Any:
     """The prompt as the model was tuned on questions: one image before the text, several with their numbers."""
     from infimed_jax.data.prompts import with_images
-    from infimed_jax.data.sample import Sample, Turn
+    from infimed_jax.data.sample import Chat, Turn
 
     if images:  # after one the text begins on a new line: a prompt that does so already gets no second
         prompt = prompt.removeprefix("\n")
     turn = Turn("user", with_images(prompt, len(images)))
-    return Sample("prompt", "user", "", "chat", tuple(images), (turn,))
+    return Chat("prompt", "user", "", tuple(images), (turn,))

@@ -12,7 +12,8 @@ from data_prep.steps.ingest import ingest
 from data_prep.steps.mix import Part, mix
 from data_prep.tokenizer import make_tokenizer
 from infimed_jax.data.chat import load_tokenizer
-from infimed_jax.data.prompts import QUESTION_KINDS, prompt_for
+from infimed_jax.data.prompts import as_turns, exchange
+from infimed_jax.data.sample import Question
 from infimed_jax.data.storage import open_samples
 from launch.demo.chain import Chain
 
@@ -87,10 +88,8 @@ def _texts(chain: Chain) -> Iterator[str]:
     names = {name for parts in chain.plan["mixtures"].values() for name in parts}
     for name in sorted(names):
         for sample in open_samples(chain.folder / "data/prepared" / name):
-            variants = [sample]
-            if sample.kind in QUESTION_KINDS:
-                variants.append(prompt_for(sample, reasoning=not sample.turns[-1].reasoning))
-            for turn in (turn for variant in variants for turn in variant.turns):
+            other = exchange(sample, not sample.reasoning) if isinstance(sample, Question) else ()
+            for turn in (*as_turns(sample), *other):
                 yield from (piece for piece in (*turn.content, turn.reasoning) if isinstance(piece, str))
 
 

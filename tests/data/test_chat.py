@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infimed_jax.data.chat import load_tokenizer, render, render_prompt
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.sample import Chat, Document, Turn
 from infimed_jax.errors import UserError
 
 QWEN3 = Path(__file__).resolve().parents[2].parent / "shared/data/tokenizers/qwen3"
@@ -30,8 +30,8 @@ def theirs(ours):
     return AutoTokenizer.from_pretrained(QWEN3)
 
 
-def chat(*turns: Turn, images: int = 1, kind="chat") -> Sample:
-    return Sample("t/t/0", "t", "t", kind, tuple(bytes([i]) for i in range(images)), turns)
+def chat(*turns: Turn, images: int = 1) -> Chat:
+    return Chat("t/t/0", "t", "t", tuple(bytes([i]) for i in range(images)), turns)
 
 
 def messages(turns):
@@ -87,7 +87,7 @@ def test_prompt_tokens_are_the_templates(name, thinking, ours, theirs):
     sample = CHATS[name]
     answers = [i for i, t in enumerate(sample.turns) if t.role == A]
     before = sample.turns[: answers[-1]]
-    prompt = render_prompt(sample, ours, P, thinking=thinking)
+    prompt = render_prompt(sample, ours, P, reasoning=thinking)
     expected = reference(theirs, before, add_generation_prompt=True, enable_thinking=thinking)
     assert prompt.tokens.tolist() == expected
     assert not prompt.targets.any()
@@ -125,7 +125,7 @@ def test_the_prompt_is_the_training_text_up_to_the_first_learnt_token_of_the_las
 
 
 def test_with_reasoning_the_thinking_prompt_is_the_prefix(ours):
-    segment, prompt = render(CHATS["reasoning"], ours, P), render_prompt(CHATS["reasoning"], ours, P, thinking=True)
+    segment, prompt = render(CHATS["reasoning"], ours, P), render_prompt(CHATS["reasoning"], ours, P, reasoning=True)
     assert segment.tokens[: len(prompt)].tolist() == prompt.tokens.tolist()
     assert segment.tokens[len(prompt)] == ours.think
     assert np.flatnonzero(segment.targets)[0] == len(prompt)
@@ -165,8 +165,8 @@ def test_harmless_text_is_the_templates_token_for_token(ours, theirs, user, answ
     assert learnt(segment, ours).count("<|im_end|>") == 2
 
 
-def document(*chunks, images=1) -> Sample:
-    return chat(*(Turn("document", chunk) for chunk in chunks), images=images, kind="document")
+def document(*chunks, images=1) -> Document:
+    return Document("t/t/0", "t", "t", tuple(bytes([i]) for i in range(images)), chunks)
 
 
 def test_caption_document(ours):

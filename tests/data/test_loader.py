@@ -18,7 +18,7 @@ from infimed_jax.data import loader
 from infimed_jax.data.chat import load_tokenizer
 from infimed_jax.data.images import ImageCache, decode_image
 from infimed_jax.data.loader import EMPTY, make_loader, plan_epoch
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.sample import Chat, Turn
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
 from infimed_jax.models.infimed.config import Model, Projector, Text, Vision
@@ -38,13 +38,13 @@ def png(level: int) -> bytes:
     return buffer.getvalue()
 
 
-def question(number: int, words: int, images: tuple[bytes, ...]) -> Sample:
+def question(number: int, words: int, images: tuple[bytes, ...]) -> Chat:
     pieces = (*range(len(images)), "\nis there " + "the " * words)
     turns = (Turn("user", pieces), Turn("assistant", ("yes",)))
-    return Sample(f"q/train/{number}", "q", "train", "yes_no", images, turns)
+    return Chat(f"q/train/{number}", "q", "train", images, turns)
 
 
-def toy_samples(count: int = 23) -> list[Sample]:
+def toy_samples(count: int = 23) -> list[Chat]:
     rng = np.random.default_rng(3)
     return [
         question(i, int(rng.integers(0, 14)), tuple(png(int(k)) for k in rng.integers(0, 9, rng.integers(0, 3))))

@@ -13,7 +13,7 @@ from infimed_jax import config
 from infimed_jax.data import packing
 from infimed_jax.data.chat import load_tokenizer, render
 from infimed_jax.data.packing import build_index, load_index, row_shapes
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.sample import Chat, Turn
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
 from infimed_jax.models.infimed import config as infimed
@@ -47,13 +47,12 @@ MODEL = infimed.Model(
 )
 
 
-def question(number: int, words: int, images: int = 1) -> Sample:
+def question(number: int, words: int, images: int = 1) -> Chat:
     places = (*range(images), "\nis there " + "the " * words)
-    return Sample(
+    return Chat(
         f"q/train/{number}",
         "q",
         "train",
-        "yes_no",
         tuple(bytes([i]) for i in range(images)),
         (Turn("user", places), Turn("assistant", ("yes",))),
     )
@@ -69,7 +68,7 @@ def samples(tmp_path):
     rows = [question(i, int(rng.integers(0, 12)), int(rng.integers(0, 3))) for i in range(40)]
     rows[7] = question(7, 80)
     rows[9] = question(9, 1, images=4)
-    rows[11] = Sample("q/train/11", "q", "train", "chat", (), (Turn("user", ("unanswered",)),))
+    rows[11] = Chat("q/train/11", "q", "train", (), (Turn("user", ("unanswered",)),))
     write_samples(tmp_path / "set", rows, name="toy")
     return open_samples(tmp_path / "set")
 

@@ -15,25 +15,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infimed_jax.data import records, storage
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.sample import Chat, Document, Question, Turn
 from infimed_jax.data.storage import CorruptRecord, open_samples, write_samples
 from infimed_jax.errors import UserError
 
 
-def make_sample(number: int, **changes) -> Sample:
-    sample = Sample(
+def make_sample(number: int, **changes) -> Chat:
+    sample = Chat(
         id=f"toy/train/{number}",
         source="toy",
         split="train",
-        kind="choice",
         images=(b"\x00first\x00\x00", bytes([number % 256]) * 7),
         turns=(Turn("user", (0, "\nwhat é <|im_end|> ", 1)), Turn("assistant", ("A",), reasoning="weil …")),
-        question="what",
-        options=("", "b\n"),
-        answer="A",
         meta={"modality": "CT", "z": "", "a": "中文"},
     )
     return dataclasses.replace(sample, **changes)
+
+
+def make_question(number: int, **changes) -> Question:
+    shared = {key: value for key, value in vars(make_sample(number)).items() if key != "turns"}
+    facts = {"question": "what", "options": ("", "b\n"), "answer": "A", "reasoning": "weil …", "system": "sei kurz"}
+    return Question(**shared | {"kind": "choice"} | facts | changes)
 
 
 texts = st.text(max_size=12)
@@ -43,19 +45,23 @@ turns = st.builds(
     content=st.lists(texts | st.just(0), max_size=3).map(tuple),
     reasoning=texts,
 )
-samples = st.builds(
-    Sample,
-    id=st.text(min_size=1, max_size=8),
-    source=texts,
-    split=texts,
-    kind=st.sampled_from(["chat", "open", "yes_no"]),
-    images=st.lists(st.binary(max_size=9), min_size=1, max_size=3).map(tuple),
-    turns=st.lists(turns, min_size=1, max_size=3).map(tuple),
-    question=texts,
-    options=st.lists(texts, max_size=3).map(tuple),
-    answer=texts,
-    meta=st.dictionaries(texts, texts, max_size=3),
-)
+common = {
+    "id": st.text(min_size=1, max_size=8),
+    "source": texts,
+    "split": texts,
+    "images": st.lists(st.binary(max_size=9), min_size=1, max_size=3).map(tuple),
+    "meta": st.dictionaries(texts, texts, max_size=3),
+}
+asked = common | {"question": texts.map("Q{}".format), "reasoning": texts, "system": texts}
+samples = st.one_of(
+    st.builds(Chat, **common, turns=st.lists(turns, min_size=1, max_size=3).map(tuple)),
+    st.builds(Document, **common, chunks=st.lists(turns.map(lambda t: t.content), min_size=1, max_size=3).map(tuple)),
+    st.builds(Question, **asked, kind=st.sampled_from(["open", "closed"]), answer=texts.map("A{}".format)),
+    st.builds(
+        Question, **asked, kind=st.just("choice"), answer=st.sampled_from("AB"),
+        options=st.lists(texts, min_size=2, max_size=3).map(tuple),
+    ),
+)  # fmt: skip
 
 
 @settings(max_examples=30, deadline=None)
@@ -75,13 +81,13 @@ def test_every_field_comes_back_exactly(tmp_path_factory, written, shard_size):
 @pytest.mark.parametrize(
     ("changes", "digest"),
     [
-        ({}, "9f8b90a0463e44c0fc78e8ba20dd74441305f0938c7908955c9e472990d4cbd4"),
-        ({"images": (), "options": ()}, "922e5525b18c0684365d06cf9a43d76e63cfb5edbbcb9ae1a92ab987725a9c17"),
+        ({}, "7153e1c47c07f246d2ecf1af2b766b8f2b66812e1d4128ac0be004c5409260fc"),
+        ({"images": (), "options": ()}, "97cae0f6f4ae507a42b279d258ef20b28974706744ddb645f04b3ef1189854b4"),
     ],
 )
 def test_a_samples_record_never_changes(changes, digest):
-    """Fingerprints of all datasets so far are of these bytes: another protobuf must not give others."""
-    assert hashlib.sha256(records.to_record(make_sample(0, **changes))).hexdigest() == digest
+    """Fingerprints of all datasets of this format are of these bytes: another protobuf must not give others."""
+    assert hashlib.sha256(records.to_record(make_question(0, **changes))).hexdigest() == digest
 
 
 def test_few_of_many_images_are_in_memory(tmp_path):
@@ -134,7 +140,7 @@ def test_joining_survives_a_kill_among_the_renames(tmp_path, monkeypatch):
 def test_tfds_reads_it(tmp_path):
     import tensorflow_datasets as tfds
 
-    written = [make_sample(i) for i in range(5)]
+    written = [*(make_sample(i) for i in range(3)), make_question(3), make_question(4)]
     write_samples(tmp_path / "d", written, name="toy", shard_size=2)
     builder = tfds.builder_from_directory(tmp_path / "d")
     source = builder.as_data_source(split="samples")
@@ -143,15 +149,19 @@ def test_tfds_reads_it(tmp_path):
     for sample, row in zip(written, source, strict=True):
         assert row["id"].decode() == sample.id
         assert tuple(row["images"]) == sample.images
-        assert tuple(o.decode() for o in row["options"]) == sample.options
-        assert json.loads(row["meta"]) == sample.meta
-        assert json.loads(row["turns"])[0]["content"] == list(sample.turns[0].content)
+        assert row["kind"].decode() == sample.kind and json.loads(row["meta"]) == sample.meta
+        turns = [turn["content"] for turn in json.loads(row["turns"])]
+        if isinstance(sample, Chat):
+            assert turns == [list(turn.content) for turn in sample.turns]
+            continue
+        assert tuple(o.decode() for o in row["options"]) == sample.options and turns == []
+        assert [row[key].decode() for key in ("question", "answer", "system")] == ["what", "A", "sei kurz"]
 
 
 def test_writing_and_reading_import_no_tensorflow_or_torch(tmp_path):
     program = (
         "import sys; from infimed_jax.data import storage, sample as s\n"
-        f"x = s.Sample('a', 'b', 'c', 'chat', (), (s.Turn('user', ('q',)),)); f = {str(tmp_path / 'd')!r}\n"
+        f"x = s.Chat('a', 'b', 'c', (), (s.Turn('user', ('q',)),)); f = {str(tmp_path / 'd')!r}\n"
         "storage.write_samples(f, [x], name='toy'); assert storage.open_samples(f)[0] == x\n"
         "sys.exit(sum(m in sys.modules for m in ('tensorflow', 'torch')))"
     )
@@ -167,7 +177,7 @@ def test_fingerprint_is_of_content_and_order_not_of_shards(tmp_path):
         "sharded": ([meta_reordered, b], 1),
         "order": ([b, a], 4096),
         "pixel": ([dataclasses.replace(a, images=(a.images[0], b"x")), b], 4096),
-        "text": ([a, dataclasses.replace(b, answer="B")], 4096),
+        "text": ([a, dataclasses.replace(b, turns=b.turns[:1])], 4096),
     }
     prints = {
         key: write_samples(tmp_path / key, rows, name="toy", shard_size=size)["fingerprint"]
@@ -198,7 +208,24 @@ def test_a_stopped_run_leaves_nothing(tmp_path):
         ([make_sample(0, turns=(Turn("user", (-1,)),))], "image index -1"),
         ([make_sample(0, turns=(Turn("user", ("q",), reasoning="r"),))], "only assistant"),
         ([make_sample(0, turns=(Turn("document", ("q",)),))], "cannot have a turn of role document"),
-        ([make_sample(0, answer="\ud800")], "not Unicode"),
+        ([make_sample(0, meta={"a": "\ud800"})], "not Unicode"),
+        ([make_question(0, question="\ud800")], "not Unicode"),
+        ([Document("a/b/0", "a", "b", (), ())], "no chunks"),
+        ([Document("a/b/0", "a", "b", (), ((0,),))], "image index 0"),
+        ([make_question(0, kind="chat")], "toy/train/0: no wording for a question of kind 'chat'"),
+        ([make_question(0, meta={"language": "fr"})], "in language 'fr'"),
+        *(
+            ([make_question(0, **changes)], "toy/train/0: a")
+            for changes in (
+                {"answer": "C"},
+                {"answer": "b"},
+                {"answer": "AB"},
+                {"answer": ""},
+                {"kind": "yes_no", "options": (), "answer": "Yes"},
+                {"kind": "open", "options": (), "answer": " "},
+                {"options": ("one",)},
+            )
+        ),
     ],
 )
 def test_contradictions_are_refused_by_name(tmp_path, rows, message):

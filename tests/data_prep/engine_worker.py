@@ -6,13 +6,13 @@ import os
 import signal
 from pathlib import Path
 
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.sample import Document
 from infimed_jax.data.storage import write_shard
 from infimed_jax.errors import UserError
 
 
-def sample(number: int) -> Sample:
-    return Sample(f"toy/train/{number}", "toy", "train", "document", (), (Turn("document", (f"text {number}",)),))
+def sample(number: int) -> Document:
+    return Document(f"toy/train/{number}", "toy", "train", (), ((f"text {number}",),))
 
 
 def dying_work(marks: str, deaths: int, numbers: range, folder: Path, name: str) -> dict:

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from infimed_jax.data.prompts import question_sample
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.sample import Document, Question
 
 
 def picture(seed: int = 0, side: int = 12, **options) -> bytes:
@@ -19,14 +18,14 @@ def picture(seed: int = 0, side: int = 12, **options) -> bytes:
     return file.getvalue()
 
 
-def caption(number: int, source: str = "vqa_rad", text: str = "A chest.", images: int = 1) -> Sample:
+def caption(number: int, source: str = "vqa_rad", text: str = "A chest.", images: int = 1) -> Document:
     content = (*range(images), f"\n{text}")
     pictures = tuple(picture(number + i) for i in range(images))
-    return Sample(f"{source}/train/{number}", source, "train", "document", pictures, (Turn("document", content),))
+    return Document(f"{source}/train/{number}", source, "train", pictures, (content,))
 
 
-def question(number: int, source: str = "vqa_rad", kind="open", answer="left lung", options=(), **values) -> Sample:
-    return question_sample(
+def question(number: int, source: str = "vqa_rad", kind="open", answer="left lung", options=(), **values) -> Question:
+    return Question(
         id=f"{source}/train/{number}",
         source=source,
         split="train",

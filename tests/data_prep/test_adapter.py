@@ -43,7 +43,7 @@ def mine(tmp_path, monkeypatch, request):
 
 
 def texts(folder: Path) -> list[str]:
-    return [sample.turns[0].content[-1].strip() for sample in open_samples(folder)]
+    return [sample.chunks[0][-1].strip() for sample in open_samples(folder)]
 
 
 def test_one_file_is_a_source_from_the_command_line(mine, tmp_path, capsys):

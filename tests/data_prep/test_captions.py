@@ -25,13 +25,12 @@ def put(folder: Path, files: dict[str, str | bytes]) -> Path:
 def outline(records) -> list:
     """(image, text) of a document, the reason of what was skipped."""
     return [
-        record.reason if isinstance(record, Skipped) else (record.images[0], record.turns[0].content[-1])
-        for record in records
+        record.reason if isinstance(record, Skipped) else (record.images[0], record.chunks[0][-1]) for record in records
     ]
 
 
 def check_documents(records: list[Sample]) -> None:
-    assert all(record.kind == "document" and record.turns[0].content[0] == 0 for record in records)
+    assert all(record.kind == "document" and record.chunks[0][0] == 0 for record in records)
 
 
 def test_roco_from_its_table(tmp_path):

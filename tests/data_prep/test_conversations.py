@@ -98,7 +98,7 @@ def test_documents_are_captions_alone_or_whole_conversations(tmp_path):
         ("llava_med_instruct", "llava_med_instruct_60k.json", "\nDescribe.\nA small effusion.\nWhere?\nLeft."),
     ]:
         (document,) = SOURCES[name].read(write(tmp_path, file, rows, {"images/a.jpg": b"x"}), "documents")
-        assert document.kind == "document" and document.turns == (Turn("document", (0, text)),)
+        assert document.kind == "document" and document.chunks == ((0, text),)
 
 
 @pytest.mark.parametrize("name", ["pubmedvision_alignment", "pubmedvision_instruct"])

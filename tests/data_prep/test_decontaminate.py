@@ -12,8 +12,7 @@ from PIL import Image
 
 from data_prep.reading.hashes import ALIKE, THRESHOLD, distances, likeness, ngrams, normalised, perceptual_hashes
 from data_prep.steps.decontaminate import decontaminate
-from infimed_jax.data.prompts import question_sample
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.sample import Chat, Document, Question, Turn
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
 from tests.data_prep.samples import damage
@@ -59,8 +58,8 @@ def body(patient: int, size: int = 256) -> Image.Image:
     return Image.fromarray(np.clip(0.85 * common + 0.15 * own, 0, 255).astype(np.uint8))
 
 
-def asked(id: str, image: bytes | None, question: str) -> Sample:
-    return question_sample(
+def asked(id: str, image: bytes | None, question: str) -> Question:
+    return Question(
         id=id, source="toy", split=id.split("/")[1], kind="open", images=(image,) if image else (),
         question=question, answer="gas",
     )  # fmt: skip
@@ -95,8 +94,8 @@ def test_questions_are_found_in_other_words_around_them(test_set, tmp_path):
     said = "Look: which of the two LOBES of the left lung, is the darker?"
     rows = [
         asked("toy/train/0", encoded(picture(50)), "What is seen?"),  # short: everybody's
-        Sample("toy/train/1", "toy", "train", "chat", (), (Turn("user", (said,)), Turn("assistant", ("a",)))),
-        Sample("toy/train/2", "toy", "train", "document", (), (Turn("document", (f"A text. {said} No.",)),)),
+        Chat("toy/train/1", "toy", "train", (), (Turn("user", (said,)), Turn("assistant", ("a",)))),
+        Document("toy/train/2", "toy", "train", (), ((f"A text. {said} No.",),)),
         asked("toy/train/3", None, "what is a STENT"),
         asked("toy/train/4", None, "What is a stent graft?"),
     ]

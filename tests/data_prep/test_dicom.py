@@ -113,7 +113,7 @@ def test_no_identifier_comes_through(tmp_path, salt, capfd):
     for value in [*IDENTIFIERS.values(), "Kowalska", "copy.dcm", "notes", "0123456789abcdef"]:
         assert value not in written
     assert png(sample).info == {}
-    assert sample.turns[0].content == (0, "\nCT, chest")
+    assert sample.chunks[0] == (0, "\nCT, chest")
     secret = secret_file(salt)
     assert report["options"]["salt"] == str(secret)
     for key, identifier in [("patient", "MRN-4711"), ("study", "1.2.3.4.5")]:
@@ -203,7 +203,7 @@ def test_free_text_in_coded_fields_does_not_pass(tmp_path, salt):
     write(tmp_path / "in" / "a.dcm", BodyPartExamined="KOWALSKA", ViewPosition="DR MEIER", Modality="CT")
     write(tmp_path / "in" / "b.dcm", Modality="KOWALSKA", SOPInstanceUID="1.2.9")
     first, second = read(tmp_path / "in", salt, burned_in="keep")
-    assert first.turns[0].content == (0, "\nCT") and second.turns[0].content == (0, "\nchest")
+    assert first.chunks[0] == (0, "\nCT") and second.chunks[0] == (0, "\nchest")
     assert "KOWALSKA" not in repr((first, second)).upper()
 
 

@@ -20,7 +20,7 @@ from data_prep.steps.filter import (
     language,
     why_left_out,
 )
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.sample import Chat, Turn
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
 from tests.data_prep.samples import damage
@@ -99,9 +99,9 @@ def image(side: int) -> bytes:
     return buffer.getvalue()
 
 
-def chat(reply: str, number: int = 0, source: str = "toy", images: tuple[bytes, ...] = (), **meta: str) -> Sample:
+def chat(reply: str, number: int = 0, source: str = "toy", images: tuple[bytes, ...] = (), **meta: str) -> Chat:
     turns = (Turn("user", (*range(len(images)), "what is it")), Turn("assistant", (reply,)))
-    return Sample(f"{source}/train/{number}", source, "train", "chat", images, turns, meta=meta)
+    return Chat(f"{source}/train/{number}", source, "train", images, turns, meta=meta)
 
 
 @pytest.mark.parametrize("reply", REFUSALS)

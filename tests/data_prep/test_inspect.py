@@ -16,7 +16,7 @@ from data_prep.tokenizer import make_tokenizer
 from infimed_jax import config
 from infimed_jax.data.chat import load_tokenizer
 from infimed_jax.data.packing import build_index
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.sample import Chat, Turn
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
 from infimed_jax.models.infimed import config as infimed
@@ -46,8 +46,8 @@ def test_page(tmp_path):
     buffer = io.BytesIO()
     Image.new("RGB", (9, 9), (1, 2, 3)).save(buffer, "PNG")
     rows = [
-        Sample(f"{HOSTILE}{i}", "toy", "train", "chat", (buffer.getvalue(), b"broken"),
-               (Turn("user", (0, HOSTILE, 1)), Turn("assistant", (f"{HOSTILE} learnt",))))
+        Chat(f"{HOSTILE}{i}", "toy", "train", (buffer.getvalue(), b"broken"),
+             (Turn("user", (0, HOSTILE, 1)), Turn("assistant", (f"{HOSTILE} learnt",))))
         for i in range(3)
     ]  # fmt: skip
     write_samples(tmp_path / "set", rows, name="toy")
@@ -81,7 +81,7 @@ def test_the_picture_shows_tabs_as_blanks():
 def test_what_cannot_be_written_leaves_the_old_page_and_picture(tmp_path, monkeypatch):
     write_samples(
         tmp_path / "set",
-        [Sample("a", "toy", "train", "chat", (), (Turn("user", ("why",)), Turn("assistant", ("so",))))],
+        [Chat("a", "toy", "train", (), (Turn("user", ("why",)), Turn("assistant", ("so",))))],
         name="toy",
     )
     samples = open_samples(tmp_path / "set")

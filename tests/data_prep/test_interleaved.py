@@ -14,20 +14,20 @@ import pyarrow.parquet as pq
 from data_prep.reading.faults import Unusable
 from data_prep.sources import SOURCES
 from data_prep.sources.interleaved import document
-from infimed_jax.data.sample import Sample, Skipped, Turn
+from infimed_jax.data.sample import Sample, Skipped
 
 
 def test_a_chunk_is_its_images_and_the_text_after_them():
     (sample,) = document("x/train/0", ["intro", b"A", "one", "more", b"B", b"C", "two", b"D"], " ")
-    assert [turn.content for turn in sample.turns] == [
+    assert list(sample.chunks) == [
         ("intro",),
         (0, "\none more"),
         (1, 2, "\ntwo"),
         (3,),
     ]
-    assert sample.images == (b"A", b"B", b"C", b"D") and all(turn.role == "document" for turn in sample.turns)
+    assert sample.images == (b"A", b"B", b"C", b"D")
     (sample,) = document("x/train/0", [b"A", "one"], " ")
-    assert sample.turns == (Turn("document", (0, "\none")),)
+    assert sample.chunks == ((0, "\none"),)
 
 
 def test_no_image_or_ten_skip_a_document():
@@ -41,7 +41,7 @@ def test_no_image_or_ten_skip_a_document():
 def test_missing_images_are_counted_and_the_document_kept():
     lost, sample = document("x/train/0", [b"A", "one", Unusable("image missing", "b.jpg"), "two"], " ")
     assert lost == Skipped("x/train/0-image1", "image missing, document kept without it", "b.jpg")
-    assert sample.meta["images_missing"] == "1" and sample.turns[0].content == (0, "\none two")
+    assert sample.meta["images_missing"] == "1" and sample.chunks[0] == (0, "\none two")
     gone, none = document("x/train/0", [Unusable("image missing"), "two"], " ")
     assert none == Skipped("x/train/0", "no image") and gone.id == "x/train/0-image0"
 
@@ -70,7 +70,7 @@ def test_obelics_joins_urls_with_fetched_images(tmp_path):
     source = SOURCES["obelics"]
     records = list(source.read(tmp_path, "train"))
     prefix = f"obelics/train/data/{stem}.parquet"
-    assert [turn.content for turn in records[0].turns] == [(0, "\nbetween"), (1,)] and records[0].images == (
+    assert list(records[0].chunks) == [(0, "\nbetween"), (1,)] and records[0].images == (
         b"U0",
         b"U1",
     )
@@ -100,7 +100,7 @@ def test_mmc4_puts_images_before_their_sentence(tmp_path):
     (tmp_path / "images" / "a.jpg").write_bytes(b"A")
     (tmp_path / "images" / "b.jpg").write_bytes(b"B")
     records = list(SOURCES["mmc4"].read(tmp_path, "train"))
-    assert [turn.content for turn in records[0].turns] == [("First.",), (0, 1, "\nSecond. Third.")]
+    assert list(records[0].chunks) == [("First.",), (0, 1, "\nSecond. Third.")]
     assert records[0].images == (b"A", b"B")
     reasons = [record.reason if isinstance(record, Skipped) else "kept" for record in records[1:]]
     assert reasons == ["no image", "no text", "file is damaged", "kept", "not valid JSON"]
@@ -120,5 +120,5 @@ def test_mmc4_in_tars_with_images_as_base64(tmp_path: Path):
             tar.addfile(info, io.BytesIO(data))
     lost, sample, *bad = SOURCES["mmc4"].read(tmp_path, "train")
     assert lost.reason == "file is damaged" and sample.images == (b"A", b"B")
-    assert [turn.content for turn in sample.turns] == [(0, "\nFirst."), (1, "\nSecond. Third.")]
+    assert list(sample.chunks) == [(0, "\nFirst."), (1, "\nSecond. Third.")]
     assert [record.reason for record in bad] == ["not valid JSON", "not valid JSON"]

@@ -36,8 +36,8 @@ def test_reports_with_their_images(tmp_path, place):
     first, second, *rest = SOURCE.read(tmp_path, "all")
     assert first.images == (b"1_IM-0001-4001", b"1_IM-0001-3001")
     report = "\nFindings: The heart is normal.\nNo effusion.\nImpression: Normal chest."
-    assert first.kind == "document" and first.turns[0].content == (0, 1, report)
-    assert second.turns[0].content == (0, "\nImpression: Impression only.")
+    assert first.kind == "document" and first.chunks[0] == (0, 1, report)
+    assert second.chunks[0] == (0, "\nImpression: Impression only.")
     assert [(record.reason, record.detail) for record in rest if isinstance(record, Skipped)] == [
         ("no text", "3"),
         ("duplicate id", "1"),

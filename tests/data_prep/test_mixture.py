@@ -11,7 +11,7 @@ import yaml
 
 from data_prep.sources import SOURCES
 from data_prep.steps.mix import Part, load_mixture, mix
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.sample import Document
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.data.training import held_out, open_for_training
 from infimed_jax.errors import UserError
@@ -19,10 +19,7 @@ from tests.data_prep.samples import damage
 
 
 def dataset(folder: Path, source: str, count: int, split: str = "train", info: dict | None = None) -> Path:
-    samples = [
-        Sample(f"{source}/{split}/{i}", source, split, "document", (), (Turn("document", (f"{source} {i}",)),))
-        for i in range(count)
-    ]
+    samples = [Document(f"{source}/{split}/{i}", source, split, (), ((f"{source} {i}",),)) for i in range(count)]
     write_samples(folder, samples, name=source, info=info)
     return folder
 

@@ -12,7 +12,7 @@ from data_prep.tokenizer import make_tokenizer
 from infimed_jax import config
 from infimed_jax.data.chat import load_tokenizer
 from infimed_jax.data.packing import build_index
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.sample import Chat, Document, Question, Sample, Turn
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
 from infimed_jax.models.infimed import config as infimed
@@ -25,11 +25,16 @@ MODEL = infimed.Model(
 
 
 def sample(number: int) -> Sample:
-    return Sample(
-        f"toy/train/{number}", "toy", "train", "choice", (bytes([number, 0, 255]), b"\xff\xd8"),
-        (Turn("user", (0, "\nwelche Seite? 左\u2028", 1)), Turn("assistant", ("A" * (number % 5 + 1),), "weil")),
-        "side", ("left", ""), "A", {"organ": "lung"},
-    )  # fmt: skip
+    common = (f"toy/train/{number}", "toy", "train", (bytes([number, 0, 255]), b"\xff\xd8"))
+    meta = {"meta": {"organ": "lung"}}
+    if number == 1:
+        return Document(*common, (("welche ", 0), (1, "\nSeite")), **meta)
+    if number % 2:
+        return Question(
+            *common, "choice", "welche Seite? 左\u2028" * (number % 5 + 1), "A", ("left", ""), "weil", "s", **meta
+        )
+    reply = Turn("assistant", ("A" * (number % 5 + 1),), "weil")
+    return Chat(*common, (Turn("user", (0, "\nwelche Seite? 左\u2028", 1)), reply), **meta)
 
 
 @pytest.fixture
@@ -37,7 +42,7 @@ def exported(tmp_path):
     write_samples(tmp_path / "set", [sample(i) for i in range(23)], name="toy")
     samples = open_samples(tmp_path / "set")
     tokenizer = load_tokenizer(make_tokenizer(["welche Seite weil left"] * 3, tmp_path / "tok", vocab_size=330))
-    index = build_index(samples, tokenizer, config.Data(context=128, images_per_row=6), MODEL, tmp_path / "p")
+    index = build_index(samples, tokenizer, config.Data(context=512, images_per_row=6), MODEL, tmp_path / "p")
     assert export_json(samples, index, tmp_path / "rows.jsonl") == []
     return samples, index, tmp_path
 
@@ -95,7 +100,7 @@ def test_bare_rows_of_other_programs_are_sent_to_a_source(tmp_path):
     """Image and text alone do not say who speaks, what is learnt, or where images stand: no guess is made."""
     row = {"data": [{"image": "AAD/", "text": "<image>\nA chest."}], "lengths": [7]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
-    with pytest.raises(UserError, match=r"row 1 is no packed row \(no 'turns'\): .* a source of `data ingest`"):
+    with pytest.raises(UserError, match=r"row 1 is no packed row \(no 'kind'\): .* a source of `data ingest`"):
         import_json([tmp_path / "rows.jsonl"], tmp_path / "back", "toy")
 
 
@@ -110,17 +115,19 @@ def put(value: dict, path: tuple, other: object) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        *((key,) for key in ("id", "source", "split", "kind", "images", "turns", "question", "options", "answer")),
-        *(("meta",), ("meta", "organ"), ("turns", 0), ("turns", 0, "role"), ("turns", 0, "content")),
-        *(("turns", 0, "content", 1), ("turns", 1, "reasoning"), ("images", 0), ("options", 0)),
+        *((key,) for key in ("id", "source", "split", "kind", "images", "turns", "chunks", "question", "options")),
+        *(("answer",), ("reasoning",), ("system",), ("meta",), ("meta", "organ"), ("turns", 0), ("turns", 0, "role")),
+        *(("turns", 0, "content"), ("turns", 0, "content", 1), ("turns", 1, "reasoning"), ("images", 0)),
+        *(("options", 0), ("chunks", 0), ("chunks", 1, 1)),
     ],
 )
 def test_a_value_of_another_type_is_a_broken_row_in_every_field(exported, path, other):
     _, _, folder = exported
-    row = json.loads((folder / "rows.jsonl").read_text(encoding="utf-8").split("\n")[0])
-    if path == ("turns", 0, "content", 1) and other == 5:
+    rows = map(json.loads, (folder / "rows.jsonl").read_text(encoding="utf-8").split("\n")[:-1])
+    row, value = next((row, value) for row in rows for value in row["data"] if path[0] in value)
+    if path in (("turns", 0, "content", 1), ("chunks", 1, 1)) and other == 5:
         other = 5.0  # an integer is the number of an image
-    put(row["data"][0], path, other)
+    put(value, path, other)
     (folder / "other.jsonl").write_text(json.dumps(row))
     with pytest.raises(UserError, match="row 1 is no packed row"):
         import_json([folder / "other.jsonl"], folder / "back", "toy")

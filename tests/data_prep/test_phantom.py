@@ -22,6 +22,7 @@ from data_prep.sources.phantom.reasoning import think
 from data_prep.sources.phantom.render import render
 from data_prep.sources.phantom.scene import RADIUS, Lesion, Scene, draw_scene
 from data_prep.sources.procedural import SPLITS
+from infimed_jax.data.prompts import as_turns
 from infimed_jax.data.sample import Sample, Skipped
 from infimed_jax.errors import UserError
 
@@ -228,7 +229,7 @@ def test_reasoning_guesses_unseen_then_corrects_or_confirms(folder):
     """The guess hangs on the template alone, so only the second look can tell the answer."""
     turns, guesses = Counter(), {}
     for sample in SOURCE.read(folder, "reflective"):
-        reply, template = sample.turns[-1], sample.meta["template"]
+        reply, template = as_turns(sample)[-1], sample.meta["template"]
         assert reply.content == (f"\\boxed{{{sample.answer}}}",)
         guess = re.fullmatch(r"At first glance: (.+)\. Wait, let me look again: .+\.", reply.reasoning).group(1)
         assert guesses.setdefault(template, guess) == guess
@@ -274,7 +275,7 @@ def test_forms_of_the_splits(folder):
         assert "lesion" in sample.turns[1].content[0]
     assert {s.kind for s in by_split["train"]} == {"yes_no", "choice", "closed", "open"}
     for sample in by_split["train"]:
-        assert sample.turns[0].content[0] == 0 and not sample.turns[-1].reasoning
+        assert as_turns(sample)[0].content[0] == 0 and not sample.reasoning
         assert {"modality", "template", "organ", "image_id", "language"} <= set(sample.meta)
         assert Image.open(io.BytesIO(sample.images[0])).size == (96, 96)
 

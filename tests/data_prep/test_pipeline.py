@@ -20,7 +20,7 @@ from data_prep.sources.phantom import write_phantom
 from data_prep.steps import ingest as ingestion
 from data_prep.steps import step
 from data_prep.steps.ingest import ingest
-from infimed_jax.data.sample import Sample, Skipped, Turn
+from infimed_jax.data.sample import Document, Sample, Skipped
 from infimed_jax.data.storage import MANIFEST, open_samples
 from infimed_jax.errors import UserError
 
@@ -301,11 +301,7 @@ def lettered(folder: Path, split: str, shard: str | None = None) -> Iterator[Sam
     for file in [folder / shard] if shard else sorted(folder.iterdir()):
         for number, line in enumerate(file.read_text().splitlines()):
             id = f"lettered/{split}/{file.name}/{number}"
-            yield (
-                Sample(id, "lettered", split, "document", (), (Turn("document", (line,)),))
-                if line
-                else Skipped(id, "blank")
-            )
+            yield (Document(id, "lettered", split, (), ((line,),)) if line else Skipped(id, "blank"))
 
 
 def test_a_source_in_shards_is_read_apart_and_joined_in_order(tmp_path, monkeypatch):
@@ -317,7 +313,7 @@ def test_a_source_in_shards_is_read_apart_and_joined_in_order(tmp_path, monkeypa
     monkeypatch.setitem(SOURCES, "lettered", source)
     report = ingest("lettered", tmp_path / "in", tmp_path / "out")["train"]
     assert (report["samples"], report["skipped"]) == (3, {"blank": 2})
-    assert [s.turns[0].content[0] for s in open_samples(tmp_path / "out" / "train")] == ["x", "y", "z"]
+    assert [s.chunks[0][0] for s in open_samples(tmp_path / "out" / "train")] == ["x", "y", "z"]
     assert ingest("lettered", tmp_path / "in", tmp_path / "two", limit=2)["train"]["samples"] == 2
 
 

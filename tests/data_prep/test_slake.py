@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.sources.slake import SOURCE
+from infimed_jax.data.prompts import as_turns
 from infimed_jax.data.sample import Skipped
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "slake_text"
@@ -44,7 +45,7 @@ def test_real_rows_with_an_image(tmp_path):
         assert sample.answer.lower() == row["answer"].strip().lower()
         assert (sample.kind == "yes_no") == (row["answer"] in ("Yes", "No"))
         assert (sample.kind == "open") == (row["answer_type"] == "OPEN")
-        prompt = sample.turns[0].content[1]
+        prompt = as_turns(sample)[0].content[1]
         assert ("回答" in prompt) == (row["q_lang"] == "zh")
 
 

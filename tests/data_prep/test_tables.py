@@ -55,7 +55,7 @@ def test_own_columns_by_option(tmp_path):
     assert part.file == "train.parquet" and list(source.read(tmp_path, "train", part)) == [sample, missing]
     source, _ = with_options(SOURCES["parquet"], {"image": "file", "caption": "say"})
     document, _ = source.read(tmp_path, "train")
-    assert document.kind == "document" and document.turns[0].content == (0, "\nA")
+    assert document.kind == "document" and document.chunks[0] == (0, "\nA")
     with pytest.raises(UserError, match=r"train\.parquet lacks image, question, answer: its columns are file"):
         list(SOURCES["parquet"].read(tmp_path, "train"))
 
@@ -104,7 +104,7 @@ def test_tfds_sets_keep_their_encoded_images(prepared, monkeypatch):
     assert pieces == [[first], [broken], [last]]
     source, _ = with_options(SOURCES["tfds"], {"image": "image", "caption": "q", "tfds_split": "train[2:]"})
     (document,) = source.read(prepared, "validation")
-    assert document.id == "tfds/validation/00000" and document.turns[0].content == (0, "\nWhat?")
+    assert document.id == "tfds/validation/00000" and document.chunks[0] == (0, "\nWhat?")
 
 
 def test_tfds_errors_name_the_thing(prepared, tmp_path):

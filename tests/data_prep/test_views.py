@@ -16,7 +16,7 @@ from data_prep.steps.copy import copy_dataset
 from data_prep.steps.filter import Rules, filter_dataset
 from data_prep.steps.mix import Part, mix
 from data_prep.steps.step import make_at_once
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.sample import Document
 from infimed_jax.data.storage import INDICES, MANIFEST, View, open_samples, write_samples
 from infimed_jax.data.training import licences, open_for_training
 from infimed_jax.data.views import Choice
@@ -28,7 +28,7 @@ IMAGE = np.random.default_rng(0).bytes(50_000)
 
 def base(folder: Path, name: str, count: int, text: str = "words", **info) -> Path:
     samples = [
-        Sample(f"{name}/train/{n}", name, "train", "document", (IMAGE + bytes([n]),), (Turn("document", (0, said)),))
+        Document(f"{name}/train/{n}", name, "train", (IMAGE + bytes([n]),), ((0, said),))
         for n, said in ((n, f"{text} {n} of {name}" if n % 3 else "") for n in range(count))
     ]
     write_samples(folder, samples, name=name, shard_size=16, info=info)
@@ -72,7 +72,7 @@ def test_a_view_of_views_equals_its_copy_and_names_only_bases_that_hold_shards(b
 
 def test_a_view_is_what_writing_the_chosen_samples_would_have_made(bases, tmp_path):
     filter_dataset(bases[0], tmp_path / "view", Rules(min_image_side=0))
-    kept = [sample for sample in open_samples(bases[0]) if sample.turns[0].text]
+    kept = [sample for sample in open_samples(bases[0]) if sample.chunks[0][1]]
     assert 0 < len(kept) < 20
     written = write_samples(tmp_path / "written", kept, name="a")
     assert open_samples(tmp_path / "view").manifest["fingerprint"] == written["fingerprint"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.sources.vqa_rad import SOURCE
+from infimed_jax.data.prompts import as_turns
 from infimed_jax.data.sample import Sample, Skipped
 from infimed_jax.errors import UserError
 
@@ -75,7 +76,7 @@ def test_quirks_of_the_real_files():
         assert sample.images == ((REAL / "images" / row["image_name"]).read_bytes(),)
         answer = str(row["answer"]).strip()
         assert sample.answer == (answer.lower() if answer.lower() in ("yes", "no") else answer)
-        assert sample.turns[-1].content == (sample.answer,)
+        assert as_turns(sample)[-1].content == (sample.answer,)
 
 
 def write(folder: Path, train: list[dict], test: list[dict] = ()) -> Path:
@@ -146,7 +147,7 @@ def test_documents_are_statements_of_train_rows(tmp_path):
     )
     (document,) = SOURCE.read(folder, "documents")  # the first row is in test too, the second fills a frame
     assert document.kind == "document"
-    assert document.turns[0].content == (0, "\nWhy? gas")
+    assert document.chunks[0] == (0, "\nWhy? gas")
 
 
 @pytest.mark.parametrize("content", ["", "[1,", '{"a": 1}', "[1]", "\udcff"])

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_prep.sources import SOURCES
 from data_prep.steps.ingest import ingest
-from infimed_jax.data.sample import Sample, Skipped, Turn
+from infimed_jax.data.sample import Sample, Skipped
 
 
 def shard(file: Path, members: dict[str, bytes]) -> None:
@@ -42,9 +42,9 @@ def test_pairs_become_documents(tmp_path, name):
     prefix = f"{name}/train"
     document = records[0]
     assert isinstance(document, Sample) and document.id == f"{prefix}/00000000.tar/00000"
-    assert document.kind == "document" and document.turns == (Turn("document", (0, "\nA cat.")),)
+    assert document.kind == "document" and document.chunks == ((0, "\nA cat."),)
     assert document.images == (b"000000000",) and document.meta["source_id"] == "uid-000000000"
-    assert records[4].turns[0].content == (0, "\nFrom JSON.") and records[4].images == (b"y",)
+    assert records[4].chunks[0] == (0, "\nFrom JSON.") and records[4].images == (b"y",)
     reasons = [record.reason if isinstance(record, Skipped) else record.id for record in records]
     assert reasons == [
         f"{prefix}/00000000.tar/00000",

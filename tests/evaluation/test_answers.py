@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infimed_jax.data.prompts import question_sample
+from infimed_jax.data.sample import Question
 from infimed_jax.errors import UserError
 from infimed_jax.evaluation.answers import gold_value, last_boxed, matches, normalize, parse_answer
 
@@ -323,9 +323,7 @@ def test_last_boxed(text, content):
 
 
 def question(kind, answer, options=()):
-    return question_sample(
-        id="q", source="s", split="t", images=(), kind=kind, question="Q?", answer=answer, options=options
-    )
+    return Question(id="q", source="s", split="t", images=(), kind=kind, question="Q?", answer=answer, options=options)
 
 
 FORMS = [

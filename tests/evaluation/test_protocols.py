@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infimed_jax.data.prompts import question_sample
+from infimed_jax.data.sample import Question
 from infimed_jax.evaluation.benchmark import benchmark_of
 from infimed_jax.evaluation.protocols import PROTOCOLS, ask, grade
 
@@ -21,7 +21,7 @@ ORGANS = ("lung", "liver", "left kidney")
 
 
 def question(kind, answer, options=(), source="vqa_rad"):
-    return question_sample(
+    return Question(
         id="q", source=source, split="t", images=(), kind=kind, question="Q?", answer=answer, options=options
     )
 

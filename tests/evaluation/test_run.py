@@ -13,7 +13,7 @@ from data_prep.tokenizer import make_tokenizer
 from infimed_jax.config import Config, Mesh, Sampling, Train
 from infimed_jax.data.chat import load_tokenizer
 from infimed_jax.data.images import ImageCache
-from infimed_jax.data.prompts import question_sample
+from infimed_jax.data.sample import Chat, Question
 from infimed_jax.errors import UserError
 from infimed_jax.evaluation import respondents
 from infimed_jax.evaluation.respondents import Terms, ask_policy
@@ -41,7 +41,7 @@ def png(seed: int) -> bytes:
 
 
 def question(number: int, kind="yes_no", answer="yes", options=(), image=0, **meta):
-    return question_sample(
+    return Question(
         id=f"s/test/{number}",
         source="s",
         split="test",
@@ -241,6 +241,17 @@ def test_a_benchmark_from_a_file_says_how_its_questions_are_asked_and_graded(ask
         ask([sample], benchmark="slakes")
 
 
+def test_a_benchmark_may_word_its_questions_itself(ask, script, tokenizer, tmp_path):
+    words = 'wording=lambda question, reasoning: f"Now: {question.question} Thoughts: {reasoning}.")'
+    text = f'from infimed_jax.evaluation.benchmark import Benchmark\nBENCHMARK = Benchmark("mine", {words}\n'
+    (tmp_path / "worded.py").write_text(text)
+    calls = script([("Yes.", "stop")] * 2)
+    for reasoning in (False, True):
+        ask([question(8)], benchmark=str(tmp_path / "worded.py"), reasoning=reasoning)
+        (prompt,) = calls[-1]["prompts"]
+        assert f"\nNow: Q8? Thoughts: {reasoning}.<|im_end|>" in tokenizer.decode(prompt.tokens)
+
+
 def test_progress_counts_over_chunks(ask, script, monkeypatch):
     monkeypatch.setattr(respondents, "CHUNK", 4)
     calls, seen = script(REPLIES), []
@@ -297,7 +308,7 @@ def test_image_id_is_the_sources_else_the_files_else_the_questions():
     [
         ([], {}, "empty"),
         (SAMPLES, {"protocol": "lenient"}, "unknown protocol 'lenient'; there are strict"),
-        ([replace(SAMPLES[0], kind="chat")], {}, "s/test/0 is a chat"),
+        ([Chat("s/test/0", "s", "test", (), ())], {}, "s/test/0 is a chat"),
         ([SAMPLES[0], SAMPLES[0]], {}, "repeat an id"),
         (SAMPLES, {"folder": "/proc/x"}, "cannot write to the folder /proc/x"),
         ([replace(SAMPLES[3], images=(b"",))], {}, r"s/test/3: image 1 is unreadable \(empty file\)"),

@@ -9,7 +9,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infimed_jax.data.prompts import question_sample
+from infimed_jax.data.sample import Question
 from infimed_jax.errors import UserError
 from infimed_jax.evaluation.statistics import accuracy, compare, exact_mcnemar, majority_baseline
 
@@ -205,7 +205,7 @@ def test_mcnemar_of_a_large_test_set():
 
 def question(kind, answer, template="", options=(), **meta):
     meta = {"template": template, **meta} if template else meta
-    return question_sample(
+    return Question(
         id="q", source="s", split="t", images=(), kind=kind, question="Q?", answer=answer, options=options, meta=meta
     )
 

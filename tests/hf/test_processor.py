@@ -8,7 +8,7 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from infimed_jax.data.chat import load_tokenizer, render_prompt
 from infimed_jax.data.images import decode_image
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.sample import Chat, Turn
 from infimed_jax.errors import UserError
 from infimed_jax.hf.processor import write_processor
 from infimed_jax.models.infimed import config as infimed
@@ -50,7 +50,7 @@ def png(image: Image.Image) -> bytes:
 def ask(*content, before=()):
     images = tuple(png(picture(n)) for n in range(sum(isinstance(piece, int) for piece in content)))
     turns = (*before, Turn("user", content), Turn("assistant", ("Yes.",)))
-    return Sample("s", "s", "test", "open", images, turns)
+    return Chat("s", "s", "test", images, turns)
 
 
 EARLIER = (
@@ -72,7 +72,7 @@ SAMPLES = [
 @pytest.mark.parametrize("thinking", [False, True])
 def test_exported_processor_gives_the_tokens_of_training(processor, tokenizer, model, sample, thinking):
     """String content with one mark an image, and list content, both expand to the renderer's tokens."""
-    ours = render_prompt(sample, load_tokenizer(tokenizer), model.projector.visual_tokens, thinking=thinking)
+    ours = render_prompt(sample, load_tokenizer(tokenizer), model.projector.visual_tokens, reasoning=thinking)
     as_strings, as_lists = [], []
     for turn in sample.turns[:-1]:
         more = {"reasoning_content": turn.reasoning} if turn.reasoning else {}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.sample import Chat, Turn
 from infimed_jax.hf import reference
 from infimed_jax.hf.verify import builtin_samples, verify
 from infimed_jax.models.infimed import config as infimed
@@ -143,7 +143,7 @@ def test_own_samples_and_a_repeated_image(model, make_params, tokenizer_folder, 
         Turn("user", (1, 0, "\nAnd these?")),
         Turn("assistant", ("No.",)),
     )
-    sample = Sample("mine", "mine", "test", "chat", images, turns)
+    sample = Chat("mine", "mine", "test", images, turns)
     result = verify(params, model, folder, tokenizer_folder, [sample])
     assert result["status"] == "passed", result["failures"]
     assert [case["id"] for case in result["cases"]] == ["mine"]

@@ -9,8 +9,8 @@ from PIL import Image
 from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from data_prep.tokenizer import make_tokenizer
-from infimed_jax.data.prompts import question_sample, question_text
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.prompts import question_text
+from infimed_jax.data.sample import Document, Question
 from infimed_jax.data.storage import write_samples
 from launch import run
 
@@ -29,7 +29,7 @@ def command(*arguments) -> int:
 def write_sources(folder: Path) -> tuple[Path, Path]:
     """(a bfloat16 Qwen3 folder with tokenizer and licence, a float32 SigLIP folder)."""
     text, vision = folder / "Qwen3-tiny", folder / "siglip-tiny"
-    words = [question_text("yes_no", QUESTION, reasoning=reasoning) + " image left lung" for reasoning in (False, True)]
+    words = [question_text(question(0), reasoning) + " image left lung" for reasoning in (False, True)]
     make_tokenizer(words * 4, text, vocab_size=400)
     torch.manual_seed(0)
     settings = Qwen3Config(
@@ -68,24 +68,15 @@ def picture(number: int) -> bytes:
     return file.getvalue()
 
 
+def question(number: int) -> Question:
+    answer = "yes" if number % 2 else "no"
+    return Question(f"closed/train/{number}", "closed", "train", (picture(number),), "yes_no", QUESTION, answer)
+
+
 def write_datasets(folder: Path) -> tuple[Path, Path]:
     """(documents of a source that allows commercial use, questions of one that does not)."""
-    documents = [
-        Sample(f"open/train/{n}", "open", "train", "document", (picture(n),), (Turn("document", (0, f"\nlung {n}")),))
-        for n in range(6)
-    ]
-    questions = [
-        question_sample(
-            id=f"closed/train/{n}",
-            source="closed",
-            split="train",
-            images=(picture(n),),
-            kind="yes_no",
-            question=QUESTION,
-            answer="yes" if n % 2 else "no",
-        )
-        for n in range(8)
-    ]
+    documents = [Document(f"open/train/{n}", "open", "train", (picture(n),), ((0, f"\nlung {n}"),)) for n in range(6)]
+    questions = [question(n) for n in range(8)]
     write_samples(folder / "documents", documents, name="open", info={"source": "open", "licence": "CC BY 4.0"})
     licences = {"licences": {"closed": "CC BY-NC 4.0"}}
     write_samples(folder / "questions", questions, name="mixture", info=licences)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from data_prep.steps.mix import Part, mix
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.sample import Document
 from infimed_jax.data.storage import write_samples
 from launch.commands.data import mixing
 
@@ -11,8 +11,7 @@ from launch.commands.data import mixing
 def test_names_of_datasets_are_whole_in_a_narrow_table(tmp_path, monkeypatch, capsys):
     names = [f"a_dataset_with_a_rather_long_name_{letter}" for letter in "ab"]
     for name in names:
-        turn = Turn("document", ("words",))
-        write_samples(tmp_path / name, [Sample(f"toy/{name}/0", "toy", name, "document", (), (turn,))], name="toy")
+        write_samples(tmp_path / name, [Document(f"toy/{name}/0", "toy", name, (), (("words",),))], name="toy")
     report = mix([Part(tmp_path / name) for name in names], tmp_path / "mixture", 0)
     monkeypatch.setenv("COLUMNS", "70")
     mixing._print_parts(report)

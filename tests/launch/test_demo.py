@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from infimed_jax.config import Mesh
-from infimed_jax.data.prompts import question_sample
+from infimed_jax.data.sample import Question
 from infimed_jax.evaluation.run import Record
 from infimed_jax.evaluation.statistics import compare
 from launch.demo import report, stages
@@ -90,7 +90,7 @@ def test_vqa_rad_ends_with_closed_and_open_beside_their_baselines_and_the_warnin
     gold = {"CLOSED": ["yes", "yes", "yes", "no"], "OPEN": ["left", "left", "chest", "air", "fluid"]}
     asked = [(kind, answer) for kind, answers in gold.items() for answer in answers]
     samples = [
-        question_sample(
+        Question(
             id=f"q{i}", source="s", split="test", images=(), kind="open", question="?", answer=answer,
             meta={"answer_type": kind},
         )

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from infimed_jax.config import Config, Data, Train
-from infimed_jax.data.prompts import question_sample
-from infimed_jax.data.sample import Sample
+from infimed_jax.data.sample import Question, Sample
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.evaluation.contamination import WORDS, mark
 from infimed_jax.evaluation.run import GROUPS
@@ -24,7 +23,7 @@ OTHER = "which of the organs shown here lies closest to the lower edge of it"
 
 
 def asked(id: str, image: int, question: str) -> Sample:
-    return question_sample(id=id, source="toy", split=id.split("/")[1], images=(picture(image),), kind="yes_no",
+    return Question(id=id, source="toy", split=id.split("/")[1], images=(picture(image),), kind="yes_no",
                            question=question, answer="yes")  # fmt: skip
 
 

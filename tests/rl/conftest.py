@@ -1,7 +1,7 @@
 """A tiny model with images, a tokenizer of a few words, and yes/no questions for it."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -13,8 +13,8 @@ from infimed_jax import config
 from infimed_jax.data.batch import Segment
 from infimed_jax.data.chat import Tokenizer, load_tokenizer
 from infimed_jax.data.images import ImageCache
-from infimed_jax.data.prompts import question_sample, question_text
-from infimed_jax.data.sample import Sample
+from infimed_jax.data.prompts import question_text
+from infimed_jax.data.sample import Question, Sample
 from infimed_jax.data.storage import write_samples
 from infimed_jax.models.infimed import config as infimed
 from infimed_jax.models.params import init_params
@@ -52,7 +52,7 @@ class Tiny:
 
     @staticmethod
     def question(number: int, images: int = 1) -> Sample:
-        return question_sample(
+        return Question(
             id=f"tiny/train/{number}",
             source="tiny",
             split="train",
@@ -65,7 +65,7 @@ class Tiny:
 
 def make_tiny(folder) -> Tiny:
     """Under the current mesh."""
-    text = question_text("yes_no", "Is it bright? Is it dark, or is it round?", reasoning=True)
+    text = question_text(replace(Tiny.question(0), question="Is it bright? Is it dark, or is it round?"), True)
     tokenizer = load_tokenizer(make_tokenizer([text] * 4, folder / "tokenizer", vocab_size=400))
     samples = [Tiny.question(i) for i in range(10)]
     write_samples(folder / "data", samples, name="tiny")

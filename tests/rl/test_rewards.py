@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infimed_jax.config import Grpo
-from infimed_jax.data.prompts import question_sample
+from infimed_jax.data.sample import Question
 from infimed_jax.rl.rewards import Attempt, load_reward
 from infimed_jax.rl.rewards.verifiable import well_formed
 
@@ -26,7 +26,7 @@ def score(reply, finished, question, grpo):
 
 
 def sample(kind="yes_no", answer="yes", options=()):
-    return question_sample(
+    return Question(
         id="t/train/0", source="t", split="train", images=(), kind=kind, question="Q?", answer=answer, options=options
     )
 

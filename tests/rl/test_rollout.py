@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from infimed_jax import config
 from infimed_jax.data.batch import Segment
 from infimed_jax.data.chat import render_prompt
-from infimed_jax.data.prompts import prompt_for
+from infimed_jax.data.sample import Chat, Turn
 from infimed_jax.errors import UserError
 from infimed_jax.models import forward
 from infimed_jax.models.compute import Compute
@@ -43,7 +43,7 @@ def test_prompt_order_is_pure_and_asks_everything_once_an_epoch():
 
 
 def test_questions_left_out_are_counted_by_reason(tiny):
-    chat = replace(tiny.samples[0], kind="chat")
+    chat = Chat("tiny/train/0", "tiny", "train", (), (Turn("user", ("Is it bright?",)),))
     many = tiny.question(1, images=5)
     long = replace(tiny.samples[0], question="Is it bright? " * 100)
     found = questions([chat, *tiny.samples[:3], many, long], tiny.tokenizer, tiny.cfg)
@@ -62,7 +62,7 @@ def test_questions_left_out_are_counted_by_reason(tiny):
 
 
 def test_the_fingerprint_is_of_what_is_asked_and_graded(tiny):
-    """Prompts are rendered anew from question and options, so the turns that a sample came with do not count."""
+    """Thoughts that a question carries are no part of its prompt."""
 
     def fingerprint(samples):
         return questions(samples, tiny.tokenizer, tiny.cfg).fingerprint
@@ -76,7 +76,7 @@ def test_the_fingerprint_is_of_what_is_asked_and_graded(tiny):
     prints = [fingerprint([replace(first, **change), *rest]) for change in ({}, *changes)]
     assert len(set(prints)) == len(prints)
     assert fingerprint([*rest, first]) not in prints
-    assert fingerprint([replace(first, turns=first.turns[:1]), *rest]) == prints[0]
+    assert fingerprint([replace(first, reasoning="Hm."), *rest]) == prints[0]
 
 
 def test_prompts_ask_for_reasoning_and_share_decoded_images(tiny):
@@ -86,7 +86,7 @@ def test_prompts_ask_for_reasoning_and_share_decoded_images(tiny):
     for sample, prompt in zip(tiny.samples, prompts, strict=False):
         text = tiny.tokenizer.decode(prompt.tokens)
         assert "\\boxed{}" in text and text.endswith("<|im_start|>assistant\n")
-        asked = render_prompt(prompt_for(sample, reasoning=True), tiny.tokenizer, 4, thinking=True)
+        asked = render_prompt(sample, tiny.tokenizer, 4, reasoning=True)
         np.testing.assert_array_equal(prompt.tokens, asked.tokens)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data_prep.tokenizer import make_tokenizer
 from infimed_jax.config import Config, Data, Optimizer, Train
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.sample import Chat, Document, Sample, Turn
 from infimed_jax.data.storage import write_samples
 from infimed_jax.models.infimed.config import Model, Projector, Text, Vision
 
@@ -41,12 +41,12 @@ def _samples(kind: str, count: int) -> list[Sample]:
     for number in range(count):
         answer, image = answers[number % 4], _image(number)
         if kind == "document":
-            turns = (Turn("document", (0, "\n", f"image {number}: {answer}")),)
+            chunk = (0, "\n", f"image {number}: {answer}")
+            samples.append(Document(f"toy/train/{number}", "toy", "train", (image,), (chunk,)))
         else:
             reasoning = f"Wait. I see {number}, so {answer}." if kind == "reasoning" else ""
             turns = (Turn("user", (0, f"\nwhat is {number}?")), Turn("assistant", (answer,), reasoning))
-        kept = "document" if kind == "document" else "open"
-        samples.append(Sample(f"toy/train/{number}", "toy", "train", kept, (image,), turns, answer=answer))
+            samples.append(Chat(f"toy/train/{number}", "toy", "train", (image,), turns))
     return samples
 
 

@@ -21,7 +21,7 @@ from infimed_jax.config import Config, ConfigError
 from infimed_jax.data.batch import build_row, stack_rows
 from infimed_jax.data.chat import load_tokenizer, render
 from infimed_jax.data.loader import Loader, make_loader
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.sample import Chat, Turn
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.models.infimed import config as infimed
@@ -422,7 +422,7 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_written(stage, t
 def test_the_printed_sample_shows_places_and_what_is_learnt(tokenizer_folder: Path):
     tokenizer = load_tokenizer(tokenizer_folder)
     turns = (Turn("user", (0, "\nwhat is the heart?")), Turn("assistant", ("large",)))
-    sample = Sample("toy/train/0", "toy", "train", "open", (b"",), turns)
+    sample = Chat("toy/train/0", "toy", "train", (b"",), turns)
     segment = render(sample, tokenizer, 4, [np.zeros((8, 8, 3), np.uint8)])
     model = infimed.Model(infimed.Vision(image_size=8, patch_size=4), infimed.Projector(visual_tokens=4))
     shape = {"context": 96, "images": 1, "model": model}

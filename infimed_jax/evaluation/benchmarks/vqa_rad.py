@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from infimed_jax.data.sample import Kind, Sample
+from infimed_jax.data.sample import Question, QuestionKind
 from infimed_jax.evaluation.benchmark import Benchmark
 
 
-def _kind(sample: Sample) -> Kind:
+def _kind(sample: Question) -> QuestionKind:
     return "open" if sample.kind == "closed" else sample.kind
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +18,8 @@ from data_prep.privacy import find, mask, scrub
 from data_prep.privacy import text as module
 from data_prep.privacy.patterns import KINDS
 from data_prep.privacy.text import NO_PROMISE
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.prompts import as_turns
+from infimed_jax.data.sample import Chat, Turn
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
 from tests.data_prep.samples import caption, damage, picture, question
@@ -226,9 +228,7 @@ def test_scrub_masks_text_everywhere_and_keeps_the_rest(tmp_path):
         Turn("user", ("On 2019-03-05: ", 0, " what?")),
         Turn("assistant", ("Seen.",), "Says Mr. Doe, aged 95."),
     )
-    chat = Sample(
-        "vqa_rad/train/7", "vqa_rad", "train", "chat", (picture(),), turns, meta={"image_id": "x/2019-03-05.png"}
-    )
+    chat = Chat("vqa_rad/train/7", "vqa_rad", "train", (picture(),), turns, meta={"image_id": "x/2019-03-05.png"})
     plain = caption(1)
     folder = dataset(tmp_path, [chat, plain, question(2, question="Was it on 5/3/2019?")])
     report = scrub(folder, tmp_path / "out")
@@ -240,7 +240,7 @@ def test_scrub_masks_text_everywhere_and_keeps_the_rest(tmp_path):
     assert first.images == chat.images
     assert first.meta == {"image_id": "x/2019-03-05.png", "identifiers": "age: 1, date: 1, name: 2"}
     assert second == plain
-    assert third.question == "Was it on [DATE]?" and "[DATE]" in third.turns[0].content[1]
+    assert third.question == "Was it on [DATE]?" and "[DATE]" in as_turns(third)[0].content[1]
     assert report["found"] == {"email": 0, "record": 0, "phone": 0, "date": 2, "name": 2, "age": 1}
     assert report["samples_with_findings"] == 2 and report["samples"] == 3
     assert report["findings"] == {"vqa_rad/train/7": {"age": 1, "date": 1, "name": 2}, "vqa_rad/train/2": {"date": 1}}
@@ -258,7 +258,7 @@ def test_flag_counts_the_same_and_changes_no_text(tmp_path):
     flagged, masked = scrub(folder, tmp_path / "flag", "flag"), scrub(folder, tmp_path / "mask")
     assert flagged["found"] == masked["found"] and flagged["findings"] == masked["findings"]
     for before, after in zip(samples, open_samples(tmp_path / "flag"), strict=True):
-        assert (before.turns, before.question, before.answer) == (after.turns, after.question, after.answer)
+        assert replace(after, meta=before.meta) == before
     assert [s.meta.get("identifiers") for s in open_samples(tmp_path / "flag")] == ["date: 1, name: 1", None, "date: 1"]
 
 

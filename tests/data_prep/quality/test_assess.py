@@ -14,7 +14,7 @@ from PIL import Image
 from data_prep.endpoint import Budget, BudgetReached, Endpoint
 from data_prep.quality.assess import MAX_CHARACTERS, TRIES, Plan, assess, shown
 from data_prep.quality.rubric import DIMENSIONS, KEYS
-from infimed_jax.data.sample import Sample, Turn
+from infimed_jax.data.sample import Chat, Document, Turn
 from infimed_jax.data.storage import write_samples
 from infimed_jax.errors import UserError
 from tests.data_prep import loopback as lo
@@ -109,7 +109,7 @@ def test_what_is_sent_is_the_sample_its_pixels_and_the_rubric_of_its_kind(tmp_pa
     big = picture(3, side=64, format="JPEG", exif=exif, comment=SECRET.encode())
     assert SECRET.encode() in big
     turns = (Turn("user", ("What is ", 1, " and ", 0, "?")), Turn("assistant", ("Lungs.",), "Let me see."))
-    sample = Sample("vqa_rad/train/0", "vqa_rad", "train", "chat", (big, picture(1)), turns)
+    sample = Chat("vqa_rad/train/0", "vqa_rad", "train", (big, picture(1)), turns)
     write_samples(tmp_path / "d", [sample, caption(1)], name="d")
     with lo.serve([lo.say(rating(3))]) as server:
         assess([tmp_path / "d"], tmp_path / "out", endpoint(server, image_side=32), Plan())
@@ -172,7 +172,7 @@ def test_replies_that_the_limit_cut_are_named_so_and_what_is_kept_is_not_to_be_a
 
 
 def test_every_reason_for_no_rating_is_named_and_too_few_ratings_decide_nothing(tmp_path, capsys):
-    bad_image = Sample("vqa_rad/train/9", "vqa_rad", "train", "document", (b"<html>",), (Turn("document", (0, "x")),))
+    bad_image = Document("vqa_rad/train/9", "vqa_rad", "train", (b"<html>",), ((0, "x"),))
     write_samples(tmp_path / "d", [*(caption(i, text=f"{SECRET} {i};") for i in range(4)), bad_image], name="d")
     faults = {"0;": lo.html, "1;": lo.say("", finish="content_filter"), "2;": lo.status(400, SECRET.encode())}
 

@@ -11,6 +11,7 @@ from data_prep.endpoint import Budget, BudgetReached, Endpoint
 from data_prep.reflection import reflect as module
 from data_prep.reflection.reflect import LOOK_AGAIN, Plan, reflect, unsampled
 from infimed_jax.config import Grpo
+from infimed_jax.data.prompts import as_turns
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
 from infimed_jax.rl.rewards import Attempt
@@ -44,7 +45,7 @@ def dataset(tmp_path, samples):
 
 
 def whole(sample) -> str:
-    turn = sample.turns[-1]
+    turn = as_turns(sample)[-1]
     return f"<think>{turn.reasoning}</think>{''.join(turn.content)}"
 
 
@@ -68,9 +69,9 @@ def test_only_what_reaches_its_answer_is_kept_and_the_rest_is_counted(tmp_path):
         assert (sample.images, sample.question, sample.answer) == (parent.images, parent.question, parent.answer)
         assert score(Attempt(parent, whole(sample), True), Grpo()).total == pytest.approx(1.0)
         assert sample.meta["reflection"] == "plain" and sample.meta["reasoning_by"] == "seer"
-        assert "\\boxed{}" in sample.turns[0].content[-1]  # the prompt asks for the form that the reply has
+        assert "\\boxed{}" in as_turns(sample)[0].content[-1]  # the prompt asks for the form that the reply has
     assert [sample.meta["reasoning_right"] for sample in made] == ["4/4", "1/4", "1/4"]
-    assert made[1].meta["reasoning_draws"] == "3" and made[1].turns[-1].reasoning == "It is dark there."
+    assert made[1].meta["reasoning_draws"] == "3" and made[1].reasoning == "It is dark there."
     assert report["left_out"] == {"no question with a gold answer": 1}
     assert report["alike"] == 2 and unsampled(report) == ""  # questions 1 and 3; 4 had no reply
     assert report["questions"] == 6 and report["reached"] == 3 and report["samples"] == 3
@@ -149,7 +150,7 @@ def test_sparse_sources_get_patterns_and_others_none(tmp_path):
     assert len(made) == 35
     seen = {0: set(), 1: set(), 2: set()}
     for parent, sample in made.items():
-        number, pattern, thoughts = int(parent.rsplit("/")[-1]), sample.meta["reflection"], sample.turns[-1].reasoning
+        number, pattern, thoughts = int(parent.rsplit("/")[-1]), sample.meta["reflection"], sample.reasoning
         draws = [int(draw) for draw in sample.meta["reasoning_draws"].split(",")]
         assert score(Attempt(sample, whole(sample), True), Grpo()).total == pytest.approx(1.0)
         if number >= 100:
@@ -190,7 +191,7 @@ def test_several_samples_of_a_question_are_the_best_first(tmp_path):
     made = list(open_samples(tmp_path / "out"))
     assert [sample.id.rsplit("/")[-1] for sample in made] == ["reflect-0", "reflect-1", "reflect-2"]
     assert made[0].meta["reflection"] in ("verified", "reexamined") and report["samples"] == 3
-    assert len({sample.turns[-1].reasoning for sample in made}) == 3
+    assert len({sample.reasoning for sample in made}) == 3
 
 
 def test_a_second_run_sends_nothing_and_a_stopped_one_goes_on(tmp_path):
