@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,12 +28,13 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def whole_file(path: Path) -> Iterator[Path]:
     """The place beside `path` to write to; it becomes `path` only after the block ended well.
 
-    Whatever ends the block otherwise (a full disk, Ctrl-C) leaves the old file, and nothing beside it.
+    Whatever ends the block otherwise (a full disk, Ctrl-C) leaves the old file, and nothing beside it. Several
+    processes may write the same file at once: each has a place of its own.
     """
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         yield part
         part.replace(path)
@@ -41,15 +44,28 @@ def _whole(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """As `whole_file`, for a folder that is absent or empty."""
+    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part")
+    part.mkdir(parents=True)
+    try:
+        yield part
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+@contextmanager
 def open_whole(path: Path) -> Iterator[TextIO]:
     """A UTF-8 file to write, in its place only after the block ended well; otherwise the old one stays."""
-    with _whole(path) as part, part.open("w", encoding="utf-8") as file:
+    with whole_file(path) as part, part.open("w", encoding="utf-8") as file:
         yield file
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Whole or not at all."""
-    with _whole(path) as part:
+    with whole_file(path) as part:
         part.write_bytes(content)
 
 

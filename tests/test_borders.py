@@ -277,7 +277,6 @@ KNOWN: dict[str, set[str]] = {
         "data_prep/sources/parts.py:even_parts",
         "data_prep/sources/tables.py:_hub",
         "data_prep/sources/webdataset.py:_source",
-        "infimed_jax/data/views.py:_save",
     },
 }
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from infimed_jax.files import to_json
+from infimed_jax.files import to_json, whole_file
 
 
 class Cache:
@@ -37,15 +35,9 @@ class Cache:
         """Raises OSError, and then there is no new entry."""
         file = self._file(key)
         file.parent.mkdir(exist_ok=True)
-        # A name of its own for each writer, and 0600 by mkstemp: replies may speak of patients.
-        handle, part = tempfile.mkstemp(prefix=".", suffix=".part", dir=file.parent)
-        try:
-            with open(handle, "wb") as stream:
-                stream.write(to_json({"key": key, "value": value}).encode())
-            os.replace(part, file)
-        except BaseException:
-            Path(part).unlink(missing_ok=True)
-            raise
+        with whole_file(file) as part:
+            part.touch(0o600)  # replies may speak of patients
+            part.write_text(to_json({"key": key, "value": value}), encoding="utf-8")
 
     def _file(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"

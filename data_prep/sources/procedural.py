@@ -6,9 +6,6 @@ A folder holds `images/*.png`, one `SPLIT.json` a split (a list of `{image, scen
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +24,7 @@ from infimed_jax.data import sample as samples
 from infimed_jax.data.prompts import LETTERS
 from infimed_jax.data.sample import Chat, Document, QuestionKind, Sample, Skipped, Turn
 from infimed_jax.errors import UserError
-from infimed_jax.files import to_json
+from infimed_jax.files import to_json, whole_folder
 
 SceneT = TypeVar("SceneT")
 
@@ -104,18 +101,11 @@ def write_folder(
         if (folder / RECIPE).is_file() and read_json(folder / RECIPE, dict) == recipe:
             return folder
         raise UserError(f"{folder} holds other files than {procedure.name} images of seed {seed}: remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
-    try:
+    with whole_folder(folder) as part:
         (part / "images").mkdir()
         for split, count in sizes.items():
             _write_split(procedure, part, seed, split, count, per_image)
         (part / RECIPE).write_text(to_json(recipe, indent=2) + "\n", encoding="utf-8")
-        part.chmod(0o755)  # mkdtemp's 0700 would keep colleagues out
-        os.rename(part, folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     return folder
 
 

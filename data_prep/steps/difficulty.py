@@ -26,6 +26,7 @@ from infimed_jax.data.storage import Samples
 from infimed_jax.data.training import open_for_training
 from infimed_jax.data.views import Choice
 from infimed_jax.errors import UserError
+from infimed_jax.files import whole_file
 from infimed_jax.progress import Report
 from infimed_jax.rl.difficulty import Plan, choose, count_right
 from infimed_jax.rl.rollout import Questions, questions
@@ -114,9 +115,8 @@ def _marked(dataset: Samples, pool: Questions, right: np.ndarray, kept: np.ndarr
 
 def draw_histogram(report: dict[str, Any], path: Path) -> None:
     """`histogram` as PNG."""
-    part = path.with_name(f".{path.name}.part")
-    histogram(report).savefig(part, format="png", dpi=120)
-    part.replace(path)
+    with whole_file(path) as part:
+        histogram(report).savefig(part, format="png", dpi=120)
 
 
 def histogram(report: dict[str, Any]) -> Any:

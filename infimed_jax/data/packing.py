@@ -10,10 +10,7 @@ import hashlib
 import io
 import itertools
 import json
-import os
-import uuid
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +24,7 @@ from infimed_jax.data.images import visual_tokens
 from infimed_jax.data.prompts import as_turns
 from infimed_jax.data.storage import UNREADABLE, CorruptRecord, Samples, record_name
 from infimed_jax.errors import UserError
-from infimed_jax.files import to_json
+from infimed_jax.files import to_json, write_bytes
 from infimed_jax.progress import Report
 
 TOO_LONG = "too long"
@@ -271,13 +268,8 @@ def _write_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _replace(file: Path, content: bytes) -> None:
-    """Write and rename, so that several processes may build the same index at once."""
-    part = file.with_name(f".{file.name}.{uuid.uuid4().hex}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        os.replace(part, file)
+        write_bytes(file, content)
     except OSError as error:
-        with suppress(OSError):  # otherwise each run on a full disk would leave less room
-            part.unlink(missing_ok=True)
         raise UserError(f"cannot write the packing index {file}: {error.strerror or error}") from error

@@ -12,13 +12,10 @@ import itertools
 import json
 import os
 import re
-import shutil
-import tempfile
-import uuid
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -31,7 +28,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from infimed_jax.data.records import JSON_FIELDS, TEXT_FIELDS, Tally, check_sample, from_record, to_record
 from infimed_jax.data.sample import Sample
 from infimed_jax.errors import UserError, one_line
-from infimed_jax.files import write_json
+from infimed_jax.files import whole_file, whole_folder, write_json
 
 MANIFEST = "manifest.json"
 INDICES = "indices.npz"
@@ -76,21 +73,13 @@ def write_samples(
         raise UserError(f"shard_size must be positive, not {shard_size}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already: remove it or choose another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
-    try:
+    with whole_folder(folder) as part:
         shards: list[str] = []
         rest = iter(samples)
         while batch := list(itertools.islice(rest, 1)):  # a look ahead, so that no shard is empty
             shards.append(f"{len(shards):06d}")
             write_shard(part, shards[-1], itertools.chain(batch, itertools.islice(rest, shard_size - 1)))
-        manifest = join_shards(part, shards, name=name, info=info)
-        part.chmod(0o755)  # mkdtemp's 0700 would keep colleagues out
-        os.rename(part, folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    return manifest
+        return join_shards(part, shards, name=name, info=info)
 
 
 def write_shard(folder: Path, shard: str, samples: Iterable[Sample]) -> int:
@@ -99,46 +88,38 @@ def write_shard(folder: Path, shard: str, samples: Iterable[Sample]) -> int:
     Shards may be written by many processes at once and in any order. Two or three samples are in memory, not all.
     UserError: an id occurs twice, or a sample contradicts itself. OSError: the disk is full, or fails.
     """
-    # A part of its own: a worker that was taken for dead may still write the same shard.
-    file, part = folder / shard, folder / f".{shard}.{uuid.uuid4().hex}.part"
     tally = Tally()
-    # group_size 1: each record is found and read alone, as random access wants. snappy: images do not compress, and
-    # zstd, the default, took four times as long on VQA-RAD's for 2 % less; without any it is hardly faster.
-    writer = ArrayRecordWriter(str(part), "group_size:1,snappy")
-    try:
-        for sample in samples:
-            check_sample(sample)
-            record = to_record(sample)
-            tally.add(sample, record)
-            try:
-                writer.write(record)
-            except RuntimeError as error:
-                raise _disk_error(error) from error
-        _close(writer)
-    except BaseException:  # else each run on a full disk would leave it fuller than the one before
-        with suppress(OSError):
-            _close(writer)
-        part.unlink(missing_ok=True)
-        raise
-    if tally.ids:
-        os.replace(part, file)
-    else:
-        part.unlink()
+    with whole_file(folder / shard) as part:
+        # group_size 1: each record is found and read alone, as random access wants. snappy: images do not compress, and
+        # zstd, the default, took four times as long on VQA-RAD's for 2 % less; without any it is hardly faster.
+        writer = ArrayRecordWriter(str(part), "group_size:1,snappy")
+        try:
+            for sample in samples:
+                check_sample(sample)
+                record = to_record(sample)
+                tally.add(sample, record)
+                with _disk_errors():
+                    writer.write(record)
+            with _disk_errors():
+                writer.close()
+        except BaseException:  # the file is removed next, so it must be closed
+            with suppress(RuntimeError):
+                writer.close()
+            raise
+    if not tally.ids:
+        (folder / shard).unlink()
     write_json(folder / f"{shard}.json", tally.facts())
     return len(tally.ids)
 
 
-def _close(writer: ArrayRecordWriter) -> None:
-    try:
-        writer.close()
-    except RuntimeError as error:
-        raise _disk_error(error) from error
-
-
-def _disk_error(error: RuntimeError) -> OSError:
+@contextmanager
+def _disk_errors() -> Iterator[None]:
     """The writer's error as what it is: a disk that is full, or fails."""
-    code = errno.ENOSPC if "No space left" in str(error) else errno.EIO
-    return OSError(code, f"{os.strerror(code)}: {_one_line(error)}")
+    try:
+        yield
+    except RuntimeError as error:
+        code = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+        raise OSError(code, f"{os.strerror(code)}: {_one_line(error)}") from error
 
 
 def join_shards(

@@ -13,7 +13,7 @@ import numpy as np
 from infimed_jax.data.records import Tally
 from infimed_jax.data.sample import Sample
 from infimed_jax.data.storage import INDICES, MANIFEST, Samples, View, sum_facts, with_meta
-from infimed_jax.files import to_json, write_json
+from infimed_jax.files import to_json, whole_file, write_json
 
 
 class Choice(NamedTuple):
@@ -41,7 +41,7 @@ def write_choice(folder: Path, shard: str, chosen: Iterable[Choice]) -> int:
         rows.append((choice.dataset, choice.number))
         meta.append(to_json(dict(choice.added), ensure_ascii=False) if choice.added else "")
     dataset, number = np.array(rows, np.int64).reshape(-1, 2).T
-    _save(folder / f"{shard}.npz", dataset=dataset, number=number, meta=np.array(meta, str))
+    _save(folder / f"{shard}.npz", {"dataset": dataset, "number": number, "meta": np.array(meta, str)})
     write_json(folder / f"{shard}.json", tally.facts())
     return len(rows)
 
@@ -79,7 +79,7 @@ def join_view(
     arrays = {"base": base.astype(np.int64), "number": number}
     if (meta != "").any():
         arrays["meta"] = meta
-    _save(folder / INDICES, **arrays)
+    _save(folder / INDICES, arrays)
     here = folder.resolve()
     listed = [
         {"folder": os.path.relpath(opened[k].folder.resolve(), here), "fingerprint": opened[k].fingerprint}
@@ -99,8 +99,6 @@ def _merged(meta: np.ndarray, rows: np.ndarray, before: np.ndarray) -> np.ndarra
     return values.astype(str)
 
 
-def _save(path: Path, **arrays: np.ndarray) -> None:
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with whole_file(path) as part, part.open("wb") as file:
         np.savez(file, **arrays)
-    part.replace(path)

@@ -23,7 +23,7 @@ from orbax.checkpoint import v1 as ocp
 
 from infimed_jax.data.chat import TOKENIZER_FILES, Tokenizer
 from infimed_jax.errors import UserError, disk_refusal, one_line
-from infimed_jax.files import to_json
+from infimed_jax.files import to_json, whole_folder
 from infimed_jax.runs.checksum import checksums
 from infimed_jax.trees import flatten
 
@@ -178,17 +178,15 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     `folder` is a run's, or a checkpoint that belongs to no run. With its own copy a run can be moved and read from any
     working folder; `Stored.metadata` names the copy.
     """
-    kept, part = folder / TOKENIZER, folder / f".{TOKENIZER}.part"
+    kept = folder / TOKENIZER
     file = kept / "tokenizer.json"
     if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == tokenizer.fingerprint:
         return
-    for old in (part, kept):  # left by a run that was killed, or that ended before its first checkpoint
-        shutil.rmtree(old, ignore_errors=True)
-    part.mkdir()
-    for name in TOKENIZER_FILES:
-        if (tokenizer.folder / name).is_file():
-            shutil.copyfile(tokenizer.folder / name, part / name)
-    part.rename(kept)
+    shutil.rmtree(kept, ignore_errors=True)  # left by a run that ended before its first checkpoint
+    with whole_folder(kept) as part:
+        for name in TOKENIZER_FILES:
+            if (tokenizer.folder / name).is_file():
+                shutil.copyfile(tokenizer.folder / name, part / name)
 
 
 def abstract_like(tree: Any) -> Any:

@@ -5,11 +5,14 @@ import os
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from data_prep.steps.copy import copy_dataset
+from data_prep.steps.mix import Part, mix
 from infimed_jax.config import ConfigError, Lora, to_dict
 from infimed_jax.data.storage import write_samples
 from infimed_jax.errors import Interrupted, UserError
@@ -188,6 +191,26 @@ def test_a_stopped_run_goes_on_exactly(tiny, tmp_path):
     write_samples(tmp_path / "fewer", tiny.samples[:-1], name="tiny")
     with pytest.raises(UserError, match=r"data\.dataset=.*fewer holds other questions; restore that or name another"):
         align(tiny, replace(cfg, data=replace(cfg.data, dataset=str(tmp_path / "fewer"))))
+
+
+def test_a_run_resumes_between_a_view_and_its_copy(tiny, tmp_path):
+    mix([Part(Path(tiny.cfg.data.dataset), share=0.8)], tmp_path / "view", 1)
+    copy_dataset(tmp_path / "view", tmp_path / "copy")
+
+    def cfg(data, output):
+        made = configure(tiny, tmp_path / output, steps=2, **ON_POLICY)
+        return replace(made, data=replace(made.data, dataset=str(tmp_path / data)))
+
+    def stop(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = align(tiny, cfg("view", "whole"), reward=each(says_bright))
+    for first, second in (("view", "copy"), ("copy", "view")):
+        with pytest.raises(Interrupted, match="after step 1 of 2"):
+            align(tiny, cfg(first, first), reward=each(says_bright), on_step=stop)
+        parts = align(tiny, cfg(second, first), reward=each(says_bright))
+        leaves_equal(parts.params, whole.params)
+        assert timeless(parts.history) == timeless(whole.history)
 
 
 def test_a_run_goes_on_after_it_and_its_start_were_moved(tiny, tmp_path):

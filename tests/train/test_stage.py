@@ -15,6 +15,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from data_prep.steps.copy import copy_dataset
+from data_prep.steps.mix import Part, mix
 from data_prep.tokenizer import make_tokenizer
 from infimed_jax import config
 from infimed_jax.config import Config, ConfigError
@@ -256,6 +258,23 @@ def test_samples_that_fit_no_row_are_counted_with_the_advice(stage, caplog):
     train(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, context=context)))
     dropped = sum(length > context for length in lengths)
     assert f"left out: {dropped} too long, to keep what no row holds raise data.context or data.images" in caplog.text
+
+
+def test_a_run_resumes_between_a_view_and_its_copy(stage, dataset, tmp_path: Path):
+    mix([Part(dataset("question", 12), share=0.7)], tmp_path / "view", 1)
+    copy_dataset(tmp_path / "view", tmp_path / "copy")
+    assert not list((tmp_path / "view").glob("*.array_record*"))
+
+    def cfg(data: str, output: str) -> Config:
+        made = stage(steps=6, output=str(tmp_path / output))
+        return dataclasses.replace(made, data=dataclasses.replace(made.data, dataset=str(tmp_path / data)))
+
+    whole = train(cfg("view", "whole"))
+    for first, second in (("view", "copy"), ("copy", "view")):
+        with pytest.raises(Interrupted, match="after step 3 of 6"):
+            train(cfg(first, first), on_step=lambda n, *_: os.kill(os.getpid(), signal.SIGINT) if n == 2 else None)
+        _assert_same(train(cfg(second, first)).params, whole.params)
+        assert _losses(tmp_path / first) == _losses(tmp_path / "whole")
 
 
 def test_settings_that_change_no_result_may_change_on_resume(stage):
