@@ -70,7 +70,7 @@ def _demo(folder: str, tokenizer: str, dataset: str) -> None:
     new = (Path("launch") / "demo").is_dir()
     stages = importlib.import_module("launch.demo.stages" if new else "launch.quickstart_stages")
     chain = importlib.import_module("launch.demo.chain" if new else "launch.quickstart")
-    progress = importlib.import_module("launch.progress").ChainProgress({})
+    progress = importlib.import_module("launch.cli.progress" if new else "launch.progress").ChainProgress({})
     progress.begin = progress.end = progress.update = lambda *_, **__: None
     settings = ("sampling.slots=16",)
     options = chain.Options(output=Path(folder), tokenizer=Path(tokenizer), settings=settings)

@@ -20,7 +20,8 @@ from typing import NoReturn
 sys.path.insert(len(sys.path) if __package__ else 0, str(Path(__file__).resolve().parents[1]))  # first for a script
 
 from infimed_jax.errors import Interrupted, UserError, describe
-from launch import accelerator, commands, distributed
+from launch import commands
+from launch.machine import accelerator, distributed
 
 EXIT_FAULT = 1  # a traceback, as Python's own
 EXIT_USER_ERROR = 2

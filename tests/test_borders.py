@@ -268,10 +268,6 @@ RULES: dict[str, Callable[[Iterable[Source]], set[str]]] = {
 }
 
 KNOWN: dict[str, set[str]] = {
-    "circles_of_folders": {
-        "infimed_jax <-> infimed_jax/config",
-        "launch <-> launch/commands <-> launch/commands/data <-> launch/demo",
-    },
     "keywords_handed_through": {
         "data_prep/sources/conversations.py:_source",
         "data_prep/sources/parts.py:even_parts",

@@ -23,7 +23,7 @@ from infimed_jax.files import to_json, write_json
 
 PACKAGE = Path(__file__).resolve().parents[1]
 HOW_TO_GET_IT = "libtpu is not installed: pip install 'jax[tpu]' (no TPU is needed) to compile instead of estimate"
-_SOURCES = ("models", "ops", "train", "rl", "plan", "sharding.py", "data/batch.py")
+_SOURCES = ("models", "ops", "train", "rl", "plan", "sharding", "data/batch.py")
 """What the compiled program is made of; a change in one of them makes every kept result void."""
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from infimed_jax.errors import UserError
 from infimed_jax.progress import gigabytes
-from launch.commands.arguments import add_command, add_group
-from launch.progress import progress_bar
+from launch.cli.arguments import add_command, add_group
+from launch.cli.progress import progress_bar
 
 DTYPES = ("bfloat16", "float32")
 

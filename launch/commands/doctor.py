@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from launch import accelerator
-from launch.commands.arguments import add_command, check_file
+from launch.cli.arguments import add_command, check_file
+from launch.machine import accelerator
 
 EXIT_SOMETHING_WRONG = 1
 
@@ -22,7 +22,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def doctor(args: argparse.Namespace) -> None:
     from infimed_jax.files import write_json
-    from launch.doctor import checks
+    from launch.machine.checks import checks
 
     check_file("--json", args.json)
     found = []

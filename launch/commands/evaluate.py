@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infimed_jax.errors import UserError
-from launch.commands.arguments import add_command, add_settings
-from launch.progress import progress_bar
+from launch.cli.arguments import add_command, add_settings
+from launch.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from infimed_jax.evaluation.statistics import Accuracy

@@ -12,7 +12,7 @@ from typing import Any
 
 from infimed_jax.errors import UserError
 from infimed_jax.files import make_folder
-from launch.commands.arguments import add_command, add_settings, check_file
+from launch.cli.arguments import add_command, add_settings, check_file
 
 
 def add(commands: argparse._SubParsersAction) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infimed_jax.errors import UserError
-from launch.commands.arguments import add_command, add_settings, check_file
+from launch.cli.arguments import add_command, add_settings, check_file
 
 if TYPE_CHECKING:
     from infimed_jax.config import Mesh

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from launch.commands.arguments import add_command, add_settings
-from launch.commands.declare import add_fields, build
+from launch.cli.arguments import add_command, add_settings
+from launch.cli.declare import add_fields, build
 
 
 def add(commands: argparse._SubParsersAction) -> None:

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from infimed_jax.config import load_groups
-from launch.commands.arguments import add_command
-from launch.commands.help import render
+from launch.cli.arguments import add_command
+from launch.cli.help import render
 
 
 def add(commands: argparse._SubParsersAction) -> None:

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from infimed_jax.config import Config, load
 from infimed_jax.errors import UserError
-from launch import accelerator
-from launch.commands.arguments import add_command, add_devices, add_settings
-from launch.progress import progress_bar, step_reports
+from launch.cli.arguments import add_command, add_devices, add_settings
+from launch.cli.progress import progress_bar, step_reports
+from launch.machine import accelerator
 
 TRAIN_GROUPS = ("model", "data", "optimizer", "mesh", "train")
 """Groups of settings that a training stage reads."""

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from infimed_jax import config as configuration
 from infimed_jax.data.chat import load_tokenizer
 from infimed_jax.files import write_json
-from launch.progress import ChainProgress
+from launch.cli.progress import ChainProgress
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 STAGES = {

@@ -14,9 +14,9 @@ import yaml
 from infimed_jax.data.chat import load_tokenizer
 from infimed_jax.errors import Interrupted, UserError, describe
 from infimed_jax.files import make_folder, write_json
+from launch.cli.progress import ChainProgress
 from launch.demo import chain as chains
 from launch.demo.chain import STAGES, STEPS, Chain, Options
-from launch.progress import ChainProgress
 
 
 def quickstart(options: Options) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from infimed_jax.rl.grpo import grpo
 from infimed_jax.sampling.policy import Policy
 from infimed_jax.sharding import make_mesh
 from infimed_jax.train.stage import train
+from launch.cli.progress import step_reports
 from launch.demo.chain import BLIND, LAST_DIRECT, LAST_SUPERVISED, REASONING, REINFORCED, SAMPLED, STAGES, Chain
 from launch.demo.data import Prepared, make_data, test_samples
-from launch.progress import step_reports
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import pytest
 
 from data_prep.endpoint.settings import Budget, Endpoint
 from data_prep.quality.assess import Plan
-from launch.commands.declare import add_fields, build
-from launch.commands.endpoint import add_endpoint, endpoint_of
+from launch.cli.declare import add_fields, build
+from launch.cli.endpoint import add_endpoint, endpoint_of
 
 
 def parsed(*arguments: str, prefix: str = "") -> argparse.Namespace:

@@ -18,7 +18,8 @@ import yaml
 from infimed_jax.config import to_dict
 from infimed_jax.errors import UserError
 from infimed_jax.runs.metrics import read_metrics
-from launch import distributed, run
+from launch import run
+from launch.machine import distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [*sorted((ROOT / "launch/tpu").glob("*.sh")), *sorted((ROOT / "launch/slurm").glob("*.sbatch"))]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from infimed_jax.errors import UserError
-from launch import accelerator, doctor
+from launch.machine import accelerator, checks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,7 +21,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.timeout(300)
 def test_a_cpu_in_order(tmp_path):
-    file = tmp_path / "doctor.json"
+    file = tmp_path / "checks.json"
     done = run("doctor", "--platform", "cpu", "--json", str(file))
     found = {check["name"]: check for check in json.loads(file.read_text())}
     assert list(found) == [
@@ -79,24 +79,24 @@ def test_torch_with_cuda_is_the_trap(monkeypatch):
     monkeypatch.setattr(metadata, "requires", lambda name: ["nvidia-cublas==13; sys_platform == 'linux'"])
     monkeypatch.setattr(accelerator.importlib.util, "find_spec", lambda name: object())
     assert accelerator.torch_cuda() == "2.13.0"
-    assert "uninstall torch" in doctor._torch().fix
+    assert "uninstall torch" in checks._torch().fix
     monkeypatch.setattr(metadata, "version", lambda name: "2.13.0+cpu")
-    assert accelerator.torch_cuda() == "" and doctor._torch().ok
+    assert accelerator.torch_cuda() == "" and checks._torch().ok
 
 
 def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    assert not doctor.compile_cache().ok
+    assert not checks.compile_cache().ok
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
-    assert doctor.compile_cache().ok and list((tmp_path / "cache").iterdir()) == []
+    assert checks.compile_cache().ok and list((tmp_path / "cache").iterdir()) == []
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-    assert not doctor.compile_cache().ok
+    assert not checks.compile_cache().ok
 
 
 def test_a_full_disk_and_a_missing_package(monkeypatch, tmp_path):
-    usage = doctor.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage._replace(free=2**30))
-    assert "free at least" in doctor._disk("disk", tmp_path / "not" / "made").fix
-    monkeypatch.setattr(doctor, "PACKAGES", ("jax", "no-such-package-here"))
-    assert "no-such-package-here" in doctor.versions().fix
+    usage = checks.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage._replace(free=2**30))
+    assert "free at least" in checks._disk("disk", tmp_path / "not" / "made").fix
+    monkeypatch.setattr(checks, "PACKAGES", ("jax", "no-such-package-here"))
+    assert "no-such-package-here" in checks.versions().fix

@@ -13,7 +13,8 @@ import pytest
 
 from data_prep.quality.rubric import DIMENSIONS
 from infimed_jax.data.storage import write_samples
-from launch import accelerator, run
+from launch import run
+from launch.machine import accelerator
 from tests.data_prep import loopback as lo
 from tests.data_prep.samples import caption, question
 

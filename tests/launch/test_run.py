@@ -17,7 +17,8 @@ import jax
 import pytest
 
 from infimed_jax.errors import UserError
-from launch import accelerator, commands
+from launch import commands
+from launch.machine import accelerator
 from launch.run import main, parse, quiet_after_failed_saves
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,7 +97,7 @@ def test_the_console_command_is_this_entry():
 
 
 def test_no_module_beside_the_script_hides_an_installed_package():
-    """`launch/distributed.py` has the name of a package that others install."""
+    """`launch/machine/distributed.py` has the name of a package that others install."""
     code = (
         "import importlib.util, runpy, sys\n"
         f"sys.path.insert(0, {str(ROOT / 'launch')!r})  # as `python launch/run.py` does\n"
@@ -208,15 +209,15 @@ def test_of_several_processes_one_that_fails_leaves_at_once(monkeypatch, capsys,
         raise SystemExit(code)
 
     monkeypatch.setattr("launch.commands.doctor.doctor", fail)
-    monkeypatch.setattr("launch.distributed.joined", lambda: True)
-    monkeypatch.setattr("launch.distributed.leave", leave)
+    monkeypatch.setattr("launch.machine.distributed.joined", lambda: True)
+    monkeypatch.setattr("launch.machine.distributed.leave", leave)
     for lasting in ("configure_jax", "quiet_after_failed_saves"):
         monkeypatch.setattr(f"launch.run.{lasting}", lambda: None)
     with pytest.raises(SystemExit) as left:
         main(["doctor"])
     assert left.value.code == code
     assert capsys.readouterr().err.startswith(words)
-    monkeypatch.setattr("launch.distributed.joined", lambda: False)
+    monkeypatch.setattr("launch.machine.distributed.joined", lambda: False)
     if code == 1:
         with pytest.raises(ZeroDivisionError):
             main(["doctor"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from launch.commands.arguments import add_group
+from launch.cli.arguments import add_group
 from launch.commands.data import mixing, packing, quality, sources
 
 STEPS = (sources, quality, mixing, packing)

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from launch.commands.arguments import add_command
+from launch.cli.arguments import add_command
+from launch.cli.declare import add_fields, build
+from launch.cli.progress import progress_bar
 from launch.commands.data.engines import add_engine, add_max_bad_records, engine_of
-from launch.commands.declare import add_fields, build
-from launch.progress import progress_bar
 
 
 def add(steps: argparse._SubParsersAction) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from launch.commands.arguments import add_command, add_settings
+from launch.cli.arguments import add_command, add_settings
+from launch.cli.progress import progress_bar
 from launch.commands.data.engines import add_engine, engine_of
-from launch.progress import progress_bar
 
 
 def add(steps: argparse._SubParsersAction) -> None:

@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from launch.commands.arguments import add_command, add_settings
+from launch.cli.arguments import add_command, add_settings
+from launch.cli.declare import add_fields, build
+from launch.cli.endpoint import add_endpoint, endpoint_of
+from launch.cli.progress import progress_bar
 from launch.commands.data.engines import add_engine, add_max_bad_records, engine_of
-from launch.commands.declare import add_fields, build
-from launch.commands.endpoint import add_endpoint, endpoint_of
-from launch.progress import progress_bar
 
 ASSESS, REFLECT = "data_prep.quality.assess:Plan", "data_prep.reflection.reflect:Plan"
 DIFFICULTY = "infimed_jax.rl.difficulty:Plan"

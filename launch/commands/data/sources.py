@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from infimed_jax.errors import UserError
-from launch.commands.arguments import add_command
+from launch.cli.arguments import add_command
+from launch.cli.progress import progress_bar
 from launch.commands.data.engines import add_engine, engine_of
-from launch.progress import progress_bar
 
 
 def add(steps: argparse._SubParsersAction) -> None:

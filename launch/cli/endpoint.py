@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from launch.commands.declare import add_fields, build
+from launch.cli.declare import add_fields, build
 
 if TYPE_CHECKING:
     from data_prep.endpoint.settings import Endpoint

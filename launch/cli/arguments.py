@@ -8,8 +8,8 @@ from pathlib import Path
 
 from infimed_jax.config import load_groups
 from infimed_jax.errors import UserError
-from launch import accelerator, distributed
-from launch.commands.help import render
+from launch.cli.help import render
+from launch.machine import accelerator, distributed
 
 Run = Callable[[argparse.Namespace], None]
 

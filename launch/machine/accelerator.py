@@ -10,8 +10,8 @@ import sys
 from collections.abc import Mapping
 
 from infimed_jax.errors import UserError, one_line
-from launch import distributed
-from launch.distributed import tpu_chips
+from launch.machine import distributed
+from launch.machine.distributed import tpu_chips
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 _CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from infimed_jax.cost.chips import GIB
 from infimed_jax.errors import UserError
-from launch import accelerator
+from launch.machine import accelerator
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 _LEAST_DISK = 5

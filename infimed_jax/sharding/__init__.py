@@ -1,0 +1,51 @@
+"""Where arrays live: the mesh (`mesh`), and the placing of weights and batches on it (`placement`)."""
+
+from infimed_jax.sharding.mesh import (
+    AXES,
+    abstract_mesh,
+    check_fits,
+    make_mesh,
+    mesh_sizes,
+    micro_batches,
+    row_shards,
+    run_mesh,
+    settle_mesh,
+)
+from infimed_jax.sharding.placement import (
+    BATCH,
+    LogicalAxes,
+    batch_sharding,
+    defer_grad_reduction,
+    gathered_spec,
+    local_rows,
+    on_mesh,
+    place_batch,
+    place_params,
+    reshape_rows,
+    spec_of,
+    stored_spec,
+)
+
+__all__ = [
+    "AXES",
+    "BATCH",
+    "LogicalAxes",
+    "abstract_mesh",
+    "batch_sharding",
+    "check_fits",
+    "defer_grad_reduction",
+    "gathered_spec",
+    "local_rows",
+    "make_mesh",
+    "mesh_sizes",
+    "micro_batches",
+    "on_mesh",
+    "place_batch",
+    "place_params",
+    "reshape_rows",
+    "row_shards",
+    "run_mesh",
+    "settle_mesh",
+    "spec_of",
+    "stored_spec",
+]
