@@ -166,7 +166,7 @@ def tiny_step() -> Check:
     from infimed_jax.train.state import init_state
     from infimed_jax.train.step import make_train_step, next_token_loss
 
-    tiny = Path(__file__).resolve().parents[1] / "configs/models/tiny.yaml"
+    tiny = Path(__file__).resolve().parents[2] / "configs/models/tiny.yaml"
     cfg = config.load([tiny], ["train.attention=xla", "train.logit_chunk=64", "train.remat=full"])
     random = np.random.default_rng(0)
     visual = np.arange(64) < cfg.model.visual_tokens
