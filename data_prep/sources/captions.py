@@ -7,12 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data_prep.reading.csv_rows import Table, csv_rows
 from data_prep.reading.faults import NO_TEXT, Unusable
-from data_prep.sources.files import Images, all_files, find_files, shard_name
-from data_prep.sources.parquet import parquet_parts, parquet_rows
-from data_prep.sources.parts import csv_parts, json_parts
-from data_prep.sources.rows import WHOLE, Part, Table, csv_rows, json_rows, read_json
-from data_prep.sources.source import Row, Source, caption_sample, filled, need, once, records, text
+from data_prep.reading.files import Images, all_files, find_files, shard_name
+from data_prep.reading.parquet import parquet_parts, parquet_rows
+from data_prep.reading.parts import csv_parts, json_parts
+from data_prep.reading.rows import WHOLE, Part, Row, json_rows, read_json
+from data_prep.sources.source import Source, caption_sample, filled, need, once, records, text
 from infimed_jax.data.sample import Sample, Skipped
 
 

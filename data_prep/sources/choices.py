@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from data_prep.reading.csv_rows import Table, csv_rows
 from data_prep.reading.faults import NO_ANSWER, NO_IMAGE, NO_QUESTION, NOT_AN_OPTION, Unusable
-from data_prep.sources.files import Images, find_files, shard_name, shards_of
-from data_prep.sources.parquet import parquet_rows
-from data_prep.sources.parts import csv_parts
-from data_prep.sources.rows import WHOLE, Part, Table, csv_rows, json_rows
-from data_prep.sources.source import Row, Source, choice_sample, filled, need, qa_sample, records, text
+from data_prep.reading.files import Images, find_files, shard_name, shards_of
+from data_prep.reading.parquet import parquet_rows
+from data_prep.reading.parts import csv_parts
+from data_prep.reading.rows import WHOLE, Part, Row, json_rows
+from data_prep.sources.source import Source, choice_sample, filled, need, qa_sample, records, text
 from infimed_jax.data.prompts import LETTERS
 from infimed_jax.data.sample import Sample, Skipped
 

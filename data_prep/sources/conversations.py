@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.reading.faults import BAD_TURNS, IMAGE_MARKS, NO_TEXT, VIDEO, Unusable
-from data_prep.sources.files import Images, find_files
-from data_prep.sources.parts import json_parts
-from data_prep.sources.rows import WHOLE, Part, json_rows
-from data_prep.sources.source import Option, Row, Source, caption_sample, filled, records, text
+from data_prep.reading.files import Images, find_files
+from data_prep.reading.parts import json_parts
+from data_prep.reading.rows import WHOLE, Part, Row, json_rows
+from data_prep.sources.source import Option, Source, caption_sample, filled, records, text
 from infimed_jax.data.sample import Chat, Sample, Skipped, Turn
 
 _MARK = re.compile(r"(<image>)")

@@ -23,10 +23,10 @@ from data_prep.reading.faults import (
     TOO_MANY_IMAGES,
     Unusable,
 )
-from data_prep.sources.files import Images, all_files, find_files, shard_name, shards_of
-from data_prep.sources.parquet import parquet_rows
-from data_prep.sources.rows import json_rows
-from data_prep.sources.source import Row, Source, numbered, text
+from data_prep.reading.files import Images, all_files, find_files, shard_name, shards_of
+from data_prep.reading.parquet import parquet_rows
+from data_prep.reading.rows import Row, json_rows
+from data_prep.sources.source import Source, numbered, text
 from data_prep.sources.webdataset import json_member
 from infimed_jax.data.sample import Document, Sample, Skipped
 

@@ -8,10 +8,11 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+from data_prep.reading.csv_rows import Table, csv_rows
 from data_prep.reading.faults import IMAGE_MISSING, NO_TEXT, Unusable
-from data_prep.sources.files import Images
-from data_prep.sources.rows import Table, csv_rows
-from data_prep.sources.source import Row, Source, caption_sample, filled, once, records, text
+from data_prep.reading.files import Images
+from data_prep.reading.rows import Row
+from data_prep.sources.source import Source, caption_sample, filled, once, records, text
 from infimed_jax.data.sample import Sample, Skipped
 
 NAME = "iu_xray"

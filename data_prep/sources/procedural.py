@@ -17,8 +17,8 @@ import joblib
 import numpy as np
 
 from data_prep.reading.faults import IMAGE_MISSING
-from data_prep.sources.files import read_image
-from data_prep.sources.rows import read_json, read_rows
+from data_prep.reading.files import read_image
+from data_prep.reading.rows import read_json, read_rows
 from data_prep.sources.source import Source
 from infimed_jax.data import sample as samples
 from infimed_jax.data.prompts import LETTERS

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.reading.faults import LANGUAGE, Unusable
-from data_prep.sources.files import Images
-from data_prep.sources.rows import read_rows
-from data_prep.sources.source import Row, Source, filled, qa_sample, question_and_answer, records, text
+from data_prep.reading.files import Images
+from data_prep.reading.rows import Row, read_rows
+from data_prep.sources.source import Source, filled, qa_sample, question_and_answer, records, text
 from infimed_jax.data.sample import Sample, Skipped
 
 NAME = "slake"

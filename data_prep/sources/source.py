@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.reading.faults import DUPLICATE, NO_ANSWER, NO_QUESTION, NO_TEXT, NOT_AN_OPTION, Unusable
+from data_prep.reading.rows import Row
 from infimed_jax.data.prompts import LETTERS
 from infimed_jax.data.sample import Document, Question, QuestionKind, Sample, Skipped
 from infimed_jax.errors import UserError
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.reading.faults import DAMAGED_FILE, NO_TEXT, NOT_UNICODE, Unusable
-from data_prep.sources.files import Images, NoFiles, find_files, shard_name
-from data_prep.sources.parquet import parquet_parts, parquet_rows
-from data_prep.sources.parts import even_parts
-from data_prep.sources.rows import WHOLE, Part
+from data_prep.reading.files import Images, NoFiles, find_files, shard_name
+from data_prep.reading.parquet import parquet_parts, parquet_rows
+from data_prep.reading.parts import even_parts
+from data_prep.reading.rows import WHOLE, Part, Row
 from data_prep.sources.source import (
     Option,
-    Row,
     Source,
     caption_sample,
     filled,

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources.files import Images
-from data_prep.sources.rows import Table, csv_rows
-from data_prep.sources.source import Row, Source, filled, qa_sample, question_and_answer, records, text
+from data_prep.reading.csv_rows import Table, csv_rows
+from data_prep.reading.files import Images
+from data_prep.reading.rows import Row
+from data_prep.sources.source import Source, filled, qa_sample, question_and_answer, records, text
 from infimed_jax.data.sample import Sample, Skipped
 
 NAME = "vqa_med_2019"

@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.reading.archives import read_webdataset
 from data_prep.reading.faults import NO_IMAGE, NO_TEXT, NOT_JSON, NOT_UNICODE, Unusable
-from data_prep.sources.files import all_files, shard_name, shards_of
+from data_prep.reading.files import all_files, shard_name, shards_of
 from data_prep.sources.source import Source, caption_sample, filled, records
 from infimed_jax.data.sample import Sample, Skipped
 from infimed_jax.files import to_json

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from data_prep.engine import HERE, Engine
-from data_prep.sources.rows import read_json
+from data_prep.reading.rows import read_json
 from data_prep.steps.step import (
     MAX_BAD_RECORDS,
     Slice,

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.engine import HERE, Engine
+from data_prep.reading.files import NoFiles
 from data_prep.reading.image_bytes import Kept, keep_image
+from data_prep.reading.rows import read_json
 from data_prep.sources import find_source
-from data_prep.sources.files import NoFiles
-from data_prep.sources.rows import read_json
 from data_prep.sources.source import Source, check_split, with_options
 from data_prep.steps.step import NoSamples, Step, finished_report, forget, make_dataset
 from infimed_jax.data.sample import Sample, Skipped

@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from data_prep.engine import HERE, Engine
 from data_prep.reading.faults import NOT_JSON, Unusable
-from data_prep.sources.rows import json_rows, read_json
+from data_prep.reading.rows import json_rows, read_json
 from data_prep.steps.step import MAX_BAD_RECORDS, Step, make_dataset, readable, refuse_damage, write_stream
 from infimed_jax.data.packing import PackingIndex
 from infimed_jax.data.records import TEXT_FIELDS, from_values

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.reading import files
 from data_prep.reading.archives import ZipFiles
 from data_prep.reading.faults import Unusable
-from data_prep.sources import files
-from data_prep.sources.files import Images, all_files, find_files, shards_of
+from data_prep.reading.files import Images, all_files, find_files, shards_of
 from infimed_jax.errors import UserError
 
 

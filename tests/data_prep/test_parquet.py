@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.engine import Engine
-from data_prep.sources import SOURCES, parts
-from data_prep.sources.parquet import parquet_parts, parquet_rows
-from data_prep.sources.rows import WHOLE, Part
+from data_prep.reading import parts
+from data_prep.reading.parquet import parquet_parts, parquet_rows
+from data_prep.reading.rows import WHOLE, Part
+from data_prep.sources import SOURCES
 from data_prep.sources.source import numbered
 from data_prep.steps.ingest import ingest
 from infimed_jax.data.storage import open_samples

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.reading import rows as module
+from data_prep.reading.csv_rows import Table, csv_rows
 from data_prep.reading.faults import Unusable
-from data_prep.sources import rows as module
-from data_prep.sources.rows import Table, csv_rows, json_rows, read_json
+from data_prep.reading.rows import json_rows, read_json
 from infimed_jax.errors import UserError
 
 TABLE = Table(("id", "text"))
@@ -22,7 +23,11 @@ def shown(rows) -> list:
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(st.characters(exclude_categories=("Cs",))),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(exclude_categories=("Cs",))),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('ab"\\,[]{}é', max_size=4), inner, max_size=3),
     max_leaves=8,
 )
@@ -45,8 +50,37 @@ def test_json_lists_equal_the_standard_parser_at_any_chunk_size(tmp_path_factory
     assert list(json_rows(file)) == rows
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 2**20])
+def test_several_lists_in_a_file_are_one_and_what_follows_them_is_reported(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(module, "_CHUNK", chunk)
+    for text, rows in {
+        ' [{"a": 1}, {"a": 2}]\n[]\n[ {"a": 3} ][{"a": 4},]\n': [{"a": n} for n in (1, 2, 3, 4)],
+        '[{"a": 1}]\n{"a": 2}, {"a": 3}]': [{"a": 1}, ("not valid JSON", "x.json entry 2, after the list")],
+        '[{"a": 1} {"a": 2}, {"a": 3}]': [("not valid JSON", "x.json entry 1"), {"a": 3}],
+        '[,{"a": 1},, {"a": 2}}, {"a": 3},]': [{"a": 1}, ("not valid JSON", "x.json entry 2"), {"a": 3}],
+        "[12345, true, {}, null]": [
+            *(("not a JSON object", f"x.json entry {n}") for n in (1, 2)),
+            {},
+            ("not a JSON object", "x.json entry 4"),
+        ],
+    }.items():
+        (tmp_path / "x.json").write_text(text)
+        assert shown(json_rows(tmp_path / "x.json")) == rows
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 2**20])
+def test_numbers_are_the_standard_parsers(tmp_path, monkeypatch, chunk):
+    """Among them those that other parsers refuse or change: NaN of pandas, long integers, all digits of a decimal."""
+    monkeypatch.setattr(module, "_CHUNK", chunk)
+    numbers = "0.1, 1.10, 5e-324, 0.30000000000000004, 1e400, -0.0, 12345678901234567890123, NaN, -Infinity"
+    for text in (f'[{{"a": [{numbers}]}}]', f'{{"a": [{numbers}]}}'):
+        (tmp_path / "x.json").write_text(text)
+        (row,) = json_rows(tmp_path / "x.json")
+        assert repr(row["a"]) == repr(json.loads(f"[{numbers}]"))
+
+
 @pytest.mark.parametrize("depth", [1, 2, 4, 5, 6, 7, 40])
-def test_rows_of_any_depth_are_told_apart(tmp_path, depth):
+def test_rows_of_any_depth_are_separated(tmp_path, depth):
     row = {"a": json.loads("[" * depth + '"]}", 1' + "]" * depth), "b": '[{"'}
     (tmp_path / "x.json").write_text(json.dumps([row, {"c": []}, row]))
     assert list(json_rows(tmp_path / "x.json")) == [row, {"c": []}, row]
@@ -95,9 +129,11 @@ def test_bad_entries_of_a_list_are_named_and_the_others_kept(tmp_path):
         ("[", 1),
         ('[{"a": 1}', 1),
         ('[{"a": 1},', 10),
-        ('\n[{"a": 1}, {"b": "', 11),
-        ('[{"a": 1}, {"b": {]', 10),
-        ('[{"a": 1}, {"b": "an "open one"}, {"c": 1}]', 10),
+        ('\n[{"a": 1}, {"b": "', 12),
+        ('[{"a": 1}, {"b": {]', 11),
+        ('[{"a": 1}, {"b": "an "open one"}, {"c": 1}]', 11),
+        ('[{"a": "é\\', 1),
+        ('[{"a": "é"}] [7, "]", tru', 23),
     ],
 )
 def test_a_list_that_ends_early_is_an_error_that_names_the_place(tmp_path, monkeypatch, content, byte, chunk):
@@ -108,7 +144,8 @@ def test_a_list_that_ends_early_is_an_error_that_names_the_place(tmp_path, monke
 
 
 @pytest.mark.parametrize("shape", ["lines", "list"])
-def test_a_record_above_the_bound_is_skipped_in_bounded_memory(tmp_path, shape):
+def test_a_record_above_the_bound_is_skipped_in_bounded_memory(tmp_path, monkeypatch, shape):
+    monkeypatch.setattr(module, "MAX_RECORD", 1_000_000)
     file = tmp_path / "x.json"
     with file.open("w") as stream:
         stream.write('[{"a": 1}, {"b": "' if shape == "list" else '{"a": 1}\n{"b": "')
@@ -117,7 +154,7 @@ def test_a_record_above_the_bound_is_skipped_in_bounded_memory(tmp_path, shape):
         stream.write('"}, {"a": 2}]' if shape == "list" else '"}\n{"a": 2}')
     assert file.stat().st_size > 20_000_000
     tracemalloc.start()
-    rows = shown(json_rows(file, limit=1_000_000))
+    rows = shown(json_rows(file))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     where = "x.json entry 2" if shape == "list" else "x.json line 2"
@@ -231,7 +268,7 @@ def test_tables_without_quotes_and_header(tmp_path):
     assert rows[0] == {"image": "a", "question": 'what is "this', "answer": "ct"} and len(rows) == 2
 
 
-def test_a_table_without_its_header_is_told_without_its_text(tmp_path):
+def test_a_table_without_its_header_is_reported_without_its_text(tmp_path):
     (tmp_path / "x.csv").write_text("7,a secret caption\n8,another\n")
     with pytest.raises(
         UserError, match=r"x\.csv seems to have no header: it needs a header with the columns id, text"

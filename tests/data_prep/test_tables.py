@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_prep.sources import SOURCES, parts
+from data_prep.reading import parts
+from data_prep.sources import SOURCES
 from data_prep.sources.source import with_options
 from infimed_jax.data.sample import Skipped
 from infimed_jax.errors import UserError

@@ -13,10 +13,9 @@ from typing import Any
 
 from data_prep.reading.archives import is_bomb
 from data_prep.reading.faults import DAMAGED_FILE, NOT_UNICODE, PARQUET_BOMB, Unusable
-from data_prep.sources.files import shard_name
-from data_prep.sources.parts import even_parts
-from data_prep.sources.rows import WHOLE, Part, check_state, state_of
-from data_prep.sources.source import Row
+from data_prep.reading.files import shard_name
+from data_prep.reading.parts import even_parts
+from data_prep.reading.rows import WHOLE, Part, Row, check_state, state_of
 from infimed_jax.errors import UserError
 
 _BATCH = 16
