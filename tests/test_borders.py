@@ -267,14 +267,7 @@ RULES: dict[str, Callable[[Iterable[Source]], set[str]]] = {
     )
 }
 
-KNOWN: dict[str, set[str]] = {
-    "keywords_handed_through": {
-        "data_prep/sources/conversations.py:_source",
-        "data_prep/sources/parts.py:even_parts",
-        "data_prep/sources/tables.py:_hub",
-        "data_prep/sources/webdataset.py:_source",
-    },
-}
+KNOWN: dict[str, set[str]] = {}
 
 
 @pytest.mark.parametrize("name", RULES)

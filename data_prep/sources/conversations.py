@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,42 +122,61 @@ def conversation(turns: Any, images: int) -> tuple[Turn, ...]:
     return tuple(made)
 
 
-def _source(title: str, form: Layout, **facts: Any) -> Source:
+def _source(
+    title: str,
+    form: Layout,
+    licence: str,
+    obtain: str,
+    size: str = "",
+    notes: str = "",
+    layout: str = "",
+    columns: tuple[str, ...] = _COLUMNS,
+) -> Source:
     where = " or ".join(place or "." for place in form.places)
-    defaults = {
-        "splits": ("train", "documents"),
-        "columns": _COLUMNS,
-        "layout": f"{' or '.join(form.file.split('|'))}; images in {where}",
-        "read": partial(read, form),
-        "shards": partial(parts, form.file),
-    }
-    return Source(name=form.name, title=title, **(defaults | facts))
+    return Source(
+        name=form.name,
+        title=title,
+        licence=licence,
+        splits=("train", "documents"),
+        size=size,
+        layout=layout or f"{' or '.join(form.file.split('|'))}; images in {where}",
+        columns=columns,
+        obtain=obtain,
+        notes=notes,
+        read=partial(read, form),
+        shards=partial(parts, form.file),
+    )
 
 
-_LLAVA_MED = {
-    "licence": "CC-BY-NC-4.0",
-    "obtain": "the files linked in the README of microsoft/LLaVA-Med; its download_images.py fetches the images",
-}
-# Flat: the card unpacks with unzip -j.
-_PUBMEDVISION = {
-    "licence": "Apache-2.0",
-    "size": "647,031 conversations",
-    "columns": (*_COLUMNS, "modality", "body_part"),
-    "layout": "the JSON file; images/ or images_0.zip to images_19.zip",
-    "obtain": "FreedomIntelligence/PubMedVision on the Hugging Face Hub; images_*.zip may stay packed",
-    "notes": "the licence is the card's; the images are figures of PubMed Central articles with their own terms",
-}
+_ANY = _source(
+    "Any LLaVA-style JSON or JSON lines",
+    Layout("llava_json", "{split}.json|{split}.jsonl", ("", "images", "images.zip")),
+    licence="unknown",
+    obtain="your own files",
+    notes="the licence is that of your files: it is not known here, so nothing of them is sent anywhere",
+    layout="SPLIT.json or SPLIT.jsonl (or option annotations); images beside it or in images/ (or option images)",
+)
+_llava_med = partial(
+    _source,
+    licence="CC-BY-NC-4.0",
+    obtain="the files linked in the README of microsoft/LLaVA-Med; its download_images.py fetches the images",
+)
+_pubmedvision = partial(
+    _source,
+    licence="Apache-2.0",
+    obtain="FreedomIntelligence/PubMedVision on the Hugging Face Hub; images_*.zip may stay packed",
+    size="647,031 conversations",
+    notes="the licence is the card's; the images are figures of PubMed Central articles with their own terms",
+    layout="the JSON file; images/ or images_0.zip to images_19.zip",
+    columns=(*_COLUMNS, "modality", "body_part"),
+)
+_LLAVA_MED_IMAGES = ("images", "images.zip")
 _PUBMEDVISION_IMAGES = ("", *(f"images_{number}.zip" for number in range(20)))
 
 SOURCES = (
-    _source(
-        "Any LLaVA-style JSON or JSON lines",
-        Layout("llava_json", "{split}.json|{split}.jsonl", ("", "images", "images.zip")),
-        licence="unknown",
+    replace(
+        _ANY,
         splits=("train", "documents", "validation", "test"),
-        layout="SPLIT.json or SPLIT.jsonl (or option annotations); images beside it or in images/ (or option images)",
-        obtain="your own files",
-        notes="the licence is that of your files: it is not known here, so nothing of them is sent anywhere",
         options=(
             Option(
                 "annotations",
@@ -171,43 +190,41 @@ SOURCES = (
         "MAmmoTH-VL-10M, single-image part of MAmmoTH-VL-Instruct-12M",
         Layout("mammoth_vl", "mammoth_si_10M.json", ("single_image_data", "")),
         licence="Apache-2.0",
-        size="about 10 million conversations; the JSON file is 21.8 GB",
         obtain="MAmmoTH-VL/MAmmoTH-VL-Instruct-12M on the Hugging Face Hub; unpack single_image_data/*.tar.gz there",
+        size="about 10 million conversations; the JSON file is 21.8 GB",
         notes="the licence is the card's; the images come from many sets with their own terms",
     ),
-    _source(
+    _llava_med(
         "LLaVA-Med alignment, 500K captions asked for",
         Layout(
             "llava_med_alignment",
             "llava_med_alignment_500k.json|alignment/llava_med_alignment_500k.json",
-            ("images", "images.zip"),
+            _LLAVA_MED_IMAGES,
             captioning=True,
         ),
         size="about 500,000 captions",
-        **_LLAVA_MED,
     ),
-    _source(
+    _llava_med(
         "LLaVA-Med instruct 60K",
         Layout(
             "llava_med_instruct",
             "llava_med_instruct_60k.json|instruct/llava_med_instruct_60k.json",
-            ("images", "images.zip"),
+            _LLAVA_MED_IMAGES,
         ),
         size="about 60,000 conversations",
-        **_LLAVA_MED,
     ),
-    _source(
+    _llava_med(
         "LLaVA-Med instruct 60K with in-text mentions (60K-IM-text)",
         Layout(
             "llava_med_60k_im_text",
             "llava_med_instruct_60k_inline_mention.json|instruct/llava_med_instruct_60k_inline_mention.json",
-            ("images", "images.zip"),
+            _LLAVA_MED_IMAGES,
         ),
         size="about 60,000 conversations",
         notes="that the paper's 60K-IM-text is this file is our reading, not stated there",
-        **_LLAVA_MED,
     ),
-    _source(
+    # flat: the card unpacks with unzip -j
+    _pubmedvision(
         "PubMedVision, alignment VQA",
         Layout(
             "pubmedvision_alignment",
@@ -216,11 +233,9 @@ SOURCES = (
             captioning=True,
             flat=True,
         ),
-        **_PUBMEDVISION,
     ),
-    _source(
+    _pubmedvision(
         "PubMedVision, instruction tuning VQA",
         Layout("pubmedvision_instruct", "PubMedVision_InstructionTuning_VQA.json", _PUBMEDVISION_IMAGES, flat=True),
-        **_PUBMEDVISION,
     ),
 )

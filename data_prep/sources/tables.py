@@ -4,6 +4,7 @@ Hugging Face Hub has them."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -136,14 +137,18 @@ _DOOR: dict[str, Any] = {
 }
 
 
-def _hub(name: str, **facts: Any) -> Source:
+def _hub(name: str, title: str, licence: str, size: str, repository: str, notes: str) -> Source:
     return Source(
         name=name,
+        title=title,
+        licence=licence,
+        size=size,
+        obtain=f"{repository} on the Hugging Face Hub",
+        notes=notes,
         layout="data/SPLIT-*.parquet",
         columns=("image", "question", "answer"),
         read=partial(read, name),
         shards=parquet_parts(files_of),
-        **facts,
     )
 
 
@@ -179,18 +184,20 @@ SOURCES = (
         title="PathVQA",
         licence="MIT",
         size="32,632 questions, 6,719 of them test",
-        obtain="flaviagiammarino/path-vqa on the Hugging Face Hub",
+        repository="flaviagiammarino/path-vqa",
         notes="the licence is the card's, not verified here; the images are from textbooks",
     ),
-    _hub(
-        "vqa_rad_hf",
-        title="VQA-RAD as the Hugging Face Hub has it",
-        licence="CC0-1.0",
+    replace(
+        _hub(
+            "vqa_rad_hf",
+            title="VQA-RAD as the Hugging Face Hub has it",
+            licence="CC0-1.0",
+            size="1,793 / 451 questions on 315 images",
+            repository="flaviagiammarino/vqa-rad",
+            notes="the usual split, without the columns of the original files (source vqa_rad)",
+        ),
+        splits=("train", "test"),
         commercial_use=True,
         allow_external_api=True,
-        splits=("train", "test"),
-        size="1,793 / 451 questions on 315 images",
-        obtain="flaviagiammarino/vqa-rad on the Hugging Face Hub",
-        notes="the usual split, without the columns of the original files (source vqa_rad)",
     ),
 )

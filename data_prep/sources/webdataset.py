@@ -63,15 +63,19 @@ def json_member(group: dict[str, bytes]) -> dict[str, Any]:
     return value
 
 
-def _source(name: str, **facts: Any) -> Source:
+def _source(name: str, title: str, licence: str, size: str, obtain: str, notes: str) -> Source:
     return Source(
         name=name,
+        title=title,
+        licence=licence,
+        size=size,
+        obtain=obtain,
+        notes=f"{notes}. Layout as img2dataset writes it",
         splits=("train",),
         layout="*.tar or *.tar.gz, in folders or not: KEY.jpg, KEY.txt (or the caption in KEY.json)",
         columns=("jpg", "txt", "json.caption", "json.uid"),
         read=partial(read, name),
         shards=shards_of(files_of),
-        **facts,
     )
 
 
@@ -82,7 +86,7 @@ SOURCES = (
         licence="CC-BY-4.0",
         size="the pool's medium scale is 128 million pairs; the subsets are the filters' choice of it",
         obtain="DataComp's metadata with img2dataset, or weizhiwang/Open-Qwen2VL-Data on the Hugging Face Hub",
-        notes="the licence is that of links and captions; each image keeps its own. Layout as img2dataset writes it",
+        notes="the licence is that of links and captions; each image keeps its own",
     ),
     _source(
         "ccs",
@@ -90,6 +94,6 @@ SOURCES = (
         licence="mixed: CC3M and CC12M free with acknowledgement, SBU not stated",
         size="as filtered by CapFilt; not verified here",
         obtain="img2dataset on BLIP's filtered list, or weizhiwang/Open-Qwen2VL-Data on the Hugging Face Hub",
-        notes="licence not verified here; each image keeps its own. Layout as img2dataset writes it",
+        notes="licence not verified here; each image keeps its own",
     ),
 )
