@@ -141,15 +141,18 @@ def read_rows(file: Path) -> list[Row]:
     return rows
 
 
-def json_rows(file: Path, part: Part = WHOLE) -> Iterator[Row | Unusable]:
-    """The objects of JSON lists or of JSON lines, one at a time. UserError: the file is missing, or a list is cut."""
+def json_rows(file: Path, part: Part = WHOLE, limit: int | None = None) -> Iterator[Row | Unusable]:
+    """The objects of JSON lists or of JSON lines, one at a time; `limit`: characters of one [MAX_RECORD].
+
+    UserError: the file is missing, or its list is cut.
+    """
     check_state(file, part)
     listed = is_list(file)
     with open_text(file, newline="", start=part.start) as stream:
         if listed:
-            rows: Iterable[Row | Unusable] = Entries(stream, f"{file.name} entry ", part.line, part.start > 0)
+            rows: Iterable[Row | Unusable] = Entries(stream, f"{file.name} entry ", part.line, limit, part.start > 0)
         else:
-            rows = _line_rows(Lines(stream, f"{file.name} line ", part.line))
+            rows = _line_rows(Lines(stream, f"{file.name} line ", part.line, limit))
         yield from part.of(rows)
     check_state(file, part)
 
@@ -214,8 +217,8 @@ def _check_unicode(raw: str, value: Any) -> None:
 class Lines:
     """Lines of bounded length; an overlong one raises Unusable in its turn, and the next follows it."""
 
-    def __init__(self, stream: io.TextIOWrapper, where: str = "", number: int = 0) -> None:
-        self.stream, self.where, self.limit = stream, where, MAX_RECORD
+    def __init__(self, stream: io.TextIOWrapper, where: str = "", number: int = 0, limit: int | None = None) -> None:
+        self.stream, self.where, self.limit = stream, where, limit or MAX_RECORD
         self.number = number
         """Lines read."""
         self.place = stream.buffer.tell()
@@ -251,9 +254,16 @@ class Entries:
     delimited by its brackets and quotes; one that exceeds MAX_RECORD is passed over without being kept.
     """
 
-    def __init__(self, stream: io.TextIOWrapper, where: str = "", number: int = 0, inside: bool = False) -> None:
+    def __init__(
+        self,
+        stream: io.TextIOWrapper,
+        where: str = "",
+        number: int = 0,
+        limit: int | None = None,
+        inside: bool = False,
+    ) -> None:
         """`inside`: the stream begins after an entry, not before the list."""
-        self.stream, self.where, self.limit = stream, where, MAX_RECORD
+        self.stream, self.where, self.limit = stream, where, limit or MAX_RECORD
         self.number = number
         """Entries read."""
         self.inside = inside

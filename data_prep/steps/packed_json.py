@@ -99,7 +99,7 @@ def _import_piece(on_progress: Report | None, file: Path, folder: Path, name: st
 
 def read_rows(file: Path) -> Iterator[list[Sample]]:
     """The samples of each row. UserError: one that is no packed row."""
-    for number, row in enumerate(json_rows(file, _LONGEST), start=1):
+    for number, row in enumerate(json_rows(file, limit=_LONGEST), start=1):
         if isinstance(row, Unusable) and row.reason == NOT_JSON and number == 1:
             yield _samples(read_json(file, dict), f"{file}")  # one row on many lines
             return
