@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from launch.cli.declare import add_fields, build
 
 if TYPE_CHECKING:
-    from data_prep.endpoint.settings import Endpoint
+    from data_prep.llm.settings import Endpoint
 
-ENDPOINT, BUDGET = (f"data_prep.endpoint.settings:{kind}" for kind in ("Endpoint", "Budget"))
+ENDPOINT, BUDGET = (f"data_prep.llm.settings:{kind}" for kind in ("Endpoint", "Budget"))
 
 
 def add_endpoint(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def add_endpoint(parser: argparse.ArgumentParser) -> None:
 
 def endpoint_of(args: argparse.Namespace) -> Endpoint:
     """UserError where the settings contradict themselves, or an outside endpoint lacks https or a budget."""
-    from data_prep.endpoint.settings import LOCAL, Budget, Endpoint
+    from data_prep.llm.settings import LOCAL, Budget, Endpoint
 
     budget = build(Budget, args, prefix="budget_")
     given = {"url": args.endpoint or LOCAL, "private": args.private_endpoint, "budget": budget}

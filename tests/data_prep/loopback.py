@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from data_prep.endpoint.sight import probes
+from data_prep.llm.sight import probes
 
 Behaviour = Callable[["Handler"], None]
 

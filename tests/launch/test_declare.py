@@ -5,15 +5,15 @@ import dataclasses
 
 import pytest
 
-from data_prep.endpoint.settings import Budget, Endpoint
-from data_prep.quality.assess import Plan
+from data_prep.llm.quality.assess import Plan
+from data_prep.llm.settings import Budget, Endpoint
 from launch.cli.declare import add_fields, build
 from launch.cli.endpoint import add_endpoint, endpoint_of
 
 
 def parsed(*arguments: str, prefix: str = "") -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    add_fields(parser, "data_prep.quality.assess:Plan", ("samples", "threshold", "max_tokens", "seed"), prefix)
+    add_fields(parser, "data_prep.llm.quality.assess:Plan", ("samples", "threshold", "max_tokens", "seed"), prefix)
     return parser.parse_args(arguments)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.quality.rubric import DIMENSIONS
+from data_prep.llm.quality.rubric import DIMENSIONS
 from infimed_jax.data.storage import write_samples
 from launch import run
 from launch.machine import accelerator

@@ -12,7 +12,7 @@ from launch.cli.endpoint import add_endpoint, endpoint_of
 from launch.cli.progress import progress_bar
 from launch.commands.data.engines import add_engine, add_max_bad_records, engine_of
 
-ASSESS, REFLECT = "data_prep.quality.assess:Plan", "data_prep.reflection.reflect:Plan"
+ASSESS, REFLECT = "data_prep.llm.quality.assess:Plan", "data_prep.llm.reflection.reflect:Plan"
 DIFFICULTY = "infimed_jax.rl.difficulty:Plan"
 
 
@@ -57,7 +57,7 @@ def add(steps: argparse._SubParsersAction) -> None:
 
 def assess(args: argparse.Namespace) -> None:
     endpoint = endpoint_of(args)
-    from data_prep.quality.assess import Plan, assess
+    from data_prep.llm.quality.assess import Plan, assess
 
     with progress_bar("assess") as bar:
         result = assess(args.input, args.output, endpoint, build(Plan, args), cache=args.cache, on_progress=bar)
@@ -69,7 +69,7 @@ def assess(args: argparse.Namespace) -> None:
 
 def reflect(args: argparse.Namespace) -> None:
     endpoint = endpoint_of(args)
-    from data_prep.reflection.reflect import Plan, reflect, unsampled
+    from data_prep.llm.reflection.reflect import Plan, reflect, unsampled
 
     with progress_bar("reflect") as bar:
         result = reflect(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
-from data_prep.quality.rubric import DIMENSIONS
+from data_prep.llm.quality.rubric import DIMENSIONS
 from infimed_jax.evaluation.answers import after_thinking
 
 

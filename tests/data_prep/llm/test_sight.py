@@ -11,9 +11,9 @@ import json
 import pytest
 from PIL import Image
 
-from data_prep.endpoint import Budget, BudgetReached, CallFailed, Endpoint, parts, run_jobs, speech
-from data_prep.endpoint.messages import image_count
-from data_prep.endpoint.sight import COUNTED, NOT_COUNTED, UNKNOWN, probes, verdict
+from data_prep.llm import Budget, BudgetReached, CallFailed, Endpoint, parts, run_jobs, speech
+from data_prep.llm.messages import image_count
+from data_prep.llm.sight import COUNTED, NOT_COUNTED, UNKNOWN, probes, verdict
 from tests.data_prep import loopback as lo
 
 PICTURE = io.BytesIO()

@@ -3,44 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-import json
 import logging
 import random
-import ssl
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin, urlsplit
 from weakref import WeakValueDictionary
 
-import httpx2
-
-from data_prep.endpoint.account import Account
-from data_prep.endpoint.cache import Cache
-from data_prep.endpoint.messages import Message, image_count, text_bytes
-from data_prep.endpoint.replies import FailedAttempt, Reply, read_reply, read_usage, retry_after
-from data_prep.endpoint.settings import Endpoint
-from data_prep.endpoint.sight import NOT_COUNTED, UNKNOWN, probes, verdict
+from data_prep.llm.account import Account
+from data_prep.llm.cache import Cache
+from data_prep.llm.messages import Message, image_count, text_bytes
+from data_prep.llm.replies import FailedAttempt, Reply, read_reply, read_usage
+from data_prep.llm.settings import Endpoint
+from data_prep.llm.sight import NOT_COUNTED, UNKNOWN, probes, verdict
+from data_prep.llm.transport import Transport
 from data_prep.sources import SOURCES
 from infimed_jax.errors import UserError
-from infimed_jax.files import to_json
 
 log = logging.getLogger(__name__)
-MAX_REPLY_BYTES = 2**24
-"""Of one HTTP reply: far above any text that a model writes."""
-
-UNUSABLE = {
-    401: "check the API key",
-    402: "the account there has no money left",
-    403: "check the API key and what it may do",
-    404: "check the address, which usually ends in /v1, and the model's name",
-    405: "check the address",
-}
-"""Answers that every other call would get too: they end the run."""
 UNKNOWN_MODEL = ("status 400", "status 404", "status 422")
 """Answers to a model's name that the server does not know, among others: transformers serve gives 400."""
 
@@ -77,24 +60,13 @@ class ChatClient:
         self._answered = False  # by a model, ever
         self._listing = asyncio.Lock()
         self._listed: list[str] | None = None  # the endpoint's models, once it was asked for them
-        for name in ("httpx2", "httpcore2"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # they log addresses and headers
-        key = endpoint.key()
-        self._http = httpx2.AsyncClient(
-            headers={"Accept": "application/json", "Accept-Encoding": "identity"}
-            | ({"Authorization": f"Bearer {key}"} if key else {}),
-            verify=_certificates(),
-            timeout=endpoint.timeout,
-            follow_redirects=False,
-            trust_env=endpoint.external,  # a proxy from the environment must not see what stays in the house
-            limits=httpx2.Limits(max_connections=endpoint.concurrency, max_keepalive_connections=endpoint.concurrency),
-        )
+        self._transport = Transport(endpoint)
 
     async def __aenter__(self) -> ChatClient:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        await self._http.aclose()
+        await self._transport.close()
 
     async def chat(
         self, source: str, messages: Sequence[Message], *, max_tokens: int, temperature: float, seed: int = 0
@@ -130,19 +102,18 @@ class ChatClient:
         return text_bytes(messages) + image_count(messages) * self.endpoint.budget.image_tokens
 
     async def _call(self, body: dict[str, Any]) -> Reply:
-        payload = to_json(body).encode()
         if image_count(body["messages"]):
             await self._look()
         for attempt in range(self.endpoint.attempts):
             await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
             try:
-                reply, _ = await self._attempt(payload, self._most(body), body["max_tokens"], read_reply)
+                reply, _ = await self._attempt(body, read_reply)
             except FailedAttempt as failure:
                 if failure.kind in UNKNOWN_MODEL:
                     await self._check_model(failure.kind)
-                if failure.mend:
-                    raise UserError(f"endpoint {self.endpoint.name} answers {failure.kind}: {failure.mend}") from None
-                if not failure.again or attempt + 1 == self.endpoint.attempts:
+                if failure.fix:
+                    raise UserError(f"endpoint {self.endpoint.name} answers {failure.kind}: {failure.fix}") from None
+                if not failure.retry or attempt + 1 == self.endpoint.attempts:
                     self._failed(failure.kind, of_endpoint=not failure.own)
                     raise CallFailed(failure.kind) from None
                 self.counts[f"again: {failure.kind}"] += 1
@@ -159,17 +130,16 @@ class ChatClient:
                 return
             self.sight, counted = UNKNOWN, []
             for body in probes(self.endpoint.model):
-                payload = to_json(body).encode()
                 try:
-                    _, used = await self._attempt(payload, self._most(body), body["max_tokens"], read_usage)
+                    _, used = await self._attempt(body, read_usage)
                 except FailedAttempt:
-                    return  # the calls themselves will tell
+                    return  # the calls themselves will fail alike
                 counted.append(used)
             self.sight = verdict(*counted)
             if self.sight == NOT_COUNTED:
                 log.warning(
                     "warning: endpoint %s counts next to no prompt tokens for an image: its model may never see them, "
-                    "for servers of text models drop them unsaid; serve a vision-language model",
+                    "for servers of text models drop them silently; serve a vision-language model",
                     self.endpoint.name,
                 )
 
@@ -182,24 +152,12 @@ class ChatClient:
             if self._answered:
                 return
             if self._listed is None:
-                self._listed = await self._models()
+                self._listed = await self._transport.models()
         if self._listed and self.endpoint.model not in self._listed:
             few = ", ".join(repr(name[:200]) for name in self._listed[:5]) + (", …" if len(self._listed) > 5 else "")
             raise UserError(
                 f"endpoint {self.endpoint.name} answers {kind} and has no model {self.endpoint.model!r}: it lists {few}"
             ) from None
-
-    async def _models(self) -> list[str]:
-        """Names of the endpoint's models; empty where it has no list, or none that can be read."""
-        try:
-            async with (
-                asyncio.timeout(self.endpoint.timeout),
-                self._http.stream("GET", self.endpoint.models_url) as response,
-            ):
-                listed = json.loads(await _read(response))["data"] if response.status_code == 200 else []
-            return [str(model["id"]) for model in listed]
-        except (TimeoutError, httpx2.HTTPError, FailedAttempt, ValueError, RecursionError, KeyError, TypeError):
-            return []
 
     async def _back_off(self, attempt: int, failure: FailedAttempt) -> None:
         endpoint = self.endpoint
@@ -223,83 +181,30 @@ class ChatClient:
                     "know the API key, or its model may take no images, or too few tokens for them and a reply "
                     "(--max-tokens, --image-side)"
                 ) from None
-            mend = (
-                "give it a longer --timeout or a lower --concurrency" if kind == "timed out" else "see its log, mend it"
+            fix = (
+                "give it a longer --timeout or a lower --concurrency" if kind == "timed out" else "see its log, fix it"
             )
             raise UserError(
                 f"endpoint {self.endpoint.name} failed {self._failures} calls in a row, the last: {kind}; replies so "
-                f"far are kept: {mend} and run the same command"
+                f"far are kept: {fix} and run the same command"
             ) from None
 
     async def _attempt(
-        self,
-        payload: bytes,
-        prompt: int,
-        limit: int,
-        read: Callable[[bytes], tuple[Any, tuple[int, int] | None]],
+        self, body: dict[str, Any], read: Callable[[bytes], tuple[Any, tuple[int, int] | None]]
     ) -> tuple[Any, tuple[int, int] | None]:
-        """What is `read` of the reply, whose second part are (prompt, reply) tokens where the endpoint counts them.
+        """What `read` makes of the reply, whose second part is (prompt, reply) tokens where the endpoint counts them.
 
-        Booked at `prompt` and `limit` tokens meanwhile. Raises FailedAttempt; only refusals (429, 5xx and other 4xx)
-        and calls that never left are taken to cost nothing.
+        Booked at its worst case before it is sent. Raises FailedAttempt; what was refused (4xx, 503) or never left is
+        taken to cost nothing, but a server that fails with another 5xx may have billed the call.
         """
-        async with self.account.booked(prompt, limit) as booking:
+        async with self.account.booked(self._most(body), body["max_tokens"]) as booking:
             self.counts["sent"] += 1
             try:
-                value, booking.used = read(await self._fetch(payload))
+                value, booking.used = read(await self._transport.complete(body))
             except FailedAttempt as failure:
                 booking.used = None if failure.charged else (0, 0)
                 raise
         return value, booking.used
-
-    async def _fetch(self, payload: bytes) -> bytes:
-        """The body of the answer. Raises FailedAttempt."""
-        try:
-            async with (
-                asyncio.timeout(self.endpoint.timeout),  # the client's own timeouts start anew with every byte
-                self._http.stream(
-                    "POST", self.endpoint.chat_url, content=payload, headers={"Content-Type": "application/json"}
-                ) as response,
-            ):
-                self._check_status(response)
-                return await _read(response)
-        except (TimeoutError, httpx2.TimeoutException):
-            raise FailedAttempt("timed out") from None
-        except httpx2.ConnectError as error:
-            kind = "certificate refused" if "CERTIFICATE" in str(error) else "connection refused"
-            raise FailedAttempt(kind, charged=False) from None
-        except httpx2.RemoteProtocolError as error:
-            cut = "complete message body" in str(error)  # h11 has no class of its own for a body that ends early
-            raise FailedAttempt("reply cut" if cut else "no HTTP reply") from None
-        except httpx2.TransportError:
-            raise FailedAttempt("connection broken") from None
-        except httpx2.DecodingError:
-            raise FailedAttempt("reply in a broken encoding") from None
-        except (httpx2.HTTPError, httpx2.InvalidURL):
-            raise FailedAttempt("request failed", again=False, own=True) from None
-
-    def _check_status(self, response: httpx2.Response) -> None:
-        status = response.status_code
-        if status == 200:
-            return
-        if status in UNUSABLE:
-            raise FailedAttempt(f"status {status}", charged=False, mend=UNUSABLE[status])
-        if 300 <= status < 400:
-            same = _target(self.endpoint.chat_url, response.headers.get("location", "")) == self.endpoint.parsed.netloc
-            kind = "redirected" if same else "redirected to another host"
-            raise FailedAttempt(f"{kind} (not followed)", again=False, charged=False)
-        if status == 429 or status == 503:
-            wait = retry_after(response.headers.get("retry-after", ""))
-            raise FailedAttempt(f"status {status}", charged=False, wait=wait)
-        if status >= 500 or status in (408, 409, 425):
-            raise FailedAttempt(f"status {status}", charged=False)
-        raise FailedAttempt(f"status {status}", again=False, charged=False, own=True)
-
-
-@functools.cache
-def _certificates() -> ssl.SSLContext:
-    """Read once: it takes a tenth of a second."""
-    return httpx2.create_ssl_context()
 
 
 def check_cleared(endpoint: Endpoint, source: str) -> None:
@@ -308,21 +213,3 @@ def check_cleared(endpoint: Endpoint, source: str) -> None:
         raise UserError(
             f"source {source} is not cleared for endpoints outside, and {endpoint.name} is one: use a local endpoint"
         )
-
-
-async def _read(response: httpx2.Response) -> bytes:
-    pieces, size = [], 0
-    async for piece in response.aiter_bytes():
-        size += len(piece)
-        if size > MAX_REPLY_BYTES:
-            raise FailedAttempt("reply too large", again=False, own=True)
-        pieces.append(piece)
-    return b"".join(pieces)
-
-
-def _target(url: str, location: str) -> str:
-    """Host and port that a redirect points to."""
-    try:
-        return urlsplit(urljoin(url, location)).netloc
-    except ValueError:
-        return ""

@@ -13,14 +13,14 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from data_prep.quality.parse import Outcome
-from data_prep.quality.rubric import DIMENSIONS, KEYS, OVERALL
+from data_prep.llm.quality.parse import Outcome
+from data_prep.llm.quality.rubric import DIMENSIONS, KEYS, OVERALL
 from infimed_jax.files import write_text
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SCORES = (1, 2, 3, 4, 5)
 COLOURS = ("#b5483a", "#e2a08a", "#d9d9d4", "#8fbfc0", "#0b6e75")
-"""Of scores 1 to 5: diverging, so that a bar's balance shows at once."""
+"""Colours of scores 1 to 5: diverging, so that a bar's balance shows at once."""
 INK, SOFT = "#1c2733", "#5b6b7b"
 
 

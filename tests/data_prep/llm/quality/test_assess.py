@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.endpoint import Budget, BudgetReached, Endpoint
-from data_prep.quality.assess import MAX_CHARACTERS, TRIES, Plan, assess, shown
-from data_prep.quality.rubric import DIMENSIONS, KEYS
+from data_prep.llm import Budget, BudgetReached, Endpoint
+from data_prep.llm.quality.assess import MAX_CHARACTERS, TRIES, Plan, assess, shown
+from data_prep.llm.quality.rubric import DIMENSIONS, KEYS
 from infimed_jax.data.sample import Chat, Document, Turn
 from infimed_jax.data.storage import write_samples
 from infimed_jax.errors import UserError
@@ -140,7 +140,7 @@ def test_bad_replies_are_asked_for_again_then_set_aside_and_never_zero(tmp_path)
     def answer(body, number):
         if "number 0;" in text_of(body):
             return lo.say(null)
-        if "number 1;" in text_of(body):  # mends itself when told
+        if "number 1;" in text_of(body):  # corrects itself
             return lo.say(rating(4) if len(body["messages"]) > 2 else null[:60])
         return lo.say(rating(4))
 
@@ -148,9 +148,9 @@ def test_bad_replies_are_asked_for_again_then_set_aside_and_never_zero(tmp_path)
         result = assess([tmp_path / "d"], tmp_path / "out", endpoint(server), Plan())
         asked = [body for body in server.requests if "number 0;" in text_of(body)]
         assert len(asked) == TRIES and len(server.requests) == TRIES + 2 + 6
-    mend = asked[-1]["messages"][-1]["content"]
+    complaint = asked[-1]["messages"][-1]["content"]
     assert [m["role"] for m in asked[-1]["messages"]] == ["system", "user", "assistant", "user"]
-    assert "no whole number from 1 to 5" in mend
+    assert "no whole number from 1 to 5" in complaint
     row = result["sources"]["vqa_rad"]
     assert row["unrated"] == {"reply: a score is no whole number from 1 to 5, or lacks its comment": 1}
     assert row["n"] == 7 and row["mean_overall"] == 4.0 and row["dimensions"]["Overall"]["counts"] == [0, 0, 0, 7, 0]

@@ -7,9 +7,9 @@ import re
 
 import pytest
 
-from data_prep.endpoint import Budget, BudgetReached, Endpoint
-from data_prep.reflection import reflect as module
-from data_prep.reflection.reflect import LOOK_AGAIN, Plan, reflect, unsampled
+from data_prep.llm import Budget, BudgetReached, Endpoint
+from data_prep.llm.reflection import reflect as module
+from data_prep.llm.reflection.reflect import LOOK_AGAIN, Plan, reflect, unsampled
 from infimed_jax.config import Grpo
 from infimed_jax.data.prompts import as_turns
 from infimed_jax.data.storage import open_samples, write_samples
@@ -94,7 +94,7 @@ def test_an_endpoint_that_takes_no_temperature_is_told(tmp_path):
         assert one["alike"] == 0 and unsampled(one) == ""
     with lo.serve([reply("liver")]) as server, pytest.raises(UserError, match=r"answer: 9\): all draws .* the same"):
         reflect(folder, tmp_path / "wrong", endpoint(server), Plan(draws=3))
-    with lo.serve([lo.status(400)]) as server, pytest.raises(UserError, match=r"400: 3\): mend that and run the same"):
+    with lo.serve([lo.status(400)]) as server, pytest.raises(UserError, match=r"400: 3\): fix that and run the same"):
         reflect(folder, tmp_path / "refused", endpoint(server), Plan(draws=3))
 
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.quality.parse import LONGEST, BadReply, parse_rating
-from data_prep.quality.rubric import DIMENSIONS, KEYS, instructions
+from data_prep.llm.quality.parse import LONGEST, BadReply, parse_rating
+from data_prep.llm.quality.rubric import DIMENSIONS, KEYS, instructions
 
 SCORES = (4, 5, 3, 1, 2, 4)
 

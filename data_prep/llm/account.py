@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data_prep.endpoint.settings import Budget
+from data_prep.llm.settings import Budget
 from infimed_jax.errors import UserError
 from infimed_jax.files import write_json
 

@@ -107,15 +107,15 @@ class Endpoint:
         return self.parsed.netloc
 
     @cached_property
-    def chat_url(self) -> str:
-        path = self.parsed.path.rstrip("/")
-        path = path if path.endswith("/chat/completions") else path + "/chat/completions"
+    def base_url(self) -> str:
+        """The address before `/chat/completions`."""
+        path = self.parsed.path.rstrip("/").removesuffix("/chat/completions")
         return f"{self.parsed.scheme}://{self.parsed.netloc}{path}"
 
     @property
-    def models_url(self) -> str:
-        """Where the models are listed that the server has."""
-        return self.chat_url.removesuffix("/chat/completions") + "/models"
+    def chat_url(self) -> str:
+        """Where a chat is completed."""
+        return f"{self.base_url}/chat/completions"
 
     @cached_property
     def reach(self) -> Reach:

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_prep.endpoint.account import BudgetReached
-from data_prep.endpoint.client import ChatClient, check_cleared
-from data_prep.endpoint.settings import Endpoint
+from data_prep.llm.account import BudgetReached
+from data_prep.llm.client import ChatClient, check_cleared
+from data_prep.llm.settings import Endpoint
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

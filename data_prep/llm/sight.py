@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from data_prep.endpoint.messages import parts, speech
+from data_prep.llm.messages import parts, speech
 
 COUNTED, NOT_COUNTED, UNKNOWN = "counted", "not counted", "unknown"
 _QUESTION = "Which colour is this?"
@@ -27,7 +27,7 @@ def probes(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def verdict(seen: tuple[int, int] | None, blind: tuple[int, int] | None) -> str:
-    """Of the accounts of both: an image that a model sees is tokens of its prompt."""
+    """The verdict from both token counts: an image that a model sees is tokens of its prompt."""
     if seen is None or blind is None:
         return UNKNOWN
     return COUNTED if seen[0] >= blind[0] + _LEAST else NOT_COUNTED

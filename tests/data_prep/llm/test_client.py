@@ -8,15 +8,18 @@ import io
 import json
 import logging
 import os
+import subprocess
+import sys
 import time
 
 import pytest
 from PIL import Image
 
-from data_prep.endpoint import Budget, BudgetReached, CallFailed, Endpoint, check_sources, parts, run_jobs, speech
-from data_prep.endpoint import client as client_module
-from data_prep.endpoint.client import ChatClient
-from data_prep.endpoint.replies import Reply, retry_after
+from data_prep.llm import Budget, BudgetReached, CallFailed, Endpoint, check_sources, parts, run_jobs, speech
+from data_prep.llm import client as client_module
+from data_prep.llm.client import ChatClient
+from data_prep.llm.replies import Reply, retry_after
+from data_prep.llm.transport import UNUSABLE
 from infimed_jax.errors import UserError
 from tests.data_prep import loopback as lo
 
@@ -121,7 +124,7 @@ def test_what_will_not_pass_is_not_tried_again(tmp_path, behaviour, kind):
         assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("code", client_module.UNUSABLE)
+@pytest.mark.parametrize("code", UNUSABLE)
 def test_what_every_call_would_get_ends_the_run(tmp_path, code):
     with lo.serve([lo.status(code, SECRET.encode())]) as server:
         with pytest.raises(UserError, match=f"127.0.0.1.*status {code}.*check|money") as error:
@@ -319,12 +322,25 @@ def test_without_a_usable_account_the_worst_case_stays_booked(tmp_path, usage):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("behaviour", "booked"), [(lo.status(500), 0), (lo.reset, WORST), (lo.cut_json, WORST)])
+@pytest.mark.parametrize(
+    ("behaviour", "booked"), [(lo.status(503), 0), (lo.status(400), 0), (lo.reset, WORST), (lo.cut_json, WORST)]
+)
 def test_only_a_call_that_was_refused_costs_nothing(tmp_path, behaviour, booked):
     with lo.serve([behaviour]) as server:
         ask(endpoint(server, attempts=1), tmp_path, max_tokens=50)
     spent = json.loads((tmp_path / "account.json").read_text())
     assert spent["prompt_tokens"] + spent["reply_tokens"] == booked and spent["calls"] == 1
+
+
+@pytest.mark.parametrize("code", [500, 502, 504])
+def test_a_server_error_may_have_been_billed(tmp_path, code):
+    """Such an attempt stays booked at its worst case, so retries of it cannot pass the budget."""
+    with lo.serve([lo.status(code)]) as server:
+        with pytest.raises(BudgetReached):
+            spend(endpoint(server, attempts=5, budget=Budget(tokens=3 * WORST + 1)), tmp_path, 1)
+        assert len(server.requests) == 3
+    spent = json.loads((tmp_path / "account.json").read_text())
+    assert spent["prompt_tokens"] + spent["reply_tokens"] == 3 * WORST and spent["at_worst"] == 3
 
 
 def test_images_are_booked(tmp_path):
@@ -379,10 +395,41 @@ def test_no_proxy_from_the_environment_sees_a_local_call(tmp_path, monkeypatch):
         assert not proxy.requests
 
 
+def test_nothing_from_openai_variables_is_used_or_sent(tmp_path, monkeypatch, caplog):
+    """Among them OPENAI_LOG, with which the package would log what is asked."""
+    caplog.set_level(logging.DEBUG)
+    names = ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID", "WEBHOOK_SECRET")
+    for name in names:
+        monkeypatch.setenv(f"OPENAI_{name}", "sk-foreign")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Foreign: sk-foreign\nAuthorization: Bearer sk-foreign")
+    monkeypatch.setenv("OPENAI_LOG", "debug")
+    with lo.serve([lo.say("foreign")]) as foreign, lo.serve([lo.say("ours")]) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", foreign.url)
+        assert ask(endpoint(server), tmp_path / "without")[0].text == "ours"
+        monkeypatch.setenv("THE_KEY", "sk-named")
+        assert ask(endpoint(server, key_variable="THE_KEY"), tmp_path / "with")[0].text == "ours"
+        assert not foreign.requests
+    without, named = ({name.lower(): value for name, value in headers.items()} for headers in server.headers)
+    assert without.keys() == {
+        "host", "connection", "accept", "accept-encoding", "content-type", "content-length"
+    }  # fmt: skip
+    assert named == without | {"authorization": "Bearer sk-named", "host": named["host"]}
+    assert SECRET not in caplog.text
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed(tmp_path, monkeypatch, code):
+    monkeypatch.setenv("THE_KEY", "sk-geheim")
+    with lo.serve([lo.say("elsewhere")]) as other:
+        with lo.serve([lo.status(code, Location=f"{other.url}/chat/completions")]) as server:
+            kind, _ = ask(endpoint(server, key_variable="THE_KEY"), tmp_path)
+        assert kind == "redirected to another host (not followed)" and not other.requests
+
+
 def test_what_is_not_cleared_never_leaves(tmp_path, monkeypatch):
     budget = Budget(tokens=10**6)
     outside = Endpoint(model="m", url="https://8.8.8.8/v1", budget=budget, attempts=1)
-    monkeypatch.setattr(client_module.httpx2.AsyncClient, "stream", lambda *_, **__: pytest.fail("sent"))
+    monkeypatch.setattr("httpx2.AsyncClient.send", lambda *_, **__: pytest.fail("sent"))
     for source in ("mimic", "no_such_source"):
         with pytest.raises(UserError, match=f"{source} is not cleared for endpoints outside, and 8.8.8.8 is one"):
             ask(outside, tmp_path, source=source)
@@ -392,7 +439,13 @@ def test_what_is_not_cleared_never_leaves(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*/*.json")) and not (tmp_path / "account.json").exists()
 
 
-def test_a_full_disk_is_told_and_leaves_nothing_half(tmp_path, monkeypatch):
+def test_without_the_package_its_extra_is_named():
+    code = "import sys\nsys.modules['openai'] = None\nimport data_prep.llm"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].endswith("needs the openai package: pip install 'infimed-jax[llm]'")
+
+
+def test_a_full_disk_is_reported_and_leaves_nothing_half(tmp_path, monkeypatch):
     def full(source, target):
         if str(target).endswith(".json") and "account" not in str(target):
             raise OSError(28, os.strerror(28), str(target))

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.endpoint import CallFailed, ChatClient, Endpoint, check_sources, parts, run_jobs, speech
-from data_prep.quality.parse import BadReply, Outcome, parse_rating
-from data_prep.quality.report import summarise, write_page
-from data_prep.quality.rubric import instructions
-from data_prep.quality.sampling import Place, draw
+from data_prep.llm import CallFailed, ChatClient, Endpoint, check_sources, parts, run_jobs, speech
+from data_prep.llm.quality.parse import BadReply, Outcome, parse_rating
+from data_prep.llm.quality.report import summarise, write_page
+from data_prep.llm.quality.rubric import instructions
+from data_prep.llm.quality.sampling import Place, draw
 from infimed_jax.data.images import ImageError
 from infimed_jax.data.prompts import as_turns
 from infimed_jax.data.sample import Sample
@@ -23,9 +23,9 @@ from infimed_jax.progress import Report
 TRIES = 3
 """Replies asked for until one is a rating; each further one is shown what was wrong."""
 MAX_CHARACTERS = 12_000
-"""Of a sample's text that the rater sees, and of a bad reply that it is shown again; cut samples are counted."""
+"""Bound on a sample's text that the rater sees, and on a bad reply that it is shown again; cut samples are counted."""
 _BY_ENDPOINT = "endpoint: "
-"""How a reason begins that another run may not find again."""
+"""Prefix of a reason that another run may not find again."""
 _CUT = "\n[The sample goes on; it was cut here for this rating.]"
 
 
@@ -112,10 +112,10 @@ def _write(output: Path, outcomes: Sequence[Outcome], assessment: dict[str, Any]
     sources = assessment["sources"]
     undecided = [name for name, row in sources.items() if row["keep"] is None]
     if undecided:
-        told = "; ".join(f"{name}: {sources[name]['reason']} ({_usual(sources[name])})" for name in undecided)
+        why = "; ".join(f"{name}: {sources[name]['reason']} ({_usual(sources[name])})" for name in undecided)
         again = any(reason.startswith(_BY_ENDPOINT) for name in undecided for reason in sources[name]["unrated"])
-        mend = "run the same command again" if again else "try another --model or --max-tokens: replies are kept"
-        raise UserError(f"no decision is written: {told}; see {output / 'report.html'}, and {mend}")
+        fix = "run the same command again" if again else "try another --model or --max-tokens: replies are kept"
+        raise UserError(f"no decision is written: {why}; see {output / 'report.html'}, and {fix}")
     fields = ("keep", "reason", "mean_overall", "n")
     decision = {name: {field: row[field] for field in fields} for name, row in sources.items()}
     threshold = assessment["plan"]["threshold"]
@@ -168,10 +168,10 @@ async def _rate(client: ChatClient, source: str, sample: Sample | str, plan: Pla
             return Outcome(source, sample.id, parse_rating(reply.text), cut=cut)
         except BadReply as bad:
             reason = "cut by the limit of tokens" if reply.finish == "length" else str(bad)
-            mend = f"That could not be read: {reason}. Reply with the JSON object alone, all six dimensions in it."
+            complaint = f"That could not be read: {reason}. Reply with the JSON object alone, all six dimensions in it."
             # servers refuse empty speech, which thoughts that were cut leave behind
-            said = reply.text[:MAX_CHARACTERS] if reply.text.strip() else "…"
-            messages = [*messages[:2], speech("assistant", said), speech("user", mend)]
+            shown_again = reply.text[:MAX_CHARACTERS] if reply.text.strip() else "…"
+            messages = [*messages[:2], speech("assistant", shown_again), speech("user", complaint)]
     return Outcome(source, sample.id, None, f"reply: {reason}", cut)
 
 

@@ -16,26 +16,26 @@ class FailedAttempt(Exception):
         self,
         kind: str,
         *,
-        again: bool = True,
+        retry: bool = True,
         charged: bool = True,
         own: bool = False,
         wait: float = 0.0,
-        mend: str = "",
+        fix: str = "",
     ) -> None:
-        """`again`: it may pass. `charged`: it may cost. `own`: only this request is at fault. `wait`: seconds that the
-        endpoint asks for. `mend`: what the user must do, where every other call would fail alike.
+        """`retry`: it may pass. `charged`: it may cost. `own`: only this request is at fault. `wait`: seconds that the
+        endpoint asks for. `fix`: what the user must do, where every other call would fail alike.
         """
         super().__init__(kind)
-        self.kind, self.again, self.charged, self.own, self.wait, self.mend = kind, again, charged, own, wait, mend
+        self.kind, self.retry, self.charged, self.own, self.wait, self.fix = kind, retry, charged, own, wait, fix
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model said."""
+    """A model's reply."""
 
     text: str
     reasoning: str
-    """Thoughts that the server has parted from the text; empty where there are none, or where they stand in it."""
+    """Thoughts that the server returns apart from the text; empty where there are none, or where they stand in it."""
     finish: str
     """The server's `finish_reason`: `stop`, `length` (cut by the limit), `content_filter`, …; empty if it gave none."""
 

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from data_prep.endpoint import Reply
+from data_prep.llm import Reply
 from infimed_jax.data.sample import Question
 from infimed_jax.evaluation.answers import gold_value, matches, parse_answer
 from infimed_jax.rl.rewards.verifiable import CLOSE_TAG, OPEN_TAG, well_formed

@@ -1,6 +1,6 @@
 """`reflect`: chains of thought by rejection sampling, and reflective patterns where a source says little itself.
 
-A vision-language model is asked each question several times, without ever being told the answer. What reaches the gold
+A vision-language model is asked each question several times, and never sees the answer. What reaches the gold
 answer under the one answer grammar, in the asked form, is kept. For sources whose answers are a few words
 (information-sparse; InfiMed, arXiv 2505.23867, names the idea and publishes neither prompts nor patterns), what was
 kept is built into one of the patterns of `chains`.
@@ -18,8 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from data_prep.endpoint import CallFailed, ChatClient, Endpoint, Message, Reply, check_sources, parts, run_jobs, speech
-from data_prep.reflection.chains import (
+from data_prep.llm import CallFailed, ChatClient, Endpoint, Message, Reply, check_sources, parts, run_jobs, speech
+from data_prep.llm.reflection.chains import (
     REFLECTIVE,
     Chain,
     Made,
@@ -51,9 +51,9 @@ from infimed_jax.progress import Report
 from infimed_jax.rl.rewards.verifiable import well_formed
 
 VERSION = 2
-"""Of prompts, patterns, joints and the report; raise it when they change."""
+"""Version of prompts, patterns, joints and the report; raise it when they change."""
 _BY_ENDPOINT = "endpoint: "
-"""How a reason begins that says nothing about the model's reply."""
+"""Prefix of a reason that says nothing about the model's reply."""
 SYSTEM = {
     "en": "You are an experienced physician who reads medical images. First reason step by step about what the image "
     "shows, inside <think> and </think>. Then give the answer alone in \\boxed{}, and nothing after it.",
@@ -106,7 +106,7 @@ class Outcome:
     failed: str = ""
     """Why it could not be asked."""
     alike: bool = False
-    """Several draws, and all said the same."""
+    """Several draws, all equal."""
 
 
 def reflect(
@@ -184,14 +184,14 @@ def reflect(
         )
     except NoSamples as error:
         counted = ", ".join(f"{reason}: {n}" for reason, n in (report["rejected"] | report["failed"]).items())
-        mend = unsampled(report) or "try another model or --draws"
+        fix = unsampled(report) or "try another model or --draws"
         if sum(report["failed"].values()) == len(asked):
-            mend = "mend that and run the same command"
-        raise UserError(f"no reply to {folder} reached its answer ({counted}): {mend}") from error
+            fix = "fix that and run the same command"
+        raise UserError(f"no reply to {folder} reached its answer ({counted}): {fix}") from error
 
 
 def unsampled(report: dict[str, Any]) -> str:
-    """What to tell of an endpoint whose draws never differ, as where a server takes no temperature; else empty."""
+    """The warning where draws never differ, as where a server takes no temperature; otherwise empty."""
     answered = report["questions"] - sum(report["failed"].values())
     if not answered or report["alike"] < answered:
         return ""
@@ -317,8 +317,8 @@ async def _second_look(
     client: ChatClient, sample: Question, chain: Chain, messages: list[Message], language: str, plan: Plan
 ) -> Chain | None:
     """What the model says after `chain` when it is asked to look again; None unless that reaches the answer too."""
-    said = speech("assistant", boxed(chain.thoughts, sample.answer))
-    again = [*messages, said, speech("user", LOOK_AGAIN[language])]
+    before = speech("assistant", boxed(chain.thoughts, sample.answer))
+    again = [*messages, before, speech("user", LOOK_AGAIN[language])]
     try:
         reply = await client.chat(
             sample.source, again, max_tokens=plan.max_tokens, temperature=plan.temperature, seed=chain.draw

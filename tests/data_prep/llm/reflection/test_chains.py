@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from data_prep.endpoint import Reply
-from data_prep.reflection.chains import Chain, boxed, corrected, holds, read_chain, reexamined, verified
+from data_prep.llm import Reply
+from data_prep.llm.reflection.chains import Chain, boxed, corrected, holds, read_chain, reexamined, verified
 from infimed_jax.config import Grpo
 from infimed_jax.rl.rewards import Attempt
 from infimed_jax.rl.rewards.verifiable import score

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from data_prep.endpoint import CallFailed, Endpoint, run_jobs, speech
-from data_prep.endpoint.replies import Reply, read_reply
+from data_prep.llm import CallFailed, Endpoint, run_jobs, speech
+from data_prep.llm.replies import Reply, read_reply
 from infimed_jax.errors import UserError
 from tests.data_prep import loopback as lo
 

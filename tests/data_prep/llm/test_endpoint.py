@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from data_prep.endpoint import Budget, Endpoint
+from data_prep.llm import Budget, Endpoint
 from infimed_jax.errors import UserError
 
 TOKENS = Budget(tokens=1000)

@@ -1,6 +1,6 @@
 """The drawn samples: so many of each source, the same ones by the same seed, and no one else's business."""
 
-from data_prep.quality.sampling import draw
+from data_prep.llm.quality.sampling import draw
 from infimed_jax.data.storage import open_samples, write_samples
 from tests.data_prep.samples import caption, damage
 
