@@ -98,8 +98,8 @@ class _Bomb(Exception):
     pass
 
 
-class _Bounded(io.RawIOBase):
-    """A stream that refuses single reads above a bound: a header may ask for a name of gigabytes."""
+class _Bounded:
+    """What tarfile asks of a stream. Reads above a bound are refused: a header may ask for a name of gigabytes."""
 
     def __init__(self, stream: IO[bytes], packed: IO[bytes] | None, limit: int) -> None:
         self.stream, self.packed, self.limit = stream, packed, limit
@@ -127,12 +127,6 @@ class _Bounded(io.RawIOBase):
 
     def tell(self) -> int:
         return self.stream.tell()
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
 
     def _check(self) -> None:
         if self.packed is not None and is_bomb(self.stream.tell(), self.packed.tell()):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import stat
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +31,6 @@ def all_files(folder: Path, *suffixes: str) -> list[Path]:
     if not found:
         raise NoFiles(f"{folder} holds no file that ends in {' or '.join(suffixes)}: check the input folder")
     return found
-
-
-def shards_of(files: Callable[[Path, str], list[Path]]) -> Callable[[Path, str], list[str]]:
-    """`Source.shards` of a split's files, whatever the options: their paths in the input folder."""
-    return partial(_relative, files)
-
-
-def _relative(files: Callable[[Path, str], list[Path]], folder: Path, split: str, **options: Any) -> list[str]:
-    return [shard_name(folder, file) for file in files(folder, split)]
 
 
 def shard_name(folder: Path, file: Path) -> str:
@@ -83,11 +72,6 @@ class Images:
         if isinstance(value, bytes) and value:
             return value
         return self.read(value if isinstance(value, str) else "")
-
-
-def read_image(folder: Path, name: str) -> bytes | None:
-    """The bytes of an image named by an annotation, or None where it is absent or lies outside of `folder`."""
-    return _read_inside(os.path.realpath(folder), name)
 
 
 def _read_inside(folder: str, name: str) -> bytes | None:

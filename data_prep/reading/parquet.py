@@ -1,4 +1,4 @@
-"""Rows of Parquet files, a few at a time, as the readers of `rows` give theirs, and such files cut into parts.
+"""Rows of Parquet files, a few at a time, as the readers of `rows` give theirs.
 
 A group of rows that cannot be read takes none of the others with it: one `Unusable` stands for its rows, which keep
 their numbers. So a row's number is its place in the file, however the file is read.
@@ -6,24 +6,19 @@ their numbers. So a row's number is its place in the file, however the file is r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_prep.reading.archives import is_bomb
 from data_prep.reading.faults import DAMAGED_FILE, NOT_UNICODE, PARQUET_BOMB, Unusable
-from data_prep.reading.files import shard_name
-from data_prep.reading.parts import even_parts
-from data_prep.reading.rows import WHOLE, Part, Row, check_state, state_of
+from data_prep.reading.rows import WHOLE, Part, Row, check_state
 from infimed_jax.errors import UserError
 
 _BATCH = 16
 """Rows held at once: an image has megabytes."""
 _BUFFER = 2**20
 """Bytes read at once; without a buffer Arrow reads a column of a whole group of rows, which may be the whole file."""
-_PER_GROUP = 4
-"""Parts of one group: none can be entered but at its beginning, and to pass over a row costs a tenth of its use."""
 
 
 def parquet_rows(
@@ -103,23 +98,13 @@ def _row(rows: Any, at: int, where: str) -> Row | Unusable:
         return Unusable(NOT_UNICODE, where)
 
 
-def parquet_parts(files: Callable[[Path, str], list[Path]]) -> Callable[..., list[Part]]:
-    """`Source.shards` of a split's files, whatever the options. UserError: one has gone."""
-    return partial(_parts, files)
-
-
-def _parts(files: Callable[[Path, str], list[Path]], folder: Path, split: str, **options: Any) -> list[Part]:
-    return [part for file in files(folder, split) for part in _file_parts(file, shard_name(folder, file))]
-
-
-def _file_parts(file: Path, name: str) -> list[Part]:
+def group_sizes(file: Path) -> list[int] | None:
+    """Rows of each group; None where the file is damaged, which its reader reports."""
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
-    state = state_of(file)
     try:
         with parquet.ParquetFile(file) as table:
-            groups = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
-    except (arrow.ArrowException, OSError):  # the reader says so
-        return [Part(file=name)]
-    return even_parts(sum(groups), -(-max(groups, default=0) // _PER_GROUP), file=name, state=state)
+            return [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+    except (arrow.ArrowException, OSError):
+        return None

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.reading.csv_rows import Table, csv_lines
+from data_prep.reading.files import shard_name
+from data_prep.reading.parquet import group_sizes
 from data_prep.reading.rows import WHOLE, Entries, Lines, Part, is_list, json_lines, open_text, state_of
 
 LEAST = 1024
@@ -21,6 +23,35 @@ _MOST = 4096
 """Rows of a part: the samples of a shard, `storage.SHARD_SIZE`, whose module takes seconds to import."""
 _PARTS = 32
 """Parts of a file, until each has `_MOST` rows."""
+_PER_GROUP = 4
+"""Parts of a Parquet file's group: none can be entered but at its beginning, and to pass over a row costs a tenth of
+its use."""
+
+
+def parts_of(files: Callable[[Path, str], list[Path]]) -> Callable[..., list[Part]]:
+    """`Source.shards`: the parts of a split's files, whatever the options. UserError: a file is missing."""
+    return partial(_split_parts, files)
+
+
+def _split_parts(files: Callable[[Path, str], list[Path]], folder: Path, split: str, **options: Any) -> list[Part]:
+    return [replace(part, file=shard_name(folder, file)) for file in files(folder, split) for part in _file_parts(file)]
+
+
+def _file_parts(file: Path) -> list[Part]:
+    """Parts by the kind of file; an archive is one."""
+    match file.suffix:
+        case ".parquet":
+            return _parquet_parts(file)
+        case ".csv":
+            return csv_parts(file, Table(()))
+        case ".json" | ".jsonl":
+            return json_parts(file)
+    return [WHOLE]
+
+
+def _parquet_parts(file: Path) -> list[Part]:
+    state, groups = state_of(file), group_sizes(file)
+    return even_parts(sum(groups), -(-max(groups, default=0) // _PER_GROUP), state) if groups is not None else [WHOLE]
 
 
 def json_parts(file: Path) -> list[Part]:
@@ -48,8 +79,8 @@ def _parts(file: Path, reader: type[Lines] | type[Entries], rows: Callable[[Any]
     return [replace(part, start=start, line=line) for part, start, line in parts]
 
 
-def even_parts(rows: int, least: int = 0, *, file: str = "", state: tuple[int, int] | None = None) -> list[Part]:
+def even_parts(rows: int, least: int = 0, state: tuple[int, int] | None = None) -> list[Part]:
     """So many rows in parts of one size, of at least `least` rows."""
     step = max(min(-(-rows // (_PARTS * LEAST)), _MOST // LEAST), -(-least // LEAST), 1) * LEAST
     firsts = range(0, max(rows, 1), step)
-    return [Part(first, stop, state=state, file=file) for first, stop in zip(firsts, [*firsts[1:], None], strict=True)]
+    return [Part(first, stop, state=state) for first, stop in zip(firsts, [*firsts[1:], None], strict=True)]

@@ -122,11 +122,10 @@ def read_json(file: Path, kind: type = list) -> Any:
         content = stream.read()
     try:
         value = json.loads(content)
-        _check_unicode(content, value)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON ({error}): download it again") from error
-    except Unusable as error:
-        raise UserError(f"{file} is not UTF-8: convert it, or download it again") from error
+    if not _is_unicode(content, value):
+        raise UserError(f"{file} is not UTF-8: convert it, or download it again")
     if not isinstance(value, kind):
         raise UserError(f"{file} must hold a JSON {kind.__name__}, not {type(value).__name__}")
     return value
@@ -197,21 +196,18 @@ def _object(value: Any, raw: str, where: str) -> Row | Unusable:
     """The value, if it is an object without lone surrogates; `raw` is the text that may hold them."""
     if not isinstance(value, dict):
         return Unusable(NOT_AN_OBJECT, where)
-    try:
-        _check_unicode(raw, value)
-    except Unusable as fault:
-        return Unusable(fault.reason, where)
-    return value
+    return value if _is_unicode(raw, value) else Unusable(NOT_UNICODE, where)
 
 
-def _check_unicode(raw: str, value: Any) -> None:
-    """Raises Unusable where text holds lone surrogates, escaped or from bytes that are not UTF-8."""
+def _is_unicode(raw: str, value: Any) -> bool:
+    """False where text holds lone surrogates, escaped or from bytes that are not UTF-8."""
     try:
         raw.encode()
         if _SURROGATE.search(raw):
             to_json(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise Unusable(NOT_UNICODE) from error
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Lines:

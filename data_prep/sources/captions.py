@@ -10,8 +10,8 @@ from typing import Any
 from data_prep.reading.csv_rows import Table, csv_rows
 from data_prep.reading.faults import NO_TEXT, Unusable
 from data_prep.reading.files import Images, all_files, find_files, shard_name
-from data_prep.reading.parquet import parquet_parts, parquet_rows
-from data_prep.reading.parts import csv_parts, json_parts
+from data_prep.reading.parquet import parquet_rows
+from data_prep.reading.parts import csv_parts, parts_of
 from data_prep.reading.rows import WHOLE, Part, Row, json_rows, read_json
 from data_prep.sources.source import Source, caption_sample, filled, need, once, records, text
 from infimed_jax.data.sample import Sample, Skipped
@@ -59,44 +59,32 @@ def _rocov2_files(folder: Path, split: str) -> list[Path]:
     return find_files(folder, f"{short}_captions.csv", f"data/{split}-*.parquet")
 
 
-_ROCOV2_TABLE = Table(("ID", "Caption"))
-
-
-def _rocov2_parts(folder: Path, split: str) -> list[Part]:
-    file = _rocov2_files(folder, split)[0]
-    return csv_parts(file, _ROCOV2_TABLE) if file.suffix == ".csv" else parquet_parts(_rocov2_files)(folder, split)
-
-
 def read_rocov2(folder: Path, split: str, part: Part = WHOLE) -> Iterator[Sample | Skipped]:
     short = {"train": "train", "validation": "valid", "test": "test"}[split]
     images = Images(folder / short, folder / f"{short}_images", folder / short / short, folder / f"{short}_images.zip")
     for file in [folder / part.file] if part.file else _rocov2_files(folder, split):
         if file.suffix == ".csv":
-            rows, make = csv_rows(file, _ROCOV2_TABLE, part), partial(_sample_by_id, images, "Caption", "ID")
+            rows, make = csv_rows(file, Table(("ID", "Caption")), part), partial(_sample_by_id, images, "Caption", "ID")
         else:
             columns = ("image", "image_id", "caption")
             rows, make = parquet_rows(file, columns, part), partial(_sample, images, "image", "caption", "image_id")
         yield from records(f"rocov2/{split}/{shard_name(folder, file)}", rows, make, part.first)
 
 
-def _pmc_oa_file(folder: Path, split: str) -> Path:
+def _pmc_oa_files(folder: Path, split: str) -> list[Path]:
     files = {
         "train": ("train.jsonl", "pmc_oa.jsonl"),
         "validation": ("valid.jsonl",),
         "test": ("test.jsonl",),
         "train_beta": ("pmc_oa_beta.jsonl",),
     }
-    return find_files(folder, *files[split])[0]
-
-
-def _pmc_oa_parts(folder: Path, split: str) -> list[Part]:
-    return json_parts(_pmc_oa_file(folder, split))
+    return find_files(folder, *files[split])[:1]
 
 
 def read_pmc_oa(folder: Path, split: str, part: Part = WHOLE) -> Iterator[Sample | Skipped]:
     places = ("caption_T060_filtered_top4_sep_v0_subfigures", "images")
     images = Images(*(folder / place for place in places), folder / "images.zip")
-    rows = json_rows(_pmc_oa_file(folder, split), part=part)
+    rows = json_rows(_pmc_oa_files(folder, split)[0], part)
     yield from records(f"pmc_oa/{split}", rows, partial(_sample, images, "image", "caption", "pmcid"), part.first)
 
 
@@ -185,7 +173,7 @@ SOURCES = (
         notes="the licence is the Hub card's; its articles are CC BY or CC BY-NC. The folders of the Zenodo archives "
         "are not verified here",
         read=read_rocov2,
-        shards=_rocov2_parts,
+        shards=parts_of(_rocov2_files),
     ),
     Source(
         name="pmc_oa",
@@ -198,7 +186,7 @@ SOURCES = (
         obtain="axiong/pmc_oa on the Hugging Face Hub",
         notes="excluded by the paper for its quality; layout as of the dataset card",
         read=read_pmc_oa,
-        shards=_pmc_oa_parts,
+        shards=parts_of(_pmc_oa_files),
     ),
     Source(
         name="medtrinity",
@@ -211,7 +199,7 @@ SOURCES = (
         obtain="UCSC-VLAA/MedTrinity-25M on the Hugging Face Hub, on request",
         notes="columns as of the dataset card; not verified here. Credentialed sets may be among its sources",
         read=read_medtrinity,
-        shards=parquet_parts(_medtrinity_files),
+        shards=parts_of(_medtrinity_files),
     ),
     Source(
         name="llava_med_fig_caption",

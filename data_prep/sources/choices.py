@@ -13,9 +13,9 @@ from pathlib import Path
 
 from data_prep.reading.csv_rows import Table, csv_rows
 from data_prep.reading.faults import NO_ANSWER, NO_IMAGE, NO_QUESTION, NOT_AN_OPTION, Unusable
-from data_prep.reading.files import Images, find_files, shard_name, shards_of
+from data_prep.reading.files import Images, find_files, shard_name
 from data_prep.reading.parquet import parquet_rows
-from data_prep.reading.parts import csv_parts
+from data_prep.reading.parts import parts_of
 from data_prep.reading.rows import WHOLE, Part, Row, json_rows
 from data_prep.sources.source import Source, choice_sample, filled, need, qa_sample, records, text
 from infimed_jax.data.prompts import LETTERS
@@ -31,24 +31,17 @@ _PMC_FILES = {
 _CHOICES = re.compile(r"\s*Answer Choices:\s*\(A\).*\Z", re.DOTALL)
 
 
-def _pmc_table(folder: Path, split: str) -> tuple[Path, Table]:
-    columns = ("Figure_path", "Question", *(f"Choice {letter}" for letter in "ABCD"), _pmc_answer(split))
-    return find_files(folder, *_PMC_FILES[split])[0], Table(columns)
-
-
-def _pmc_answer(split: str) -> str:
-    return "Answer_label" if split.endswith("v1") else "Answer"
-
-
-def _pmc_parts(folder: Path, split: str) -> list[Part]:
-    return csv_parts(*_pmc_table(folder, split))
+def _pmc_files(folder: Path, split: str) -> list[Path]:
+    return find_files(folder, *_PMC_FILES[split])[:1]
 
 
 def read_pmc_vqa(folder: Path, split: str, part: Part = WHOLE) -> Iterator[Sample | Skipped]:
     """Version 2 (`Answer` is the letter) and version 1 (`Answer_label` is, `Answer` the text)."""
     images = Images(*(folder / place for place in ("figures", "images", "images_2", "images_2.zip", "images.zip")))
-    rows = csv_rows(*_pmc_table(folder, split), part)
-    yield from records(f"pmc_vqa/{split}", rows, partial(_pmc_sample, images, _pmc_answer(split)), part.first)
+    answer = "Answer_label" if split.endswith("v1") else "Answer"
+    table = Table(("Figure_path", "Question", *(f"Choice {letter}" for letter in "ABCD"), answer))
+    rows = csv_rows(_pmc_files(folder, split)[0], table, part)
+    yield from records(f"pmc_vqa/{split}", rows, partial(_pmc_sample, images, answer), part.first)
 
 
 def _pmc_sample(images: Images, answer: str, id: str, row: Row) -> Sample:
@@ -64,11 +57,11 @@ def _omni_files(folder: Path, split: str) -> list[Path]:
     return find_files(folder, "QA_information/Open-access/*.json")
 
 
-def read_omnimedvqa(folder: Path, split: str, shard: str | None = None) -> Iterator[Sample | Skipped]:
+def read_omnimedvqa(folder: Path, split: str, part: Part = WHOLE) -> Iterator[Sample | Skipped]:
     images = Images(folder, folder / "Images.zip")
-    for file in [folder / shard] if shard else _omni_files(folder, split):
+    for file in [folder / part.file] if part.file else _omni_files(folder, split):
         prefix = f"omnimedvqa/{split}/{shard_name(folder, file)}"
-        yield from records(prefix, json_rows(file), partial(_omni_sample, images))
+        yield from records(prefix, json_rows(file, part), partial(_omni_sample, images), part.first)
 
 
 def _omni_sample(images: Images, id: str, row: Row) -> Sample:
@@ -103,11 +96,12 @@ def _mmmu_files(folder: Path, split: str) -> list[Path]:
     return [find_files(folder, f"{subject}/{split}-*.parquet")[0] for subject in MMMU_SUBJECTS]
 
 
-def read_mmmu(folder: Path, split: str, shard: str | None = None) -> Iterator[Sample | Skipped]:
+def read_mmmu(folder: Path, split: str, part: Part = WHOLE) -> Iterator[Sample | Skipped]:
     columns = ("id", "question", "options", "answer", "question_type", *_MMMU_IMAGES)
-    for file in [folder / shard] if shard else _mmmu_files(folder, split):
+    for file in [folder / part.file] if part.file else _mmmu_files(folder, split):
         prefix = f"mmmu_med/{split}/{shard_name(folder, file)}"
-        yield from records(prefix, parquet_rows(file, columns), partial(_mmmu_sample, Images(folder), file.parent.name))
+        make = partial(_mmmu_sample, Images(folder), file.parent.name)
+        yield from records(prefix, parquet_rows(file, columns, part), make, part.first)
 
 
 def _mmmu_sample(images: Images, subject: str, id: str, row: Row) -> Sample:
@@ -182,7 +176,7 @@ SOURCES = (
         obtain="xmcmic/PMC-VQA on the Hugging Face Hub",
         notes="the card says CC BY-SA without a version, from articles whose licence allows commercial use",
         read=read_pmc_vqa,
-        shards=_pmc_parts,
+        shards=parts_of(_pmc_files),
     ),
     Source(
         name="omnimedvqa",
@@ -194,7 +188,7 @@ SOURCES = (
         columns=("question_id", "question", "gt_answer", "image_path", "option_A..D", "question_type", "modality_type"),
         obtain="the link on OmniMedVQA's page",
         read=read_omnimedvqa,
-        shards=shards_of(_omni_files),
+        shards=parts_of(_omni_files),
         training_allowed=False,
     ),
     Source(
@@ -208,7 +202,7 @@ SOURCES = (
         obtain="MMMU/MMMU on the Hugging Face Hub",
         notes="licence as of the dataset card; not verified here",
         read=read_mmmu,
-        shards=shards_of(_mmmu_files),
+        shards=parts_of(_mmmu_files),
         training_allowed=False,
     ),
     Source(

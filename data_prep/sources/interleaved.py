@@ -10,8 +10,8 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from data_prep.reading.archives import read_webdataset
 from data_prep.reading.faults import (
@@ -23,10 +23,11 @@ from data_prep.reading.faults import (
     TOO_MANY_IMAGES,
     Unusable,
 )
-from data_prep.reading.files import Images, all_files, find_files, shard_name, shards_of
+from data_prep.reading.files import Images, all_files, find_files, shard_name
 from data_prep.reading.parquet import parquet_rows
-from data_prep.reading.rows import Row, json_rows
-from data_prep.sources.source import Source, numbered, text
+from data_prep.reading.parts import parts_of
+from data_prep.reading.rows import WHOLE, Part, Row, json_rows
+from data_prep.sources.source import Source, records, text
 from data_prep.sources.webdataset import json_member
 from infimed_jax.data.sample import Document, Sample, Skipped
 
@@ -68,29 +69,20 @@ def document(id: str, pieces: Iterable[Piece], joint: str) -> Iterator[Sample | 
         yield Document(id, source, split, tuple(images), contents, meta=meta)
 
 
-def _documents(prefix: str, rows: Iterable[Any], pieces: Any, joint: str) -> Iterator[Sample | Skipped]:
-    for id, row in numbered(prefix, rows):
-        try:
-            if isinstance(row, Unusable):
-                raise row
-            found = list(pieces(row))
-        except Unusable as fault:
-            yield Skipped(id, fault.reason, fault.detail, fault.records)
-        else:
-            yield from document(id, found, joint)
-
-
 def _obelics_files(folder: Path, split: str) -> list[Path]:
     return find_files(folder, "data/train-*.parquet", "train-*.parquet", "opt_out_docs_removed*/train-*.parquet")
 
 
-def read_obelics(folder: Path, split: str, shard: str | None = None) -> Iterator[Sample | Skipped]:
-    for file in [folder / shard] if shard else _obelics_files(folder, split):
+def read_obelics(folder: Path, split: str, part: Part = WHOLE) -> Iterator[Sample | Skipped]:
+    for file in [folder / part.file] if part.file else _obelics_files(folder, split):
         fetched = folder / "images" / file.stem
-        names, images = _fetched(fetched), Images(fetched)
-        prefix = f"obelics/{split}/{shard_name(folder, file)}"
-        rows = parquet_rows(file, ("images", "texts"))
-        yield from _documents(prefix, rows, lambda row, n=names, i=images: _obelics_pieces(row, n, i), "\n\n")
+        make = partial(_obelics_document, _fetched(fetched), Images(fetched))
+        rows = parquet_rows(file, ("images", "texts"), part)
+        yield from records(f"obelics/{split}/{shard_name(folder, file)}", rows, make, part.first)
+
+
+def _obelics_document(names: dict[str, str], images: Images, id: str, row: Row) -> Iterator[Sample | Skipped]:
+    return document(id, list(_obelics_pieces(row, names, images)), "\n\n")
 
 
 def _fetched(folder: Path) -> dict[str, str]:
@@ -125,12 +117,15 @@ def _mmc4_files(folder: Path, split: str) -> list[Path]:
     return all_files(folder, ".jsonl", ".tar", ".tar.gz")
 
 
-def read_mmc4(folder: Path, split: str, shard: str | None = None) -> Iterator[Sample | Skipped]:
-    for file in [folder / shard] if shard else _mmc4_files(folder, split):
-        images = Images(folder / "images" / file.stem, folder / "images")
-        rows: Iterator[Any] = json_rows(file) if file.suffix == ".jsonl" else _tar_documents(file)
-        prefix = f"mmc4/{split}/{shard_name(folder, file)}"
-        yield from _documents(prefix, rows, lambda row, i=images: _mmc4_pieces(row, i), " ")
+def read_mmc4(folder: Path, split: str, part: Part = WHOLE) -> Iterator[Sample | Skipped]:
+    for file in [folder / part.file] if part.file else _mmc4_files(folder, split):
+        make = partial(_mmc4_document, Images(folder / "images" / file.stem, folder / "images"))
+        rows = json_rows(file, part) if file.suffix == ".jsonl" else _tar_documents(file)
+        yield from records(f"mmc4/{split}/{shard_name(folder, file)}", rows, make, part.first)
+
+
+def _mmc4_document(images: Images, id: str, row: Row) -> Iterator[Sample | Skipped]:
+    return document(id, list(_mmc4_pieces(row, images)), " ")
 
 
 def _tar_documents(file: Path) -> Iterator[Row | Unusable]:
@@ -181,7 +176,7 @@ SOURCES: Sequence[Source] = (
         notes="the licence is the card's, for the collection; texts and images keep their own. The place of the images "
         "is our choice, as none is published; the columns of img2dataset's tables (url, key, status) are not verified",
         read=read_obelics,
-        shards=shards_of(_obelics_files),
+        shards=parts_of(_obelics_files),
         splits=("train",),
     ),
     Source(
@@ -194,7 +189,7 @@ SOURCES: Sequence[Source] = (
         obtain="the links of allenai/mmc4; the images are fetched by URL",
         notes="licence and size as the project states them, not verified here",
         read=read_mmc4,
-        shards=shards_of(_mmc4_files),
+        shards=parts_of(_mmc4_files),
         splits=("train",),
     ),
 )

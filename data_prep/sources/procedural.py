@@ -16,8 +16,8 @@ from typing import Any, Generic, TypeVar
 import joblib
 import numpy as np
 
-from data_prep.reading.faults import IMAGE_MISSING
-from data_prep.reading.files import read_image
+from data_prep.reading.faults import Unusable
+from data_prep.reading.files import Images
 from data_prep.reading.rows import read_json, read_rows
 from data_prep.sources.source import Source
 from infimed_jax.data import sample as samples
@@ -168,6 +168,7 @@ def balance(asked: Sequence[Sequence[Question]], rng: np.random.Generator) -> li
 
 def read_folder(name: str, folder: Path, split: str) -> Iterator[Sample | Skipped]:
     """The samples of a split: one caption or several questions an image. UserError: the folder is unusable."""
+    images = Images(folder)
     for number, row in enumerate(read_rows(folder / f"{split}.json")):
         id = f"{name}/{split}/{number:06d}"
         try:
@@ -175,10 +176,12 @@ def read_folder(name: str, folder: Path, split: str) -> Iterator[Sample | Skippe
             meta = {**row["meta"], "language": "en", "image_id": f"{name}/{split}/{number:06d}"}
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / f'{split}.json'}: entry {number} is incomplete ({error})") from error
-        image = read_image(folder, image_name)
-        if image is None:
-            yield Skipped(id, IMAGE_MISSING, image_name)
-        elif split == "pretrain":
+        try:
+            image = images.read(image_name)
+        except Unusable as fault:
+            yield Skipped(id, fault.reason, fault.detail)
+            continue
+        if split == "pretrain":
             chunk = (0, "\n" + caption)
             yield Document(id, name, split, (image,), (chunk,), meta=meta | {"template": "caption"})
         elif split == "alignment":

@@ -53,7 +53,7 @@ class Source:
     """How a user comes by those files."""
     read: Callable[..., Iterator[Sample | Skipped]]
     """(input folder, split, **options) to samples in a fixed order; (input folder, split, shard, **options) to those of
-    one of the `shards`. UserError: the folder or a file of annotations is unusable."""
+    one of the `shards`. UserError: the folder or a file of annotations cannot be used."""
     size: str = ""
     """As published."""
     columns: tuple[str, ...] = ()
@@ -63,9 +63,8 @@ class Source:
     """What a user should know, and what has not been verified on the published files."""
     options: tuple[Option, ...] = ()
     shards: Callable[..., list[Any]] | None = None
-    """(input folder, split, **options) to what can be read apart, so in parallel: the tars of a WebDataset, by name, or
-    the `Part`s of one long file. One after the other they give the samples of the split, ids included. None: a split
-    is one piece."""
+    """(input folder, split, **options) to what can be read in parallel, such as the `Part`s of the split's files
+    (`parts_of`). One after the other they give the samples of the split, ids included. None: a split is one piece."""
     module: str = ""
     """The user's module or .py file that declares it; empty for a source of this project. Set by `find_source`."""
     code: str = ""
@@ -146,26 +145,23 @@ def check_split(source: Source, split: str) -> None:
 
 
 def records(
-    prefix: str, rows: Iterable[Any], sample: Callable[[str, Any], Sample], first: int = 0
+    prefix: str, rows: Iterable[Any], make: Callable[[str, Any], Sample | Iterable[Sample | Skipped]], first: int = 0
 ) -> Iterator[Sample | Skipped]:
-    """One record a row, numbered from `first` on: the sample, or why there is none. `sample(id, row)` may raise
-    Unusable."""
-    for id, row in numbered(prefix, rows, first):
+    """What `make(id, row)` returns for each row, or why there is nothing: it may raise Unusable.
+
+    Rows are numbered from `first` on; after a fault of several records, their numbers are passed over.
+    """
+    number = first
+    for row in rows:
+        id = f"{prefix}/{number:05d}"
+        number += row.records if isinstance(row, Unusable) else 1
         try:
             if isinstance(row, Unusable):
                 raise row
-            record: Sample | Skipped = sample(id, row)
+            made = make(id, row)
         except Unusable as fault:
-            record = Skipped(id, fault.reason, fault.detail, fault.records)
-        yield record
-
-
-def numbered(prefix: str, rows: Iterable[Any], first: int = 0) -> Iterator[tuple[str, Any]]:
-    """Each row with its id; behind a fault of several records, the numbers of those are passed over."""
-    number = first
-    for row in rows:
-        yield f"{prefix}/{number:05d}", row
-        number += row.records if isinstance(row, Unusable) else 1
+            made = Skipped(id, fault.reason, fault.detail, fault.records)
+        yield from (made,) if isinstance(made, Sample | Skipped) else made
 
 
 def once(rows: Iterable[Row | Unusable], field: str) -> Iterator[Row | Unusable]:

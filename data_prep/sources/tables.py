@@ -11,8 +11,8 @@ from typing import Any
 
 from data_prep.reading.faults import DAMAGED_FILE, NO_TEXT, NOT_UNICODE, Unusable
 from data_prep.reading.files import Images, NoFiles, find_files, shard_name
-from data_prep.reading.parquet import parquet_parts, parquet_rows
-from data_prep.reading.parts import even_parts
+from data_prep.reading.parquet import parquet_rows
+from data_prep.reading.parts import even_parts, parts_of
 from data_prep.reading.rows import WHOLE, Part, Row
 from data_prep.sources.source import (
     Option,
@@ -148,7 +148,7 @@ def _hub(name: str, title: str, licence: str, size: str, repository: str, notes:
         layout="data/SPLIT-*.parquet",
         columns=("image", "question", "answer"),
         read=partial(read, name),
-        shards=parquet_parts(files_of),
+        shards=parts_of(files_of),
     )
 
 
@@ -161,7 +161,7 @@ SOURCES = (
         columns=("as the options say",),
         obtain="your own files, or most image sets of the Hugging Face Hub",
         read=partial(read, "parquet"),
-        shards=parquet_parts(files_of),
+        shards=parts_of(files_of),
         options=_QA_OPTIONS,
         **_DOOR,
     ),

@@ -10,7 +10,9 @@ from typing import Any
 
 from data_prep.reading.archives import read_webdataset
 from data_prep.reading.faults import NO_IMAGE, NO_TEXT, NOT_JSON, NOT_UNICODE, Unusable
-from data_prep.reading.files import all_files, shard_name, shards_of
+from data_prep.reading.files import all_files, shard_name
+from data_prep.reading.parts import parts_of
+from data_prep.reading.rows import WHOLE, Part
 from data_prep.sources.source import Source, caption_sample, filled, records
 from infimed_jax.data.sample import Sample, Skipped
 from infimed_jax.files import to_json
@@ -22,8 +24,8 @@ def files_of(folder: Path, split: str) -> list[Path]:
     return all_files(folder, ".tar", ".tar.gz", ".tgz")
 
 
-def read(name: str, folder: Path, split: str, shard: str | None = None) -> Iterator[Sample | Skipped]:
-    for file in [folder / shard] if shard else files_of(folder, split):
+def read(name: str, folder: Path, split: str, part: Part = WHOLE) -> Iterator[Sample | Skipped]:
+    for file in [folder / part.file] if part.file else files_of(folder, split):
         yield from records(f"{name}/{split}/{shard_name(folder, file)}", read_webdataset(file), _sample)
 
 
@@ -75,7 +77,7 @@ def _source(name: str, title: str, licence: str, size: str, obtain: str, notes: 
         layout="*.tar or *.tar.gz, in folders or not: KEY.jpg, KEY.txt (or the caption in KEY.json)",
         columns=("jpg", "txt", "json.caption", "json.uid"),
         read=partial(read, name),
-        shards=shards_of(files_of),
+        shards=parts_of(files_of),
     )
 
 

@@ -10,7 +10,9 @@ import pytest
 from data_prep.reading import files
 from data_prep.reading.archives import ZipFiles
 from data_prep.reading.faults import Unusable
-from data_prep.reading.files import Images, all_files, find_files, shards_of
+from data_prep.reading.files import Images, all_files, find_files
+from data_prep.reading.parts import parts_of
+from data_prep.reading.rows import Part
 from infimed_jax.errors import UserError
 
 
@@ -72,6 +74,7 @@ def test_patterns_that_match_nothing_are_named(tmp_path):
     (tmp_path / "deep" / "0.tar.gz").write_bytes(b"")
     found = all_files(tmp_path, ".tar", ".tar.gz")
     assert [file.name for file in found] == ["a.tar", "b.tar", "0.tar.gz"]
-    assert shards_of(lambda folder, split: found)(tmp_path, "train") == ["a.tar", "b.tar", "deep/0.tar.gz"]
+    parts = [Part(file=name) for name in ("a.tar", "b.tar", "deep/0.tar.gz")]
+    assert parts_of(lambda folder, split: found)(tmp_path, "train") == parts
     with pytest.raises(UserError, match=r"holds no file that ends in \.parquet"):
         all_files(tmp_path, ".parquet")

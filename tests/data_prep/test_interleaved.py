@@ -81,7 +81,7 @@ def test_obelics_joins_urls_with_fetched_images(tmp_path):
         Skipped(f"{prefix}/00003", "file is damaged", "images and texts of different length"),
     ]
     (part,) = source.shards(tmp_path, "train")
-    assert part == f"data/{stem}.parquet" and list(source.read(tmp_path, "train", part)) == records
+    assert part.file == f"data/{stem}.parquet" and list(source.read(tmp_path, "train", part)) == records
 
 
 def mmc4(**changes) -> dict:

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from data_prep.engine import Engine
 from data_prep.reading import parts
-from data_prep.reading.parquet import parquet_parts, parquet_rows
+from data_prep.reading.parquet import parquet_rows
 from data_prep.reading.rows import WHOLE, Part
 from data_prep.sources import SOURCES
-from data_prep.sources.source import numbered
+from data_prep.sources.source import records
 from data_prep.steps.ingest import ingest
+from infimed_jax.data.sample import Skipped
 from infimed_jax.data.storage import open_samples
 from infimed_jax.errors import UserError
 from tests.data_prep.samples import picture
@@ -51,7 +52,13 @@ def damage(file: Path, group: int) -> None:
 
 
 def cut(file: Path) -> list[Part]:
-    return parquet_parts(lambda folder, split: [file])(file.parent, "train")
+    return parts.parts_of(lambda folder, split: [file])(file.parent, "train")
+
+
+def numbered(prefix: str, rows, first: int = 0) -> list:
+    """Ids with rows, or with what was skipped."""
+    found = records(prefix, rows, lambda id, row: [(id, row)], first)
+    return [(record.id, record) if isinstance(record, Skipped) else record for record in found]
 
 
 def test_bombs_are_seen_by_their_directory_and_the_other_rows_are_read(tmp_path):
@@ -194,7 +201,7 @@ def test_lost_rows_are_counted_each(tmp_path):
 
 
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
-def test_a_file_that_changes_after_it_was_cut_is_told(tmp_path, monkeypatch, when):
+def test_a_file_that_changes_after_it_was_cut_is_refused(tmp_path, monkeypatch, when):
     file = tmp_path / "x.parquet"
     write(file, 40, 10)
     monkeypatch.setattr(parts, "LEAST", 2)
