@@ -1,6 +1,6 @@
 """Archives that may be hostile: members come as bytes with a checked name, one at a time; nothing is ever unpacked.
 
-A member that is refused stands in its place as an `Unusable`, so it is counted and listed. Refused are names that
+An `Unusable` takes the place of a member that is refused, so that it is counted and listed. Refused are names that
 leave the archive, links and devices, encrypted members, and anything larger than its bound, declared or real.
 """
 
@@ -29,10 +29,10 @@ from data_prep.reading.faults import (
 MAX_MEMBER = 2**28
 """Bytes of one member: 256 MiB. Images and their annotations are a thousandth of it."""
 MAX_RATIO = 200
-"""Unpacked to packed bytes of an archive, above which it is taken for a bomb. Deflate reaches 1,032 on zeros;
+"""Unpacked to packed bytes of an archive, above which it counts as a bomb. Deflate reaches 1,032 on zeros;
 JPEG files do not compress, JSON text by 5 to 20."""
 _RATIO_FROM = 2**24
-"""Unpacked bytes from which the ratio is looked at: small archives of text may compress well."""
+"""Unpacked bytes above which the ratio is checked: small archives of text may compress well."""
 _MAX_GROUP = 64
 """Members of one WebDataset sample."""
 
@@ -44,7 +44,7 @@ class Member:
 
 
 def safe_name(name: str) -> bool:
-    """Whether a member's name stays inside of any folder that it would be written to, on any system."""
+    """Whether a member's name stays inside any folder that it would be written to, on any system."""
     path = PurePosixPath(name)
     return bool(name) and not (
         path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or (len(name) > 1 and name[1] == ":")
@@ -52,12 +52,12 @@ def safe_name(name: str) -> bool:
 
 
 def is_bomb(unpacked: int, packed: int) -> bool:
-    """Whether so many bytes, made of so few, are taken for an attack on memory."""
+    """Whether unpacking so many bytes from so few counts as an attack on memory."""
     return unpacked > max(_RATIO_FROM, MAX_RATIO * packed)
 
 
 def read_tar(file: Path, max_member: int = MAX_MEMBER) -> Iterator[Member | Unusable]:
-    """The files of a `.tar`, `.tar.gz` or `.tgz` in order; folders are passed over.
+    """The files of a `.tar`, `.tar.gz` or `.tgz` in order; folders are skipped.
 
     A damaged archive gives the members before the damage, then an `Unusable` that names it.
     """
@@ -70,13 +70,13 @@ def read_tar(file: Path, max_member: int = MAX_MEMBER) -> Iterator[Member | Unus
                 if info.isdir():
                     continue
                 yield _tar_member(stream, info, f"{file.name} member {number}", max_member)
-            if stream.last != bytes(tarfile.BLOCKSIZE):  # tarfile takes a broken header for the end
+            if stream.last != bytes(tarfile.BLOCKSIZE):  # for tarfile, a broken header is the end
                 raise tarfile.ReadError("no end mark")
     except _Bomb:
         yield Unusable(BOMB, file.name)
     except MemoryError:
         raise
-    except Exception:  # hostile headers find their way to any exception
+    except Exception:  # hostile headers can provoke any exception
         yield Unusable(DAMAGED_ARCHIVE, f"{file.name} after member {number}")
 
 
@@ -104,7 +104,7 @@ class _Bounded:
     def __init__(self, stream: IO[bytes], packed: IO[bytes] | None, limit: int) -> None:
         self.stream, self.packed, self.limit = stream, packed, limit
         self.last = b""
-        """What was read last."""
+        """The bytes of the last read."""
 
     def read(self, size: int = -1) -> bytes:
         if size < 0 or size > self.limit + 1:
@@ -142,8 +142,8 @@ def _bounded(raw: IO[bytes], limit: int) -> _Bounded:
 def read_webdataset(file: Path, max_member: int = MAX_MEMBER) -> Iterator[dict[str, bytes] | Unusable]:
     """The samples of a WebDataset tar: neighbouring members of one key, as `{"__key__": …, "jpg": …, "json": …}`.
 
-    The key is the path up to the first dot of the file's name. A key that comes again is refused, as is a sample of
-    more than 64 members or of more bytes than one member may have.
+    The key is the path up to the first dot of the file's name. A repeated key is refused, as is a sample of more than
+    64 members or of more bytes than one member may have.
     """
     seen: set[str] = set()
     group: dict[str, bytes] = {}
@@ -190,7 +190,7 @@ class ZipFiles:
             self._zip = zipfile.ZipFile(file)
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise Unusable(DAMAGED_ARCHIVE, file.name) from error
-        # a name that two members share is no name: which of them was meant cannot be known
+        # a name that two members share is ambiguous, so it is refused
         whole: dict[str, zipfile.ZipInfo | None] = {}
         ends: dict[str, zipfile.ZipInfo | None] = {}
         for info in self._zip.infolist():
@@ -206,7 +206,7 @@ class ZipFiles:
         return name in self._members
 
     def read(self, name: str) -> bytes:
-        """The member's bytes. Raises Unusable where it is refused, KeyError where there is none."""
+        """The member's bytes. Raises Unusable if it is refused, KeyError if there is none."""
         info = self._members[name]
         if info is None:
             raise Unusable(DUPLICATE, f"{self.file.name}: two members of one name")

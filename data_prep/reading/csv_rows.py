@@ -23,7 +23,7 @@ class Table:
 
 
 def csv_rows(file: Path, table: Table, part: Part = WHOLE) -> Iterator[Row | Unusable]:
-    """The rows as text by column. UserError: the file is missing, or its header lacks one of the columns."""
+    """Rows as text by column. UserError: the file is missing, or its header lacks one of the columns."""
     check_state(file, part)
     names = _header(file, table) if table.header else list(table.columns)
     with open_text(file, newline="", start=part.start) as stream:
@@ -63,7 +63,7 @@ def _reader(lines: Lines, table: Table) -> Iterator[list[str]]:
 
 
 def _header(file: Path, table: Table) -> list[str]:
-    """UserError; it shows no cells where they may be a sample's text, since none is a column that is read."""
+    """The names of the columns. UserError; it shows no cells if none is a known name: they may be a sample's text."""
     needed = f"it needs a header with the columns {', '.join(table.columns)}"
     with open_text(file, newline="") as stream:
         try:

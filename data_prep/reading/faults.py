@@ -37,8 +37,8 @@ DAMAGED_ARCHIVE = "archive is damaged"
 class Unusable(Exception):
     """A record that cannot become a sample. Readers also yield one in the place of a record they could not read.
 
-    `reason` is a fixed phrase, `detail` says where (a file's name, a row's number) and never holds sample text; it
-    stands for so many `records`.
+    `reason` is a fixed phrase, `detail` says where (a file's name, a row's number) and never holds sample text;
+    `records` is the number of records that it stands for.
     """
 
     def __init__(self, reason: str, detail: str = "", records: int = 1) -> None:

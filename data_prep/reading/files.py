@@ -1,4 +1,4 @@
-"""Where a source's files lie, and images by the names that annotations give them, however broken or hostile."""
+"""A source's files, and images by the names that annotations give them, however broken or hostile."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from infimed_jax.errors import UserError
 
 
 class NoFiles(UserError):
-    """What a split is read from is not there."""
+    """The files of a split do not exist."""
 
 
 def find_files(folder: Path, *patterns: str) -> list[Path]:
-    """The files of the first pattern that has any, sorted. NoFiles names the patterns where none has."""
+    """The files of the first pattern that has any, sorted. NoFiles names the patterns if none has."""
     for pattern in patterns:
-        if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
-            return found
+        if files := sorted(path for path in folder.glob(pattern) if path.is_file()):
+            return files
     raise NoFiles(f"{folder} holds none of {', '.join(patterns)}: check the input folder and its layout")
 
 
 def all_files(folder: Path, *suffixes: str) -> list[Path]:
-    """Every file in the folder, at any depth, whose name ends so, sorted. NoFiles where there is none."""
-    found = sorted(path for path in folder.rglob("*") if path.name.endswith(suffixes) and path.is_file())
-    if not found:
+    """Every file in the folder, at any depth, whose name ends in a suffix, sorted. NoFiles if there is none."""
+    files = sorted(path for path in folder.rglob("*") if path.name.endswith(suffixes) and path.is_file())
+    if not files:
         raise NoFiles(f"{folder} holds no file that ends in {' or '.join(suffixes)}: check the input folder")
-    return found
+    return files
 
 
 def shard_name(folder: Path, file: Path) -> str:
-    """The path in the input folder; it stands in the ids of the shard's records, which makes them unique."""
+    """The path in the input folder, which makes the ids of the file's records unique."""
     return file.relative_to(folder).as_posix()
 
 
 class Images:
     """Images by the names that annotations give them, from folders and zip archives (`NAME.zip`) in turn.
 
-    Names that leave a folder are taken for missing; an archive is indexed when a folder first lacks an image. `flat`
-    looks for the bare file name in archives, as `unzip -j` would leave it: right only where no two names are alike.
+    Names that leave a folder count as missing; an archive is indexed when the folders first lack an image. `flat`
+    looks for the bare file name in archives, as `unzip -j` would leave it: right only if no two names are alike.
     """
 
     def __init__(self, *places: Path, flat: bool = False) -> None:
@@ -86,7 +86,7 @@ def _read_inside(folder: str, name: str) -> bytes | None:
             return None
         if state.st_size > MAX_MEMBER:
             raise Unusable(IMAGE_TOO_LARGE, name[:200])
-        handle = os.open(file, os.O_RDONLY)  # no file object, which would cost half as much as what is read
+        handle = os.open(file, os.O_RDONLY)  # a file object would cost half as much as the reading
         try:
             return os.read(handle, state.st_size)
         finally:
@@ -97,7 +97,7 @@ def _read_inside(folder: str, name: str) -> bytes | None:
 
 @functools.lru_cache(64)
 def _opened(file: Path, size: int, modified: int) -> ZipFiles:
-    """Once for all parts that a process reads: the index of a million members takes seconds."""
+    """Shared by all parts that a process reads: the index of a million members takes seconds."""
     return ZipFiles(file)
 
 

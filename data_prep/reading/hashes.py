@@ -1,4 +1,4 @@
-"""Hashes by which copies are found: of files, of what an image looks like, and of a question's words."""
+"""Hashes that identify copies: of files, of what an image looks like, and of a question's words."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from PIL import Image
 from infimed_jax.data.images import FORMATS, ImageError, decode_image
 
 _SIDE = 64
-"""Pixels to which an image is brought before its frequencies are taken."""
+"""Side in pixels to which an image is scaled before its frequencies are computed."""
 _BITS = 16
-"""Side of the square of lowest frequencies whose signs are the hash: 256 bits, where the usual 64 do not tell chest
-radiographs apart."""
+"""Side of the square of lowest frequencies whose signs are the hash: 256 bits, since the usual 64 do not
+distinguish chest radiographs."""
 THRESHOLD = 64
-"""Bits in which a copy may differ. See `data_prep.steps.decontaminate` for how it was chosen."""
+"""Bits in which a copy may differ; `data_prep.steps.decontaminate` says how it was chosen."""
 ALIKE = 0.9
-"""Likeness from which two images are one. See there, too."""
+"""Likeness above which two images count as one; chosen there as well."""
 _CROPS = (0.0, 0.02)
-"""Shares cut from each side before hashing: a copy that was cropped is near to one of them."""
+"""Shares cut from each side before hashing: a cropped copy is near one of them."""
 _SHADE = 2
-"""Grey levels within which an image is one shade."""
+"""An image whose grey levels differ by less is of one shade."""
 _AROUND = 9
-"""Pixels whose mean is taken from each of the 64: what is left is detail, where bodies have outlines in common."""
+"""Side of the window whose mean is subtracted from each pixel: detail remains, since outlines of bodies are alike."""
 _ZOOMS, _MOVES, _MOST = (0.0, 0.01, 0.02, 0.04), (-0.02, -0.01, -0.005, 0.005, 0.01, 0.02), 0.05
-"""Shares cut from all sides to begin with, then tried on each, and at most."""
+"""Shares cut from all sides at first, changes then tried on each side, and the largest share."""
 _N = 8
 """Words of a question's n-grams."""
 
@@ -42,8 +42,8 @@ def exact_hash(data: bytes) -> str:
 
 
 def perceptual_hashes(data: bytes) -> np.ndarray | None:
-    """u64[2, 4]: 256 bits of the image as it is, and cropped by 2 % on each side; None where it cannot be decoded,
-    or is of one shade, as a volume's outer slices are: all of those look alike.
+    """u64[2, 4]: 256 bits of the image as it is, and cropped by 2 % on each side; None if it cannot be decoded,
+    or is of one shade, as the outer slices of a volume are: all of those look alike.
 
     Signs of the cosine transform of the luminance: size, encoding, colour, brightness and contrast hardly change them.
     """
@@ -78,8 +78,8 @@ def _hash(grey: Image.Image, crop: float) -> np.ndarray:
 
 
 def likeness(data: bytes, other: bytes) -> float:
-    """Correlation of two images' details, at the crop of either (5 % a side at most) that fits best; 0 where one cannot
-    be decoded or has no detail. About 20 ms: for pairs whose hashes are near."""
+    """Correlation of two images' details, at the crop of either (5 % a side at most) that fits best; 0 if one cannot
+    be decoded or has no detail. Takes about 20 ms, so it is for pairs whose hashes are near."""
     one, two = _grey(data), _grey(other)
     return 0.0 if one is None or two is None else max(_best_fit(one, two), _best_fit(two, one))
 
@@ -95,13 +95,13 @@ def _best_fit(whole: Image.Image, part: Image.Image) -> float:
     for side in (*range(4), *range(4)):
         for move in _MOVES:
             tried = (*cut[:side], round(cut[side] + move, 3), *cut[side + 1 :])
-            if 0 <= tried[side] <= _MOST and (found := fit(tried)) > best:
-                best, cut = found, tried
+            if 0 <= tried[side] <= _MOST and (score := fit(tried)) > best:
+                best, cut = score, tried
     return best
 
 
 def _detail(grey: Image.Image, cut: tuple[float, ...]) -> np.ndarray:
-    """f32[64, 64] of length 1: each pixel against the mean around it; zeros of an even image."""
+    """f32[64, 64] of length 1: each pixel minus the mean around it; zeros for an even image."""
     small = _small(grey, cut)
     sums = np.pad(np.pad(small, _AROUND // 2, mode="edge").cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     n = _AROUND
@@ -117,8 +117,8 @@ def distances(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def normalised(question: str) -> list[str]:
-    """Words in lower case without accents, punctuation and signs that are not seen (soft hyphens, as PDFs have them); a
-    Chinese sign is a word."""
+    """Words in lower case without accents, punctuation and invisible characters (soft hyphens, as in PDFs); a Chinese
+    character is a word."""
     letters = unicodedata.normalize("NFKD", question.casefold())
     plain = "".join(c for c in letters if not unicodedata.combining(c) and unicodedata.category(c) != "Cf")
     return re.findall(
@@ -127,6 +127,6 @@ def normalised(question: str) -> list[str]:
 
 
 def ngrams(question: str) -> set[str]:
-    """All runs of 8 words; of a shorter question the whole, so that it matches only itself."""
+    """All runs of 8 words; a shorter question is one run, so that it matches only itself."""
     words = normalised(question)
     return {" ".join(words[i : i + _N]) for i in range(max(1, len(words) - _N + 1))} if words else set()

@@ -1,6 +1,6 @@
 """Encoded images as they are kept: the source's own bytes without the metadata that may name a patient or a place.
 
-No pixel is touched. Of EXIF only the orientation stays, where the picture would otherwise lie on its side.
+No pixel changes. Only the orientation is kept from EXIF, if the picture would otherwise lie on its side.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _EXIF = b"Exif\0\0"
 _ORIENTATION = 274
 _CHECK_SIZE = 32
-"""Side to which an image is decoded to see whether it can be; the pixels are thrown away."""
+"""Side to which an image is decoded to check that it can be; the pixels are discarded."""
 _SOS, _EOI, _APP0, _APP2, _APP14, _COM = 0xDA, 0xD9, 0xE0, 0xE2, 0xEE, 0xFE
 _FRAMES = range(0xC0, 0xC3)
 """Baseline, extended and progressive Huffman: what every decoder reads."""
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
-"""In a scan: neither a stuffed zero, nor filling, nor a restart."""
+"""A marker in a scan that is neither a stuffed zero, nor filling, nor a restart."""
 _PNG_TEXT = (b"eXIf", b"tEXt", b"zTXt", b"iTXt", b"tIME")
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What becomes of an encoded image."""
+    """An encoded image as it is kept, or why it cannot be used."""
 
     data: bytes
-    """Without EXIF, XMP, IPTC, comments and trailing bytes, where the format is one that can be stripped."""
+    """Without EXIF, XMP, IPTC, comments and trailing bytes, if the format can be stripped."""
     fault: str = ""
-    """Why the image cannot be used: one of the decoder's REASONS."""
+    """Why the image cannot be used: one of the decoder's REASONS; empty if it can."""
     metadata: str = ""
-    """The format, where it is kept as it was: TIFF, GIF."""
+    """The format, if it keeps its metadata: TIFF, GIF."""
 
 
 def keep_image(data: bytes) -> Kept:
-    """Judge an image and strip it. JPEG, PNG and WebP are stripped without re-encoding, other formats kept whole.
+    """Judge an image and strip it. JPEG, PNG and WebP are stripped without re-encoding, other formats are kept whole.
 
     A JPEG is judged by its header and its end. Decoding it ran at 32 MB/s on VQA-RAD where reading and hashing ran at
-    1,000, and finds little more: libjpeg fills damaged data with grey and says nothing (of 500 files with 20 bytes
-    overwritten it refused 45). Those stay the loader's to find and count.
+    1,000, and detects little more: libjpeg silently fills damaged data with grey (of 500 files with 20 bytes
+    overwritten it refused 45). The loader detects and counts those.
     """
     try:
         if data.startswith(_JPEG) and (kept := _keep_jpeg(data)) is not None:
@@ -68,7 +68,7 @@ def keep_image(data: bytes) -> Kept:
 
 
 def _keep_jpeg(data: bytes) -> Kept | None:
-    """None where only decoding can tell, since the frame is none of the common ones."""
+    """None if only decoding can judge it, since its frame is not a common one."""
     pieces = [data[:2]]
     orientation, scan, size = 1, 0, (0, 0)
     for marker, start, end in _jpeg_segments(data):
@@ -115,20 +115,20 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def _stays(marker: int, data: bytes, start: int) -> bool:
-    """What decoding needs: no application segment but JFIF, the colour profile, and Adobe's colour transform."""
+    """Whether decoding needs it: of application segments JFIF, the colour profile, and Adobe's colour transform."""
     if marker == _APP2:
         return data.startswith(b"ICC_PROFILE\0", start + 4)
     return marker in (_APP0, _APP14) or not (0xE0 <= marker <= 0xEF or marker == _COM)
 
 
 def _jpeg_end(data: bytes, scan: int) -> int:
-    """Just after the end of the image, 0 where it has none; a second image behind it (a preview) is none of it."""
+    """Place after the end of the image, 0 if it has none; a second image after it (a preview) is not part of it."""
     if not _starts_image(data, scan):
         end = data.rfind(b"\xff\xd9", scan)
         return end + 2 if end >= 0 else 0
     place = scan
-    while found := _MARKER.search(data, place):
-        place = found.start()
+    while marker := _MARKER.search(data, place):
+        place = marker.start()
         if data[place + 1] == _EOI:
             return place + 2
         place += 2 + struct.unpack(">H", data[place + 2 : place + 4])[0]
@@ -136,9 +136,9 @@ def _jpeg_end(data: bytes, scan: int) -> int:
 
 
 def _starts_image(data: bytes, start: int) -> bool:
-    """Whether FF D8 stands anywhere behind `start`. Pairs at even, then odd places: six times as fast as a search."""
+    """Whether FF D8 occurs after `start`. Pairs at even, then odd places: six times as fast as a search."""
     pairs = (np.frombuffer(data, "<u2", (len(data) - place) // 2, place) == 0xD8FF for place in (start, start + 1))
-    return any(np.count_nonzero(found) for found in pairs)
+    return any(np.count_nonzero(matches) for matches in pairs)
 
 
 def _strip_png(data: bytes) -> bytes:
@@ -187,12 +187,12 @@ def _strip_webp(data: bytes) -> bytes:
 
 
 def _orientation(exif: bytes) -> int:
-    """1 to 8; 1, upright, where there is none or it cannot be read."""
+    """1 to 8; 1, upright, if there is none or it cannot be read."""
     try:
-        found = Image.Exif()
-        found.load(exif)
-        value = found.get(_ORIENTATION, 1)
-    except Exception:  # Pillow's parser raises whatever hostile bytes lead it to
+        tags = Image.Exif()
+        tags.load(exif)
+        value = tags.get(_ORIENTATION, 1)
+    except Exception:  # hostile bytes can provoke any exception of Pillow's parser
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 

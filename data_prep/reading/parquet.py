@@ -1,7 +1,7 @@
 """Rows of Parquet files, a few at a time, as the readers of `rows` give theirs.
 
-A group of rows that cannot be read takes none of the others with it: one `Unusable` stands for its rows, which keep
-their numbers. So a row's number is its place in the file, however the file is read.
+A group of rows that cannot be read does not affect the others: one `Unusable` stands for its rows, which keep their
+numbers. So a row's number is its place in the file, however the file is read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def parquet_rows(
 ) -> Iterator[Row | Unusable]:
     """The rows of one Parquet file; an image column gives `{"bytes": …, "path": …}` or bytes.
 
-    UserError: a column is absent. Damage gives the rows of its group before it, then an `Unusable` for the others.
+    UserError: a column is absent. A damaged group gives its rows before the damage, then an `Unusable` for the others.
     """
     import pyarrow as arrow
     import pyarrow.parquet as parquet
@@ -71,13 +71,13 @@ def _group_rows(
             taken = rows.slice(number - (at - len(rows)), stop - number)
             try:
                 yield from taken.to_pylist()
-            except UnicodeDecodeError:  # Arrow does not look whether its text is UTF-8
+            except UnicodeDecodeError:  # Arrow does not check that text is UTF-8
                 yield from [_row(taken, k, f"{name} row {number + k}") for k in range(len(taken))]
             if at >= stop:
                 return
     except (arrow.ArrowException, OSError):
         pass
-    yield _unusable(DAMAGED_FILE, name, max(first, at), stop)  # or its directory promises more than there is
+    yield _unusable(DAMAGED_FILE, name, max(first, at), stop)  # also if the file promises more rows than it has
 
 
 def _unusable(reason: str, name: str, first: int, stop: int) -> Unusable:
@@ -85,7 +85,7 @@ def _unusable(reason: str, name: str, first: int, stop: int) -> Unusable:
 
 
 def _is_bomb(group: Any, columns: Sequence[str]) -> bool:
-    """By the sizes that the file's own directory gives for a group's columns: 7 KB may unpack to gigabytes."""
+    """Judged by the sizes that the file's own directory gives for a group's columns: 7 KB may unpack to gigabytes."""
     read = [group.column(number) for number in range(group.num_columns)]
     read = [column for column in read if column.path_in_schema.partition(".")[0] in columns]
     return any(is_bomb(column.total_uncompressed_size, column.total_compressed_size) for column in read)

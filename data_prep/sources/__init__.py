@@ -16,20 +16,20 @@ from infimed_jax.errors import UserError
 
 
 def _declared(module: ModuleType) -> dict[str, Source]:
-    found = [getattr(module, "SOURCE", None), *getattr(module, "SOURCES", ())]
-    return {source.name: source for source in found if isinstance(source, Source)}
+    declared = [getattr(module, "SOURCE", None), *getattr(module, "SOURCES", ())]
+    return {source.name: source for source in declared if isinstance(source, Source)}
 
 
-_MODULES = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+_MODULES = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
 SOURCES: dict[str, Source] = dict(sorted(item for module in _MODULES for item in _declared(module).items()))
 COMMERCIAL_USE: dict[str, bool] = {name: source.commercial_use for name, source in SOURCES.items()}
-"""What a model card says of each source where the licence's text alone would have to."""
+"""Whether each source allows commercial use, for model cards."""
 
 
 def find_source(name: str) -> Source:
     """The source of that name here, or of a user's module or .py file: `MODULE:NAME`, or `MODULE:` if it has but one.
 
-    UserError: there is none, or a user's has the name of one of ours, so would have its clearances.
+    UserError: there is none, or a user's has the name of one of ours, which would give it that one's clearances.
     """
     module, colon, own = name.rpartition(":")
     if not colon:

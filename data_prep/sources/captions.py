@@ -18,7 +18,7 @@ from infimed_jax.data.sample import Sample, Skipped
 
 
 def _sample(images: Images, image: str, caption: str, source_id: str, id: str, row: Row) -> Sample:
-    """The three names are columns. The caption is looked at first: without one there is no need of the image."""
+    """The three names are columns. The caption is checked first: without it, the image need not be read."""
     words = need(row, caption, NO_TEXT)
     cell = row.get(image)
     meta = filled(source_id=row.get(source_id), modality=row.get("modality"), organ=row.get("organ"), language="en")
@@ -28,18 +28,18 @@ def _sample(images: Images, image: str, caption: str, source_id: str, id: str, r
 
 
 def _sample_by_id(images: Images, caption: str, source_id: str, id: str, row: Row) -> Sample:
-    """A sample of a table that does not name the images: they are called as its rows."""
+    """A sample of a table without image names: the files are named after the row's identifier."""
     return _sample(images, "image", caption, source_id, id, row | {"image": f"{text(row[source_id])}.jpg"})
 
 
 def _roco_table(folder: Path, split: str) -> tuple[Path, Table]:
-    """The table that `name`s the image files where there is one, else the repository's tab-separated captions."""
+    """The table with the column `name` of image files if there is one, else the repository's tab-separated captions."""
     short = {"train": "train", "validation": "val", "test": "test"}[split]
     names = (f"radiology{short}data.csv", f"radiology{split}data.csv", "radiology/captions.txt")
-    found = find_files(folder, *(f"{split}/{name}" for name in names))[0]
-    if found.suffix == ".csv":
-        return found, Table(("id", "name", "caption"))
-    return found, Table(("id", "caption"), delimiter="\t", header=False, quoted=False)
+    file = find_files(folder, *(f"{split}/{name}" for name in names))[0]
+    if file.suffix == ".csv":
+        return file, Table(("id", "name", "caption"))
+    return file, Table(("id", "caption"), delimiter="\t", header=False, quoted=False)
 
 
 def _roco_parts(folder: Path, split: str) -> list[Part]:
@@ -100,7 +100,7 @@ def read_medtrinity(folder: Path, split: str, part: Part = WHOLE) -> Iterator[Sa
 
 
 def read_fig_captions(folder: Path, split: str) -> Iterator[Sample | Skipped]:
-    """A dictionary of domains, each a list of figures; a figure of several domains is taken once."""
+    """Reads a dictionary of domains, each a list of figures; a figure of several domains is taken once."""
     name = "llava_med_instruct_fig_captions.json"
     file = find_files(folder, name, f"instruct/{name}")[0]
     images = Images(folder / "images", folder / "images.zip")

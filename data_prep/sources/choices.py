@@ -1,6 +1,6 @@
 """Multiple choice: PMC-VQA for training; OmniMedVQA, MMMU's medical subjects and MedXpertQA-MM for evaluation only.
 
-Options lose the letters that some files write before them (`A: …`): the prompt puts them back.
+Letters that some files write before options (`A: …`) are removed: the prompt adds them again.
 """
 
 from __future__ import annotations
@@ -105,12 +105,12 @@ def read_mmmu(folder: Path, split: str, part: Part = WHOLE) -> Iterator[Sample |
 
 
 def _mmmu_sample(images: Images, subject: str, id: str, row: Row) -> Sample:
-    """The question keeps its `<image 1>`, which says what the text speaks of."""
+    """The question keeps its `<image 1>`, which says which image the text refers to."""
     question, answer = need(row, "question", NO_QUESTION), need(row, "answer", NO_ANSWER)
     encoded = tuple(images.cell(row[name]) for name in _MMMU_IMAGES if row[name] is not None)
     if not encoded:
         raise Unusable(NO_IMAGE)
-    if answer == "?":  # the test split keeps its answers secret
+    if answer == "?":  # the test split's answers are secret
         raise Unusable(NO_ANSWER)
     source_id = text(row["id"])
     meta = filled(source_id=source_id, image_id=f"mmmu_med/{source_id}", subject=subject, language="en")
@@ -138,7 +138,7 @@ def read_medxpertqa(folder: Path, split: str) -> Iterator[Sample | Skipped]:
 
 
 def _medxpert_sample(images: Images, id: str, row: Row) -> Sample:
-    """The question's own list of options is cut off: the prompt writes them."""
+    """The question's own list of options is removed: the prompt writes them."""
     question = _CHOICES.sub("", need(row, "question", NO_QUESTION))
     label = need(row, "label", NO_ANSWER).upper()
     given = row.get("options")

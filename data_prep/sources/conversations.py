@@ -27,17 +27,17 @@ _COLUMNS = ("id", "image", "conversations[].from", "conversations[].value")
 
 @dataclass(frozen=True)
 class Layout:
-    """How a dataset of this form lies in its folder."""
+    """The files of a dataset of this form."""
 
     name: str
     file: str
-    """Its annotations: patterns, parted by |, in which `{split}` stands for the split."""
+    """Patterns of its annotations, separated by |, in which `{split}` stands for the split."""
     places: tuple[str, ...]
-    """Where image names start from: folders and zip files."""
+    """The folders and zip files that image names are relative to."""
     captioning: bool = False
-    """Whether the last turn alone is the pretraining text."""
+    """Whether only the last turn is the pretraining text."""
     flat: bool = False
-    """Whether images are found by their bare names."""
+    """Whether images are looked up by their bare file names."""
 
 
 def read(
@@ -48,10 +48,10 @@ def read(
     annotations: str | None = None,
     images: str | None = None,
 ) -> Iterator[Sample | Skipped]:
-    """The samples of a split; `annotations` and `images` are the user's own places, instead of the layout's."""
+    """The samples of a split; `annotations` and `images` replace the layout's own places."""
     places = (images,) if images else layout.places
-    found = Images(*(folder / place for place in places), flat=layout.flat)
-    make = partial(_sample, found, split == "documents", layout.captioning)
+    files = Images(*(folder / place for place in places), flat=layout.flat)
+    make = partial(_sample, files, split == "documents", layout.captioning)
     rows = json_rows(_file(layout.file, folder, split, annotations), part=part)
     yield from records(f"{layout.name}/{split}", rows, make, part.first)
 
@@ -62,7 +62,7 @@ def _file(file: str, folder: Path, split: str, annotations: str | None) -> Path:
 
 
 def parts(file: str, folder: Path, split: str, annotations: str | None = None, images: str | None = None) -> list[Part]:
-    """`Source.shards`: where the images are does not matter."""
+    """`Source.shards`, to which the place of the images does not matter."""
     return json_parts(_file(file, folder, split, annotations))
 
 
@@ -92,8 +92,8 @@ def _sample(images: Images, document: bool, captioning: bool, id: str, row: Row)
 def conversation(turns: Any, images: int) -> tuple[Turn, ...]:
     """LLaVA's turns as ours: each `<image>` becomes the next image; without any mark, the images come first.
 
-    Raises Unusable: no such list, roles that do not alternate from user to assistant, an empty turn, or marks that
-    are not as many as the images.
+    Raises Unusable: no such list, roles that do not alternate from user to assistant, an empty turn, or another
+    number of marks than of images.
     """
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise Unusable(BAD_TURNS)

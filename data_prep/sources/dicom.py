@@ -1,10 +1,10 @@
 """A folder of DICOM files: pixels and a few coded attributes, nothing else of the header.
 
-What is taken: modality, body part and view position, each only if it is one of the standard's own terms, so that no
-free text passes; and the patient's, study's and image's identifiers as keyed hashes. Files are named in reports by
-their number in the listing (files before folders, each sorted), for their names may tell who the patient is.
+Kept are modality, body part and view position, each only if it is one of the standard's own terms, so that no free
+text passes; and the patient's, study's and image's identifiers as keyed hashes. Reports name files by their number in
+the listing (files before folders, each sorted), because their names may identify the patient.
 
-This is no promise of anonymity: text may be burned into the pixels (flagged by tag and modality, not looked for),
+This does not guarantee anonymity: text may be burned into the pixels (flagged by tag and modality, not searched for),
 and a face can be rebuilt from a head scan. How grey values become 8 bits is the user's choice and never guessed.
 """
 
@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep.reading.faults import DUPLICATE, Unusable
-from data_prep.sources.source import Option, Secret, Source, caption_sample, filled, one_of, secret_file, text
+from data_prep.sources.source import Option, Secret, Source, caption_sample, filled, secret_file, text
 from infimed_jax.data.images import MAX_PIXELS
 from infimed_jax.data.sample import Sample, Skipped
 from infimed_jax.errors import UserError
@@ -66,9 +66,9 @@ VIEWS = frozenset((
 _TEXT_BURNERS = frozenset((
     "US", "IVUS", "ES", "XA", "RF", "OP", "OPT", "OT", "SC", "XC", "GM", "ECG", "DG", "PX", "IO",
 ))  # fmt: skip
-"""Modalities whose devices, or the film scanners behind them, usually write into the picture."""
+"""Modalities whose devices, or the film scanners used for them, usually write into the picture."""
 _PART = 256
-"""Files that one worker takes at once: 4 s of work where each has 512 × 512 pixels."""
+"""Files that one worker takes at once: 4 s of work if each has 512 × 512 pixels."""
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _DEFLATED = ("1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.8.1")
 
@@ -79,15 +79,15 @@ class Files:
 
     first: int
     stop: int
-    """Number of the first one behind them."""
+    """Number of the first one after them."""
     again: frozenset[int]
-    """Those whose image an earlier file holds, of these or of others."""
+    """Numbers of those whose image an earlier file of the folder holds."""
     listing: bytes
-    """Hash of the whole listing, without which the numbers say nothing."""
+    """Hash of the whole listing: in another one the numbers mean other files."""
 
 
 def shards(folder: Path, split: str, salt: Secret, frames: str, **options: str) -> list[Files]:
-    """Files that workers share; to read all headers takes a few percent of the time that their images take."""
+    """`Source.shards`; reading all headers takes a few percent of the time that the images take."""
     listed = list(_listing(folder))
     again, seen = set(), set()
     for number, file in listed:
@@ -109,7 +109,7 @@ def shards(folder: Path, split: str, salt: Secret, frames: str, **options: str) 
 def read(
     folder: Path, split: str, part: Files | None = None, *, salt: Secret, window: str, burned_in: str, frames: str
 ) -> Iterator[Sample | Skipped]:
-    """One sample a file, or a frame. Needs pydicom."""
+    """One sample a file or frame. Needs pydicom."""
     seen: set[str] = set()
     listing: Iterable[tuple[int, Path]] = _listing(folder)
     if part is not None:
@@ -140,9 +140,9 @@ def _listing(folder: Path) -> Iterator[tuple[int, Path]]:
 
 @contextmanager
 def _guarded(reason: str) -> Iterator[None]:
-    """Around pydicom: hostile files find their way to any exception, which is Unusable for `reason`.
+    """Turns any exception of pydicom, which hostile files can provoke, into Unusable for `reason`.
 
-    Its warnings and log lines quote the header's values: none may reach a screen or a log.
+    Its warnings and log lines quote the header's values, so none may reach a screen or a log.
     """
     logger = logging.getLogger("pydicom")  # its children's lines come through it
     before = logger.handlers, logger.propagate
@@ -186,14 +186,14 @@ def _samples(
 
 
 def _opened(file: Path, salt: bytes, frames: str) -> tuple[Any, dict[str, str], Sequence[int | None]]:
-    """Its header, what is taken from that, and the frames that are wanted. Raises Unusable."""
+    """The header, what is kept of it, and the numbers of the wanted frames. Raises Unusable."""
     with _guarded(NOT_DICOM):
         header = _header(file)
         return header, _facts(header, salt), _frames(header, frames)
 
 
 def _facts(header: Any, salt: bytes) -> dict[str, str]:
-    """All that is taken from a header but the pixels."""
+    """All that is kept of a header."""
     part, view = (str(header.get(key, "")).upper().strip() for key in ("BodyPartExamined", "ViewPosition"))
     uid = hashed(salt, header.get("SOPInstanceUID", ""))
     return {
@@ -208,7 +208,7 @@ def _facts(header: Any, salt: bytes) -> dict[str, str]:
 
 
 def _header(file: Path) -> Any:
-    """Everything before the pixels. Raises Unusable for what would be unpacked or decoded without bound."""
+    """Everything before the pixels. Raises Unusable for data that would be unpacked or decoded without bound."""
     try:
         import pydicom
     except ImportError as error:
@@ -228,15 +228,15 @@ def _header(file: Path) -> Any:
 
 
 def hashed(salt: bytes, identifier: Any) -> str:
-    """HMAC-SHA256, 128 bits of it; without the salt it cannot be guessed from a list of identifiers. Empty stays so."""
+    """128 bits of HMAC-SHA256: without the salt, no list of identifiers reveals it. Empty stays empty."""
     plain = str(identifier).strip()
     return hmac.digest(salt, plain.encode(), hashlib.sha256).hex()[:32] if plain else ""
 
 
 def burned_in_risk(header: Any) -> str:
-    """Why text may stand in the picture: `tag`, `secondary capture`, `modality`, `recognizable features`, or nothing.
+    """Why the picture may contain text: `tag`, `secondary capture`, `modality`, `recognizable features`, or nothing.
 
-    A tag that says NO is believed only where modality and origin do not say otherwise.
+    A tag that says NO is believed only if modality and origin do not contradict it.
     """
     if text(str(header.get("BurnedInAnnotation", ""))).upper() == "YES":
         return "tag"
@@ -289,7 +289,7 @@ def _sixteen_bits(stored: np.ndarray, inverted: bool) -> np.ndarray:
 
 
 def _window(header: Any, window: str, pixels: np.ndarray, stored: np.ndarray) -> tuple[float, float, float]:
-    """The values that become black and white, and the threshold between them where the two are the same."""
+    """The values that become black and white, and the threshold between them if the two are equal."""
     if window == "full":
         padding = header.get("PixelPaddingValue")
         known = pixels[stored != padding] if padding is not None else pixels
@@ -299,7 +299,7 @@ def _window(header: Any, window: str, pixels: np.ndarray, stored: np.ndarray) ->
         centre, width = (header.get(key) for key in ("WindowCenter", "WindowWidth"))
         if centre is None or width is None:
             raise Unusable(NO_WINDOW)
-        # of several windows the first
+        # the first of several windows
         centre, width = (float(v[0] if hasattr(v, "__len__") else v) for v in (centre, width))
         exact = str(header.get("VOILUTFunction", "LINEAR")).upper() == "LINEAR_EXACT"
     else:
@@ -353,7 +353,12 @@ SOURCE = Source(
             window_option,
             required=True,
         ),
-        Option("burned_in", "skip or keep images with a risk of burned-in text [skip]", one_of("skip", "keep"), "skip"),
-        Option("frames", "of several frames: middle or all [middle]", one_of("middle", "all"), "middle"),
+        Option(
+            "burned_in",
+            "skip or keep images with a risk of burned-in text [skip]",
+            choices=("skip", "keep"),
+            default="skip",
+        ),
+        Option("frames", "of several frames: middle or all [middle]", choices=("middle", "all"), default="middle"),
     ),
 )

@@ -2,14 +2,14 @@
 
 A chunk of a document is some images and the text after them, so that the renderer can mark its end.
 Images that could not be fetched are counted one by one, and the document is kept without them; with no image left,
-or ten or more, it is skipped, as the recipe has it.
+or ten or more, it is skipped, as in the recipe.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -34,16 +34,19 @@ from infimed_jax.data.sample import Document, Sample, Skipped
 MAX_IMAGES = 9
 
 Piece = str | bytes | Unusable
-"""Text, an image, or an image that is not there."""
+"""Text, an image, or why an image is missing."""
 
 
-def document(id: str, pieces: Iterable[Piece], joint: str) -> Iterator[Sample | Skipped]:
-    """The document, after one Skipped for each image that is not there. `joint` stands between neighbouring texts."""
+def document(pieces_of: Callable[[Row], Iterable[Piece]], joint: str, id: str, row: Row) -> Iterator[Sample | Skipped]:
+    """The row's document, after one Skipped for each missing image. `joint` separates neighbouring texts.
+
+    Raises Unusable if `pieces_of(row)` does, before it yields anything.
+    """
     source, split = id.split("/")[:2]
     chunks: list[tuple[list[int], list[str]]] = [([], [])]
     images: list[bytes] = []
     missing = 0
-    for piece in pieces:
+    for piece in list(pieces_of(row)):
         if isinstance(piece, str):
             chunks[-1][1].append(piece)
         elif isinstance(piece, bytes):
@@ -76,13 +79,9 @@ def _obelics_files(folder: Path, split: str) -> list[Path]:
 def read_obelics(folder: Path, split: str, part: Part = WHOLE) -> Iterator[Sample | Skipped]:
     for file in [folder / part.file] if part.file else _obelics_files(folder, split):
         fetched = folder / "images" / file.stem
-        make = partial(_obelics_document, _fetched(fetched), Images(fetched))
+        make = partial(document, partial(_obelics_pieces, _fetched(fetched), Images(fetched)), "\n\n")
         rows = parquet_rows(file, ("images", "texts"), part)
         yield from records(f"obelics/{split}/{shard_name(folder, file)}", rows, make, part.first)
-
-
-def _obelics_document(names: dict[str, str], images: Images, id: str, row: Row) -> Iterator[Sample | Skipped]:
-    return document(id, list(_obelics_pieces(row, names, images)), "\n\n")
 
 
 def _fetched(folder: Path) -> dict[str, str]:
@@ -95,7 +94,7 @@ def _fetched(folder: Path) -> dict[str, str]:
     return names
 
 
-def _obelics_pieces(row: Row, names: dict[str, str], images: Images) -> Iterator[Piece]:
+def _obelics_pieces(names: dict[str, str], images: Images, row: Row) -> Iterator[Piece]:
     urls, texts = row["images"] or [], row["texts"] or []
     if len(urls) != len(texts):
         raise Unusable(DAMAGED_FILE, "images and texts of different length")
@@ -119,13 +118,10 @@ def _mmc4_files(folder: Path, split: str) -> list[Path]:
 
 def read_mmc4(folder: Path, split: str, part: Part = WHOLE) -> Iterator[Sample | Skipped]:
     for file in [folder / part.file] if part.file else _mmc4_files(folder, split):
-        make = partial(_mmc4_document, Images(folder / "images" / file.stem, folder / "images"))
+        images = Images(folder / "images" / file.stem, folder / "images")
+        make = partial(document, partial(_mmc4_pieces, images), " ")
         rows = json_rows(file, part) if file.suffix == ".jsonl" else _tar_documents(file)
         yield from records(f"mmc4/{split}/{shard_name(folder, file)}", rows, make, part.first)
-
-
-def _mmc4_document(images: Images, id: str, row: Row) -> Iterator[Sample | Skipped]:
-    return document(id, list(_mmc4_pieces(row, images)), " ")
 
 
 def _tar_documents(file: Path) -> Iterator[Row | Unusable]:
@@ -136,7 +132,7 @@ def _tar_documents(file: Path) -> Iterator[Row | Unusable]:
             yield fault
 
 
-def _mmc4_pieces(row: Row, images: Images) -> Iterator[Piece]:
+def _mmc4_pieces(images: Images, row: Row) -> Iterator[Piece]:
     """Each image before the sentence that it was matched with."""
     sentences, infos = row.get("text_list"), row.get("image_info")
     if not isinstance(sentences, list) or not isinstance(infos, list):

@@ -57,12 +57,16 @@ class Question:
         return LETTERS[self.options.index(self.answer)]
 
 
+def yes_or_no(truth: bool) -> str:
+    return "yes" if truth else "no"
+
+
 def reflect(question: Question, answer: str, guess: str, evidence: str) -> Question:
     """The question with its reasoning, and in `reflection` whether the first guess was corrected or confirmed.
 
-    What one would say unseen, then a second look at the image. The guess is the same for every image, so it is right
-    by chance alone and no short cut to the answer. `answer` is what is guessed at, `evidence` the true statement that
-    settles it, without a full stop.
+    The reasoning is a guess without the image, then a second look at it. The guess is the same for every image, so it
+    is right only by chance and does not reveal the answer. `answer` is what is guessed, `evidence` the true statement
+    that settles it, without a full stop.
     """
     reasoning = f"At first glance: {guess}. Wait, let me look again: {evidence}."
     return replace(question, reasoning=reasoning, reflection="confirmed" if guess == answer else "corrected")
@@ -88,8 +92,8 @@ def write_folder(
 ) -> Path:
     """Draw `sizes[split]` images for each split and write the folder, whole or not at all.
 
-    The same arguments give the same bytes. `per_image` bounds the questions of an
-    image; balancing takes some away. A folder made alike is kept as it is.
+    The same arguments give the same bytes. `per_image` bounds the questions of an image; balancing removes some. A
+    folder of the same recipe is kept as it is.
     UserError: an unknown split, or the folder holds something else.
     """
     for split in sizes:
@@ -137,7 +141,9 @@ def _draw(
     """Draw the images of these numbers: scene, caption and questions of each."""
     drawn = []
     for number in numbers:
-        rng = np.random.default_rng([*key, number])  # of its own, so a longer split starts with the same images
+        rng = np.random.default_rng(
+            [*key, number]
+        )  # one generator each, so that a longer split starts with the same images
         scene = procedure.draw(rng)
         (folder / f"{split}_{number:06d}.png").write_bytes(procedure.png(scene))
         caption = procedure.caption(scene, rng)
@@ -157,11 +163,13 @@ def balance(asked: Sequence[Sequence[Question]], rng: np.random.Generator) -> li
             places[question.template][question.answer].append((image, number))
     kept: dict[tuple[int, int], Question] = {}
     for by_answer in places.values():
-        is_open = any(asked[i][j].kind == "open" for found in by_answer.values() for i, j in found)
-        size = min(map(len, by_answer.values())) if len(by_answer) > 1 else 0  # one answer to all needs no image
+        is_open = any(asked[i][j].kind == "open" for group in by_answer.values() for i, j in group)
+        size = (
+            min(map(len, by_answer.values())) if len(by_answer) > 1 else 0
+        )  # a template with one answer can be answered without the image
         for answer in sorted(by_answer):
-            found = by_answer[answer]
-            for image, number in found if is_open else [found[i] for i in rng.permutation(len(found))[:size]]:
+            group = by_answer[answer]
+            for image, number in group if is_open else [group[i] for i in rng.permutation(len(group))[:size]]:
                 kept[image, number] = asked[image][number]
     return [[kept[i, j] for j in range(len(asked[i])) if (i, j) in kept] for i in range(len(asked))]
 
@@ -193,7 +201,7 @@ def read_folder(name: str, folder: Path, split: str) -> Iterator[Sample | Skippe
 
 
 def procedural_source(name: str, title: str) -> Source:
-    """The source of such a folder, which `write_NAME` of its module draws."""
+    """The source of a folder that `write_NAME` of its module draws."""
     return Source(
         name=name,
         title=title,

@@ -8,7 +8,8 @@ from functools import partial
 import numpy as np
 
 from data_prep.sources.canvas import SIDE, box, ellipse, encode_png, paint, polygon, star
-from data_prep.sources.procedural import Procedure, Question, procedural_source, reflect, write_folder
+from data_prep.sources.procedural import Procedure, Question, procedural_source, reflect, write_folder, yes_or_no
+from infimed_jax.data.sample import QuestionKind
 
 COLOURS = {
     "red": (0.86, 0.15, 0.15),
@@ -19,6 +20,16 @@ COLOURS = {
 FORMS = ("circle", "square", "triangle", "star")
 PLACES = ("upper left", "upper right", "lower left", "lower right")
 NUMBERS = ("1", "2", "3", "4")
+WORDINGS = {
+    "form_check": ("Is there a {}?", "Does the image show a {}?"),
+    "colour_check": ("Is the {} {}?",),
+    "colour": ("Which colour is the {}?", "What is the colour of the {}?"),
+    "form": ("Which shape is {}?", "What is the shape of the {} object?"),
+    "position": ("Where is the {}?", "In which quadrant is the {}?"),
+    "number": ("How many shapes are there?", "How many shapes are seen?"),
+    "content": ("What is in the {}?", "What does the {} show?"),
+}
+OPTIONS = {"colour": tuple(COLOURS), "form": FORMS, "position": PLACES}
 THINGS = ("nothing", *(f"{colour} {form}" for colour in COLOURS for form in FORMS))
 
 
@@ -104,8 +115,10 @@ def ask(scene: Shapes, rng: np.random.Generator) -> list[Question]:
     def some() -> Item:
         return scene.items[rng.integers(len(scene.items))]
 
-    def pick(*wordings: str) -> str:
-        return wordings[rng.integers(len(wordings))]
+    def make(template: str, kind: QuestionKind, answer: str, *names: str) -> Question:
+        wordings = WORDINGS[template]
+        text = wordings[rng.integers(len(wordings))].format(*names)
+        return Question(template, kind, text, answer, OPTIONS.get(template, ()))
 
     checked, coloured, formed, placed = some(), some(), some(), some()
     sought = str(rng.choice(absent)) if absent and rng.random() < 0.5 else some().form
@@ -113,49 +126,19 @@ def ask(scene: Shapes, rng: np.random.Generator) -> list[Question]:
     claimed = checked.colour if rng.random() < 0.5 else str(rng.choice(others))
     place = PLACES[rng.integers(len(PLACES))]
     there = next((f"{item.colour} {item.form}" for item in scene.items if item.place == place), "nothing")
-    colours = tuple(COLOURS)
     return [
-        Question(
-            "form_check",
-            "yes_no",
-            pick(f"Is there a {sought}?", f"Does the image show a {sought}?"),
-            _yes(sought in present),
-        ),
-        Question("colour_check", "yes_no", f"Is the {checked.form} {claimed}?", _yes(claimed == checked.colour)),
-        Question(
-            "colour",
-            "choice",
-            pick(f"Which colour is the {coloured.form}?", f"What is the colour of the {coloured.form}?"),
-            coloured.colour,
-            colours,
-        ),
-        Question(
-            "form",
-            "choice",
-            pick(f"Which shape is {formed.colour}?", f"What is the shape of the {formed.colour} object?"),
-            formed.form,
-            FORMS,
-        ),
-        Question(
-            "position",
-            "choice",
-            pick(f"Where is the {placed.form}?", f"In which quadrant is the {placed.form}?"),
-            placed.place,
-            PLACES,
-        ),
-        Question(
-            "number", "closed", pick("How many shapes are there?", "How many shapes are seen?"), str(len(scene.items))
-        ),
-        Question("content", "open", pick(f"What is in the {place}?", f"What does the {place} show?"), there),
+        make("form_check", "yes_no", yes_or_no(sought in present), sought),
+        make("colour_check", "yes_no", yes_or_no(claimed == checked.colour), checked.form, claimed),
+        make("colour", "choice", coloured.colour, coloured.form),
+        make("form", "choice", formed.form, formed.colour),
+        make("position", "choice", placed.place, placed.form),
+        make("number", "closed", str(len(scene.items))),
+        make("content", "open", there, place),
     ]
 
 
-def _yes(truth: bool) -> str:
-    return "yes" if truth else "no"
-
-
 def think(scene: Shapes, question: Question) -> Question:
-    """The question with reasoning that names the item it is about, or says what there is none of."""
+    """The question with reasoning that names the item it is about, or says that there is none."""
     values = {"number": NUMBERS, "content": THINGS}.get(question.template, question.options or ("yes", "no"))
     return reflect(question, question.answer, values[0], evidence(scene, question))
 

@@ -1,4 +1,4 @@
-"""What a data source is: the door through which every dataset enters, and what the adapters share."""
+"""A data source: how a dataset is declared and read, and what the adapters share."""
 
 from __future__ import annotations
 
@@ -27,15 +27,17 @@ class Option:
     help: str
     parse: Callable[[str], Any] = str
     """Text to value. Raises ValueError or UserError."""
+    choices: tuple[str, ...] = ()
+    """The values that it can have, if they are few."""
     default: Any = None
     required: bool = False
     names_split: bool = False
-    """It says which data a split is made of, so it goes with one split alone: else all would be the same data."""
+    """Whether it says which data a split consists of: then only one split is read, since all would be the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One dataset: where it is had, what it may be used for, and how its files become samples."""
+    """One dataset: where it is obtained, what it may be used for, and how its files become samples."""
 
     name: str
     title: str
@@ -50,7 +52,7 @@ class Source:
     layout: str
     """The files that `read` expects in the input folder."""
     obtain: str
-    """How a user comes by those files."""
+    """Where a user obtains those files."""
     read: Callable[..., Iterator[Sample | Skipped]]
     """(input folder, split, **options) to samples in a fixed order; (input folder, split, shard, **options) to those of
     one of the `shards`. UserError: the folder or a file of annotations cannot be used."""
@@ -68,11 +70,11 @@ class Source:
     module: str = ""
     """The user's module or .py file that declares it; empty for a source of this project. Set by `find_source`."""
     code: str = ""
-    """SHA-256 of that module: another one prepares the datasets again."""
+    """SHA-256 of that module: datasets are prepared again when it changes."""
 
     @property
     def address(self) -> str:
-        """What `find_source` finds it by, in another process too."""
+        """The name by which `find_source` finds it, in another process as well."""
         return f"{self.module}:{self.name}" if self.module else self.name
 
 
@@ -91,6 +93,8 @@ def with_options(source: Source, given: Mapping[str, str]) -> tuple[Source, dict
     for option in source.options:
         if option.name in given:
             try:
+                if option.choices and given[option.name] not in option.choices:
+                    raise UserError(f"it must be {' or '.join(option.choices)}, not {given[option.name]!r}")
                 values[option.name] = option.parse(given[option.name])
             except (ValueError, OSError) as error:  # UserError is a ValueError
                 raise UserError(f"option {option.name} of {source.name}: {error}") from error
@@ -106,10 +110,10 @@ def with_options(source: Source, given: Mapping[str, str]) -> tuple[Source, dict
 
 
 class Secret(bytes):
-    """Bytes that show only a fingerprint: in reports, recipes and tracebacks."""
+    """Bytes that reports, recipes and tracebacks show only as a fingerprint."""
 
     def fingerprint(self) -> str:
-        """Made as the hashed uids are, so it gives away no more than any of them."""
+        """Computed as the hashed identifiers are, so that it reveals no more than any of them."""
         return hmac.digest(self, b"fingerprint", hashlib.sha256).hex()[:16]
 
     __str__ = __repr__ = fingerprint
@@ -121,17 +125,6 @@ def secret_file(name: str) -> Secret:
     if len(secret) < 16:
         raise UserError(f"{name} must hold at least 16 bytes: openssl rand -hex 32 > {name}")
     return secret
-
-
-def one_of(*values: str) -> Callable[[str], str]:
-    """A parser of options with few values."""
-    return partial(_one_of, values)
-
-
-def _one_of(values: tuple[str, ...], value: str) -> str:
-    if value not in values:
-        raise UserError(f"it must be {' or '.join(values)}, not {value!r}")
-    return value
 
 
 def check_split(source: Source, split: str) -> None:
@@ -159,13 +152,13 @@ def records(
             if isinstance(row, Unusable):
                 raise row
             made = make(id, row)
+            yield from (made,) if isinstance(made, Sample) else made
         except Unusable as fault:
-            made = Skipped(id, fault.reason, fault.detail, fault.records)
-        yield from (made,) if isinstance(made, Sample | Skipped) else made
+            yield Skipped(id, fault.reason, fault.detail, fault.records)
 
 
 def once(rows: Iterable[Row | Unusable], field: str) -> Iterator[Row | Unusable]:
-    """The rows; where the field's text has come before, an Unusable that names it."""
+    """The rows; an Unusable that names the field's text replaces a row whose text has occurred before."""
     seen: set[str] = set()
     for row in rows:
         key = None if isinstance(row, Unusable) else text(row[field])
@@ -177,7 +170,7 @@ def once(rows: Iterable[Row | Unusable], field: str) -> Iterator[Row | Unusable]
 def text(value: Any) -> str:
     """An annotation's value as stripped text: numbers become text, absent and nested values the empty string.
 
-    So does NaN, which is how tables exported by pandas say absent.
+    NaN is how tables exported by pandas write an absent value.
     """
     if isinstance(value, float) and math.isnan(value):
         return ""
@@ -185,7 +178,7 @@ def text(value: Any) -> str:
 
 
 def need(row: Row, field: str, reason: str) -> str:
-    """The field's text. Raises Unusable with `reason` where there is none."""
+    """The field's text. Raises Unusable with `reason` if it is empty."""
     value = text(row.get(field))
     if not value:
         raise Unusable(reason)
@@ -198,7 +191,7 @@ def question_and_answer(row: Row, question: str = "question", answer: str = "ans
 
 
 def answer_kind(answer: str, answer_type: str = "") -> QuestionKind:
-    """How a question of CLOSED or OPEN type is asked: yes/no by its answer, else closed or open."""
+    """The kind of a question of CLOSED or OPEN type: yes/no by its answer, otherwise closed or open."""
     if answer.lower() in ("yes", "no"):
         return "yes_no"
     return "closed" if answer_type == "CLOSED" else "open"
@@ -217,7 +210,7 @@ def qa_sample(
 def choice_sample(
     id: str, images: tuple[bytes, ...], question: str, options: Iterable[str], letter: str, meta: Mapping[str, str]
 ) -> Sample:
-    """A multiple choice; options without letters. Raises Unusable where the letter is none of an option."""
+    """A multiple choice; options without letters. Raises Unusable if no option has the letter."""
     source, split = id.split("/")[:2]
     options = tuple(options)
     if not 2 <= len(options) <= len(LETTERS) or len(letter) != 1 or letter not in LETTERS[: len(options)]:
@@ -226,7 +219,7 @@ def choice_sample(
 
 
 def caption_sample(id: str, images: tuple[bytes, ...], caption: str, meta: Mapping[str, str]) -> Sample:
-    """A pretraining document: the images, a newline, the caption. Raises Unusable where there is no caption."""
+    """A pretraining document: the images, a newline, the caption. Raises Unusable if there is no caption."""
     if not caption:
         raise Unusable(NO_TEXT)
     source, split = id.split("/")[:2]
@@ -234,5 +227,5 @@ def caption_sample(id: str, images: tuple[bytes, ...], caption: str, meta: Mappi
 
 
 def filled(**meta: Any) -> dict[str, str]:
-    """The metadata that there is, as text."""
+    """The metadata values that are not empty, as text."""
     return {key: value for key, value in ((key, text(value)) for key, value in meta.items()) if value}

@@ -32,7 +32,7 @@ def read(name: str, folder: Path, split: str, part: Part = WHOLE) -> Iterator[Sa
 def _sample(id: str, group: dict[str, bytes]) -> Sample:
     try:
         return _pair(id, group)
-    except Unusable as fault:  # by its number alone nobody would find it in the tar
+    except Unusable as fault:  # the number alone would not locate it in the tar
         raise Unusable(fault.reason, group["__key__"].decode(errors="replace")[:200]) from fault
 
 

@@ -12,9 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.reading.faults import Unusable
-from data_prep.sources import SOURCES
-from data_prep.sources.interleaved import document
+from data_prep.sources import SOURCES, interleaved
 from infimed_jax.data.sample import Sample, Skipped
+
+
+def document(id: str, pieces: list, joint: str) -> list:
+    return list(interleaved.document(lambda row: row, joint, id, pieces))
 
 
 def test_a_chunk_is_its_images_and_the_text_after_them():

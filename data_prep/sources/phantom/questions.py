@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from data_prep.sources.phantom.scene import MODALITIES, ORGANS, QUADRANTS, SHAPES, Scene
-from data_prep.sources.procedural import Question
+from data_prep.sources.procedural import Question, yes_or_no
 
 WORDINGS: dict[str, tuple[str, ...]] = {
     "presence": ("Is there a lesion?", "Does this image show a lesion?", "Can a lesion be seen?"),
@@ -40,9 +40,9 @@ def ask(scene: Scene, rng: np.random.Generator) -> list[Question]:
         others = [organ for organ in ORGANS if organ != scene.organ]
         claimed_organ = others[rng.integers(len(others))]
     questions = [
-        _question("presence", "yes_no", _yes(scene.count > 0), rng),
-        _question("several", "yes_no", _yes(scene.count > 1), rng),
-        _question("organ_check", "yes_no", _yes(claimed_organ == scene.organ), rng, claimed_organ),
+        _question("presence", "yes_no", yes_or_no(scene.count > 0), rng),
+        _question("several", "yes_no", yes_or_no(scene.count > 1), rng),
+        _question("organ_check", "yes_no", yes_or_no(claimed_organ == scene.organ), rng, claimed_organ),
         _question("modality", "choice", scene.modality, rng),
         _question("organ", "choice", scene.organ, rng),
         _question("count", "closed", str(scene.count), rng),
@@ -52,8 +52,8 @@ def ask(scene: Scene, rng: np.random.Generator) -> list[Question]:
     questions = [question for question in questions if rng.random() < 0.3]
     return [
         *questions,
-        _question("side_check", "yes_no", _yes(scene.only.side == "left"), rng),
-        _question("intensity_check", "yes_no", _yes(scene.intensity == "bright"), rng),
+        _question("side_check", "yes_no", yes_or_no(scene.only.side == "left"), rng),
+        _question("intensity_check", "yes_no", yes_or_no(scene.intensity == "bright"), rng),
         _question("shape", "choice", scene.shape, rng),
         _question("quadrant", "choice", scene.only.quadrant, rng),
         _question("side", "closed", scene.only.side, rng),
@@ -73,7 +73,3 @@ def _question(template: str, kind: str, answer: str, rng: np.random.Generator, c
     wordings = WORDINGS[template]
     text = wordings[rng.integers(len(wordings))].format(claim)
     return Question(template, kind, text, answer, OPTIONS.get(template, ()))
-
-
-def _yes(truth: bool) -> str:
-    return "yes" if truth else "no"

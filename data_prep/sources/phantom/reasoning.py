@@ -16,7 +16,7 @@ def think(scene: Scene, question: Question) -> Question:
 
 
 def _short_answer(scene: Scene, question: Question) -> tuple[str, str]:
-    """What is guessed at (for a description only the size), and the guess."""
+    """The attribute that is guessed (for a description only the size), and the guess."""
     if question.template == "describe":
         return scene.size, SIZES[0]
     if question.template == "place":

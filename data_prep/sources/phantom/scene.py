@@ -56,7 +56,7 @@ class Lesion:
     y: float
     """From the top."""
     angle: float
-    """Radians; of no account where the shape is round or a ring."""
+    """Radians; without effect if the shape is round or a ring."""
 
     @property
     def side(self) -> str:
@@ -91,7 +91,7 @@ class Scene:
 
     @property
     def only(self) -> Lesion:
-        """The lesion where there is exactly one; else ValueError."""
+        """The lesion if there is exactly one; otherwise ValueError."""
         (lesion,) = self.lesions
         return lesion
 
