@@ -105,30 +105,24 @@ def random_batch(seed: int, model):
 
 
 def draw(curves: dict[tuple[int, int, int], list[float]], file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     import numpy as np
 
-    figure, (above, below) = plt.subplots(
-        2, 1, figsize=(8, 6.4), sharex=True, height_ratios=(3, 2), layout="constrained"
-    )
+    from infimed_jax.report.plot import LEGEND, SERIES, panels, save
+
+    figure, (above, below) = panels(8, 6.4, 2, 1, sharex=True)
     single = np.array(curves[1, 1, 1])
     steps = np.arange(1, len(single) + 1)
     for number, (shape, curve) in enumerate(curves.items()):
         label = f"data {shape[0]} · fsdp {shape[1]} · tensor {shape[2]}"
         width = 1 + 1.1 * (len(curves) - number)  # the last lies on top, the others show at its sides
-        above.plot(steps, curve, color=f"C{number}", linewidth=width, label=label)
+        above.plot(steps, curve, color=SERIES[number], linewidth=width, label=label)
         if shape != (1, 1, 1):
             gap = np.abs(np.array(curve) / single - 1)
-            below.semilogy(steps, np.maximum(gap, 1e-9), color=f"C{number}", linewidth=1)
+            below.semilogy(steps, np.maximum(gap, 1e-9), color=SERIES[number], linewidth=1)
     above.set(ylabel="loss, nats a token", title="One model, the same batches, seven meshes")
-    above.legend(fontsize=8)
+    above.legend(**LEGEND)
     below.set(xlabel="step", ylabel="|loss / loss on one device - 1|")
-    for axis in (above, below):
-        axis.grid(alpha=0.25)
-    figure.savefig(file, dpi=100)
+    save(figure, file)
 
 
 if __name__ == "__main__":

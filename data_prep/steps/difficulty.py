@@ -26,8 +26,8 @@ from infimed_jax.data.storage import Samples
 from infimed_jax.data.training import open_for_training
 from infimed_jax.data.views import Choice
 from infimed_jax.errors import UserError
-from infimed_jax.files import whole_file
 from infimed_jax.progress import Report
+from infimed_jax.report.plot import ACCENT, INK, LEGEND, PALE, panels, save
 from infimed_jax.rl.difficulty import Plan, choose, count_right
 from infimed_jax.rl.rollout import Questions, questions
 from infimed_jax.rl.step import rollout_sampling
@@ -115,29 +115,23 @@ def _marked(dataset: Samples, pool: Questions, right: np.ndarray, kept: np.ndarr
 
 def draw_histogram(report: dict[str, Any], path: Path) -> None:
     """`histogram` as PNG."""
-    with whole_file(path) as part:
-        histogram(report).savefig(part, format="png", dpi=120)
+    save(histogram(report), path)
 
 
 def histogram(report: dict[str, Any]) -> Any:
     """matplotlib's Figure of the questions by their number of right answers, and of how many of them are kept."""
-    from matplotlib.figure import Figure
-
     counts, kept = report["histogram"], report["kept_of"]
-    figure = Figure(figsize=(max(7.0, 0.75 * len(counts)), 3.8), layout="constrained")  # room for 99,999 on each bar
-    axes = figure.subplots()
-    axes.bar(range(len(counts)), counts, color="#d3dde0", label="measured", width=0.8)
-    axes.bar(range(len(counts)), kept, color="#0b6e75", label="kept", width=0.8)
+    figure, (axes,) = panels(max(7.0, 0.75 * len(counts)), 3.8)  # room for 99,999 on each bar
+    axes.bar(range(len(counts)), counts, color=PALE, label="measured", width=0.8)
+    axes.bar(range(len(counts)), kept, color=ACCENT, label="kept", width=0.8)
     for place, (count, some) in enumerate(zip(counts, kept, strict=True)):
         text = f"{some:,}\nof {count:,}"
-        axes.annotate(text, (place, count), ha="center", va="bottom", fontsize=8, color="#1c2733")
+        axes.annotate(text, (place, count), ha="center", va="bottom", fontsize=8, color=INK)
     axes.set_xticks(range(len(counts)))
-    axes.set_xlabel(f"right answers of {len(counts) - 1}", color="#5b6b7b")
-    axes.set_ylabel("questions", color="#5b6b7b")
+    axes.set_xlabel(f"right answers of {len(counts) - 1}")
+    axes.set_ylabel("questions")
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.margins(y=0.16)
-    axes.set_title("Difficulty of the candidates", loc="left", fontsize=11, fontweight="bold", color="#1c2733")
-    axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.set_title("Difficulty of the candidates", loc="left", fontsize=11, fontweight="bold", color=INK)
+    axes.legend(**LEGEND, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
     return figure

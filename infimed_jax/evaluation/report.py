@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,16 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-from PIL import Image
-
 from infimed_jax.data.sample import Question
 from infimed_jax.evaluation.run import Record
-from infimed_jax.files import write_text
+from infimed_jax.report.page import thumbnail, write_page
+from infimed_jax.report.plot import ACCENT, INK, LEGEND, LINE, SECOND, SOFT, THIRD, panels, svg
 
-TEMPLATE = Path(__file__).with_name("report.html.jinja")
-INK, SOFT, ACCENT, SECOND = "#1c2733", "#5b6b7b", "#0b6e75", "#c98a12"
 THUMBNAIL = 192
 """Longest side of a gallery picture, pixels: 315 radiographs at full size would make a page of 17 MB."""
 
@@ -70,10 +63,8 @@ class Report:
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Render `report` to one HTML file without outside references; written whole or not at all."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(**_context(report))
-    write_text(path, page)
+    """`report` as one HTML file without outside references; written whole or not at all."""
+    write_page(path, Path(__file__).with_name("report.html.jinja"), _context(report))
 
 
 def _context(report: Report) -> dict[str, Any]:
@@ -115,31 +106,8 @@ def _stage_row(stage: Stage) -> dict[str, str]:
     }
 
 
-def _figure(width: float = 6.2, height: float = 3.1) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#b9c3cc")
-    axes.tick_params(colors=SOFT, labelsize=8.5)
-    axes.grid(axis="y", color="#e8edf0", linewidth=0.8)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _svg(figure: Any) -> Markup:
-    from matplotlib import rc_context
-
-    buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "infimed"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    return Markup(text[text.index("<svg") :])
-
-
 def _loss_figure(stages: Sequence[Stage]) -> Any:
-    figure, axes = _figure()
+    figure, (axes,) = panels(6.2, 3.1)
     start = 0
     for number, stage in enumerate(stages):
         losses = [(row["step"], row["loss"]) for row in stage.history if row.get("loss") is not None]
@@ -147,21 +115,21 @@ def _loss_figure(stages: Sequence[Stage]) -> Any:
             continue
         axes.plot([start + s for s, _ in losses], [v for _, v in losses], color=ACCENT, linewidth=1.3)
         if number:
-            axes.axvline(start, color="#b9c3cc", linewidth=0.8, linestyle=":")
+            axes.axvline(start, color=LINE, linewidth=0.8, linestyle=":")
         axes.annotate(
             stage.title, (start, 1.0), (3, -2), xycoords=("data", "axes fraction"), textcoords="offset points",
             fontsize=7, color=SOFT, rotation=90, va="top",
         )  # fmt: skip
         start += losses[-1][0]
-    axes.set_xlabel("steps over all stages", fontsize=8.5, color=SOFT)
-    axes.set_ylabel("loss", fontsize=8.5, color=SOFT)
+    axes.set_xlabel("steps over all stages")
+    axes.set_ylabel("loss")
     axes.set_yscale("log")
     axes.margins(x=0.01)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _accuracy_figure(stages: Sequence[Stage], baseline: float, blind: float | None) -> Any:
-    figure, axes = _figure()
+    figure, (axes,) = panels(6.2, 3.1)
     values = [s.summary["accuracy"] for s in stages]
     spread = [
         [v - s.summary["interval"][0] for v, s in zip(values, stages, strict=True)],
@@ -171,18 +139,18 @@ def _accuracy_figure(stages: Sequence[Stage], baseline: float, blind: float | No
     axes.errorbar(range(len(stages)), values, yerr=spread, fmt="none", ecolor=INK, elinewidth=1, capsize=3)
     axes.axhline(baseline, color=SECOND, linestyle="--", linewidth=1.2)
     if blind is not None:
-        axes.axhline(blind, color="#7a4fa3", linestyle=":", linewidth=1.4)
+        axes.axhline(blind, color=THIRD, linestyle=":", linewidth=1.4)
     for x, (value, stage) in enumerate(zip(values, stages, strict=True)):
         axes.annotate(f"{value:.0%}", (x, stage.summary["interval"][1]), (0, 3), textcoords="offset points",
                       ha="center", fontsize=8, color=INK)  # fmt: skip
     axes.set_xticks(range(len(stages)), [s.title.replace(" ", "\n") for s in stages], fontsize=7.5)
     axes.set_ylim(0, 1.05)
     axes.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _reward_figure(grpo: Stage, control: Stage | None) -> Any:
-    figure, axes = _figure()
+    figure, (axes,) = panels(6.2, 3.1)
     for key, colour, label in (("reward", ACCENT, "reward"), ("accuracy", SECOND, "accuracy part")):
         rows = [(r["step"], r[key]) for r in grpo.history if r.get(key) is not None]
         axes.plot([s for s, _ in rows], [v for _, v in rows], color=colour, linewidth=1.4, label=label)
@@ -190,24 +158,24 @@ def _reward_figure(grpo: Stage, control: Stage | None) -> Any:
         # Under the control every reward is 1, so what may or may not move is the accuracy of its replies.
         rows = [(r["step"], r["accuracy"]) for r in control.history if r.get("accuracy") is not None]
         axes.plot([s for s, _ in rows], [v for _, v in rows], color="#9aa7b3", linewidth=1.2, label="control: accuracy")
-    axes.legend(frameon=False, fontsize=8, labelcolor=SOFT)
-    axes.set_xlabel("GRPO steps", fontsize=8.5, color=SOFT)
-    return _svg(figure)
+    axes.legend(**LEGEND)
+    axes.set_xlabel("GRPO steps")
+    return svg(figure)
 
 
 def _policy_figure(grpo: Stage) -> Any:
-    figure, axes = _figure()
+    figure, (axes,) = panels(6.2, 3.1)
     right = axes.twinx()
-    right.spines[["top", "left"]].set_visible(False)
+    right.spines[["top", "left", "bottom"]].set_visible(False)
     right.tick_params(colors=SOFT, labelsize=8.5)
     steps = [r["step"] for r in grpo.history]
     length = axes.plot(steps, [r["response_tokens"] for r in grpo.history], color=ACCENT, linewidth=1.4)
     entropy = right.plot(steps, [r["entropy"] for r in grpo.history], color=SECOND, linewidth=1.4)
-    axes.legend([*length, *entropy], ["tokens a reply", "entropy"], frameon=False, fontsize=8, labelcolor=SOFT)
-    axes.set_xlabel("GRPO steps", fontsize=8.5, color=SOFT)
+    axes.legend([*length, *entropy], ["tokens a reply", "entropy"], **LEGEND)
+    axes.set_xlabel("GRPO steps")
     axes.set_ylim(bottom=0)
     right.set_ylim(bottom=0)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _group_table(stages: Sequence[Stage], title: str, label: str, key: str) -> dict[str, Any]:
@@ -252,7 +220,7 @@ def _cases(report: Report, stages: Sequence[Stage]) -> list[dict[str, Any]]:
         options = "".join(f" {chr(65 + i)}. {text};" for i, text in enumerate(sample.options)).rstrip(";")
         cases.append(
             {
-                "image": _data_uri(sample.images[0]),
+                "image": thumbnail(sample.images[0], THUMBNAIL),
                 "question": sample.question + options,
                 "gold": sample.answer,
                 "tags": " · ".join(v for v in (sample.meta.get("modality"), sample.kind.replace("_", " ")) if v),
@@ -269,13 +237,3 @@ def _answer(record: Record) -> str:
         return record.parsed
     reply = record.reply.strip() or "(empty)"
     return f"{reply if len(reply) <= 60 else reply[:60] + '…'} [{record.status}]"
-
-
-def _data_uri(data: bytes) -> str:
-    with Image.open(io.BytesIO(data)) as image:
-        picture = image.convert("RGB")
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG" if max(picture.size) <= 96 else "JPEG", quality=85)
-    kind = "png" if max(picture.size) <= 96 else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from infimed_jax.report.plot import ACCENT, BAD, panels, save
+
 CURVE = "curve.png"
 
 _PANELS = (
@@ -24,16 +26,12 @@ def draw_curve(rows: Sequence[dict[str, Any]], title: str, file: Path) -> None:
 
     Without an update that was not skipped, no file is written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes 0.1 s, which --help must not
-    from matplotlib.figure import Figure
-
-    panels = [(name, label) for name, label in _PANELS if any(name in row and not row.get("skipped") for row in rows)]
-    if not panels:
+    shown = [(name, label) for name, label in _PANELS if any(name in row and not row.get("skipped") for row in rows)]
+    if not shown:
         return
-    figure = Figure(figsize=(4.5 * len(panels), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure, axes = panels(4.5 * len(shown), 3.4, 1, len(shown))
     figure.suptitle(title)
-    for axis, (name, label) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
+    for axis, (name, label) in zip(axes, shown, strict=True):
         good = [(row["step"], row[name]) for row in rows if name in row and not row.get("skipped")]
         steps, values = np.array(good, np.float64).reshape(-1, 2).T
         if name == "tokens_per_second":  # over five steps: where two end together, the second takes no time
@@ -41,14 +39,13 @@ def draw_curve(rows: Sequence[dict[str, Any]], title: str, file: Path) -> None:
                 np.array([row[n] for row in rows if not row.get("skipped")]) for n in ("tokens", "seconds")
             )
             values = smoothed(tokens, 5) / smoothed(seconds, 5)
-        axis.plot(steps, values, color="tab:blue", alpha=0.35 if len(values) >= 20 else 1.0, linewidth=1)
+        axis.plot(steps, values, color=ACCENT, alpha=0.35 if len(values) >= 20 else 1.0, linewidth=1)
         if len(values) >= 20:
-            axis.plot(steps, smoothed(values), color="tab:blue", linewidth=1.8, label="mean of 5 % of the steps")
+            axis.plot(steps, smoothed(values), color=ACCENT, linewidth=1.8, label="mean of 5 % of the steps")
         for step in (row["step"] for row in rows if row.get("skipped")):
-            axis.axvline(step, color="tab:red", linewidth=0.8)
+            axis.axvline(step, color=BAD, linewidth=0.8)
         axis.set(xlabel="step", title=label)
-        axis.grid(alpha=0.25)
-    figure.savefig(file, dpi=110)
+    save(figure, file)
 
 
 def smoothed(values: np.ndarray, width: int = 0) -> np.ndarray:

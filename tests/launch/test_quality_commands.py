@@ -94,7 +94,7 @@ def test_help_waits_for_no_import(step):
         "from launch import run\n"
         f"try: run.main(['data', {step!r}, '--help'])\n"
         "except SystemExit as stop: assert stop.code == 0\n"
-        "heavy = {'jax', 'transformers', 'tensorflow_datasets', 'httpx2', 'pydantic', 'matplotlib'}\n"
+        "heavy = {'jax', 'transformers', 'tensorflow_datasets', 'openai', 'httpx2', 'pydantic', 'matplotlib'}\n"
         "assert not heavy & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

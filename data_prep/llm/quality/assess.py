@@ -9,7 +9,7 @@ from typing import Any
 
 from data_prep.llm import CallFailed, ChatClient, Endpoint, check_sources, parts, run_jobs, speech
 from data_prep.llm.quality.parse import BadReply, Outcome, parse_rating
-from data_prep.llm.quality.report import summarise, write_page
+from data_prep.llm.quality.report import summarise, write_assessment
 from data_prep.llm.quality.rubric import instructions
 from data_prep.llm.quality.sampling import Place, draw
 from infimed_jax.data.images import ImageError
@@ -108,7 +108,7 @@ def _write(output: Path, outcomes: Sequence[Outcome], assessment: dict[str, Any]
     lines = [to_json(_line(outcome), ensure_ascii=False) for outcome in outcomes]
     write_text(output / "ratings.jsonl", "\n".join(lines) + "\n")
     write_json(output / "assessment.json", assessment)
-    write_page(output / "report.html", assessment)
+    write_assessment(output / "report.html", assessment)
     sources = assessment["sources"]
     undecided = [name for name, row in sources.items() if row["keep"] is None]
     if undecided:

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
 from data_prep.llm.quality.parse import Outcome
 from data_prep.llm.quality.rubric import DIMENSIONS, KEYS, OVERALL
-from infimed_jax.files import write_text
+from infimed_jax.report.page import write_page
+from infimed_jax.report.plot import INK, SOFT, panels, svg
 
-TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SCORES = (1, 2, 3, 4, 5)
 COLOURS = ("#b5483a", "#e2a08a", "#d9d9d4", "#8fbfc0", "#0b6e75")
 """Colours of scores 1 to 5: diverging, so that a bar's balance shows at once."""
-INK, SOFT = "#1c2733", "#5b6b7b"
 
 
 def summarise(
@@ -75,38 +69,34 @@ def _decide(overall: dict[str, Any], drawn: int, threshold: float, least_rated: 
     return keep, reason
 
 
-def write_page(path: Path, assessment: dict[str, Any]) -> None:
+def write_assessment(path: Path, assessment: dict[str, Any]) -> None:
     """The assessment as one HTML file without outside references; written whole or not at all."""
     sources, account = assessment["sources"], assessment["account"]
     spent = account["spent"]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        plan=assessment["plan"],
-        keys=KEYS,
-        names=[d.key if not d.other_key else f"{d.key} / {d.other_key.split()[0]}" for d in DIMENSIONS],
-        sources=[(name, row, [_mean(row["dimensions"][key]) for key in KEYS]) for name, row in sources.items()],
-        figure=Markup(f'<img alt="Distribution of every dimension by source" src="{_picture(sources)}">'),
-        unreadable=len(assessment["unreadable_records"]),
-        account=account,
-        tokens=f"{spent['prompt_tokens']:,} prompt and {spent['reply_tokens']:,} reply tokens",
-        cost=f"{spent['cost']:.4f}" if spent["cost"] else "no prices given",
-    )
-    write_text(path, page)
+    values = {
+        "plan": assessment["plan"],
+        "keys": KEYS,
+        "names": [d.key if not d.other_key else f"{d.key} / {d.other_key.split()[0]}" for d in DIMENSIONS],
+        "sources": [(name, row, [_mean(row["dimensions"][key]) for key in KEYS]) for name, row in sources.items()],
+        "figure": _picture(sources),
+        "unreadable": len(assessment["unreadable_records"]),
+        "account": account,
+        "tokens": f"{spent['prompt_tokens']:,} prompt and {spent['reply_tokens']:,} reply tokens",
+        "cost": f"{spent['cost']:.4f}" if spent["cost"] else "no prices given",
+    }
+    write_page(path, Path(__file__).with_name("report.html.jinja"), values)
 
 
 def _mean(distribution: dict[str, Any]) -> str:
     return "–" if distribution["mean"] is None else f"{distribution['mean']:.2f}"
 
 
-def _picture(sources: dict[str, dict[str, Any]]) -> str:
-    """PNG as a data URL: a panel a dimension, a bar a source, parted by the share of each score."""
-    from matplotlib.figure import Figure
-
+def _picture(sources: dict[str, dict[str, Any]]) -> Any:
+    """A panel a dimension, a bar a source, divided by the share of each score."""
     names = list(sources)
     height = 0.34 * len(names) + 0.75
-    figure = Figure(figsize=(11.5, 2 * height + 0.7), layout="constrained")
-    panels = figure.subplots(2, 3, sharex=True, sharey=True)
-    for panel, dimension in zip(panels.flat, DIMENSIONS, strict=True):
+    figure, drawn = panels(11.5, 2 * height + 0.7, 2, 3, sharex=True, sharey=True)
+    for panel, dimension in zip(drawn, DIMENSIONS, strict=True):
         for row, name in enumerate(names):
             _bar(panel, row, sources[name]["dimensions"][dimension.key])
         title = dimension.key if not dimension.other_key else f"{dimension.key} / {dimension.other_key.split()[0]}"
@@ -116,14 +106,12 @@ def _picture(sources: dict[str, dict[str, Any]]) -> str:
         panel.set_yticks(range(len(names)), [_label(name, sources[name]) for name in names], fontsize=9, color=INK)
         panel.set_xticks([0, 0.5, 1], ["0", "50 %", "100 %"], fontsize=8, color=SOFT)
         panel.tick_params(length=0)
-        for side in panel.spines.values():
-            side.set_visible(False)
-    handles = [panels.flat[0].barh(0, 0, color=colour) for colour in COLOURS]
+        panel.grid(visible=False)
+        panel.spines[:].set_visible(False)
+    handles = [drawn[0].barh(0, 0, color=colour) for colour in COLOURS]
     labels = [f"score {score}" for score in SCORES]
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return svg(figure)
 
 
 def _bar(panel: Any, row: int, distribution: dict[str, Any]) -> None:
