@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.reading.faults import COLUMNS, NOT_UNICODE, OPEN_QUOTE, Unusable
-from data_prep.reading.rows import WHOLE, Lines, Part, Row, check_state, open_text
+from data_prep.reading.rows import WHOLE, Lines, Part, Row, open_text
 from infimed_jax.errors import UserError
 
 
@@ -24,13 +24,11 @@ class Table:
 
 def csv_rows(file: Path, table: Table, part: Part = WHOLE) -> Iterator[Row | Unusable]:
     """Rows as text by column. UserError: the file is missing, or its header lacks one of the columns."""
-    check_state(file, part)
     names = _header(file, table) if table.header else list(table.columns)
     with open_text(file, newline="", start=part.start) as stream:
         lines = Lines(stream, f"{file.name} line ", part.line)
-        for row in part.of(csv_lines(lines, table, part.start > 0)):
+        for row in part.of(file, csv_lines(lines, table, part.start > 0)):
             yield row if isinstance(row, Unusable) else _named(names, row, f"{lines.where}{lines.number}")
-    check_state(file, part)
 
 
 def csv_lines(lines: Lines, table: Table, inside: bool = False) -> Iterator[list[str] | Unusable]:

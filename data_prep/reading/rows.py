@@ -65,9 +65,11 @@ class Part:
     file: str = ""
     """Its path in the input folder, where a split has several."""
 
-    def of(self, rows: Iterable[Any]) -> Iterable[Any]:
-        """The part's rows, out of all rows from `start` on."""
-        return rows if self.stop is None else itertools.islice(rows, self.stop - self.first)
+    def of(self, file: Path, rows: Iterable[Any]) -> Iterator[Any]:
+        """The part's rows, out of all rows of the file from `start` on. UserError as `check_state`."""
+        check_state(file, self)
+        yield from itertools.islice(rows, None if self.stop is None else self.stop - self.first)
+        check_state(file, self)
 
 
 WHOLE = Part()
@@ -145,15 +147,13 @@ def json_rows(file: Path, part: Part = WHOLE, limit: int | None = None) -> Itera
 
     UserError: the file is missing, or its list is cut.
     """
-    check_state(file, part)
     listed = is_list(file)
     with open_text(file, newline="", start=part.start) as stream:
         if listed:
             rows: Iterable[Row | Unusable] = Entries(stream, f"{file.name} entry ", part.line, limit, part.start > 0)
         else:
             rows = _line_rows(Lines(stream, f"{file.name} line ", part.line, limit))
-        yield from part.of(rows)
-    check_state(file, part)
+        yield from part.of(file, rows)
 
 
 def is_list(file: Path) -> bool:

@@ -141,9 +141,7 @@ def _draw(
     """Draw the images of these numbers: scene, caption and questions of each."""
     drawn = []
     for number in numbers:
-        rng = np.random.default_rng(
-            [*key, number]
-        )  # one generator each, so that a longer split starts with the same images
+        rng = np.random.default_rng([*key, number])  # a longer split starts with the same images
         scene = procedure.draw(rng)
         (folder / f"{split}_{number:06d}.png").write_bytes(procedure.png(scene))
         caption = procedure.caption(scene, rng)
@@ -164,9 +162,8 @@ def balance(asked: Sequence[Sequence[Question]], rng: np.random.Generator) -> li
     kept: dict[tuple[int, int], Question] = {}
     for by_answer in places.values():
         is_open = any(asked[i][j].kind == "open" for group in by_answer.values() for i, j in group)
-        size = (
-            min(map(len, by_answer.values())) if len(by_answer) > 1 else 0
-        )  # a template with one answer can be answered without the image
+        # a template with one answer can be answered without the image
+        size = min(map(len, by_answer.values())) if len(by_answer) > 1 else 0
         for answer in sorted(by_answer):
             group = by_answer[answer]
             for image, number in group if is_open else [group[i] for i in rng.permutation(len(group))[:size]]:

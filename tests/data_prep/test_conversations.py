@@ -15,24 +15,24 @@ from data_prep.sources.source import with_options
 from infimed_jax.data.sample import Sample, Skipped, Turn
 
 
-def said(*values: str, roles: tuple[str, ...] = ("human", "gpt")) -> list[dict]:
+def spoken(*values: str, roles: tuple[str, ...] = ("human", "gpt")) -> list[dict]:
     return [{"from": roles[number % len(roles)], "value": value} for number, value in enumerate(values)]
 
 
 def test_marks_become_images_where_they_stand():
-    assert conversation(said("<image>\nWhat?", "Gas."), 1) == (
+    assert conversation(spoken("<image>\nWhat?", "Gas."), 1) == (
         Turn("user", (0, "\nWhat?")),
         Turn("assistant", ("Gas.",)),
     )
-    assert conversation(said("What?\n<image>", "Gas.", "And <image>?", "Air."), 2) == (
+    assert conversation(spoken("What?\n<image>", "Gas.", "And <image>?", "Air."), 2) == (
         Turn("user", ("What?\n", 0)),
         Turn("assistant", ("Gas.",)),
         Turn("user", ("And ", 1, "?")),
         Turn("assistant", ("Air.",)),
     )
-    assert conversation(said("Both?", "Yes."), 2)[0] == Turn("user", (0, 1, "\nBoth?"))  # PubMedVision has no marks
-    assert conversation(said("Hi", "Hello."), 0) == (Turn("user", ("Hi",)), Turn("assistant", ("Hello.",)))
-    system = [{"role": "system", "content": "Be brief."}, *said("<image>Q", "A")]
+    assert conversation(spoken("Both?", "Yes."), 2)[0] == Turn("user", (0, 1, "\nBoth?"))  # PubMedVision has no marks
+    assert conversation(spoken("Hi", "Hello."), 0) == (Turn("user", ("Hi",)), Turn("assistant", ("Hello.",)))
+    system = [{"role": "system", "content": "Be brief."}, *spoken("<image>Q", "A")]
     assert conversation(system, 1)[0] == Turn("system", ("Be brief.",))
 
 
@@ -42,16 +42,16 @@ def test_marks_become_images_where_they_stand():
         (None, 0, "out of order"),
         ([], 0, "out of order"),
         (["text"], 0, "out of order"),
-        (said("only a question"), 0, "out of order"),
-        (said("A", "Q", roles=("gpt", "human")), 0, "out of order"),
-        (said("Q", "Q2", "A", "A2", roles=("human", "human", "gpt", "gpt")), 0, "out of order"),
-        (said("Q", "A", roles=("robot", "gpt")), 0, "out of order"),
-        (said("<image>\n", "A"), 1, "no text"),
-        (said("Q", "  "), 0, "no text"),
+        (spoken("only a question"), 0, "out of order"),
+        (spoken("A", "Q", roles=("gpt", "human")), 0, "out of order"),
+        (spoken("Q", "Q2", "A", "A2", roles=("human", "human", "gpt", "gpt")), 0, "out of order"),
+        (spoken("Q", "A", roles=("robot", "gpt")), 0, "out of order"),
+        (spoken("<image>\n", "A"), 1, "no text"),
+        (spoken("Q", "  "), 0, "no text"),
         ([{"from": "human", "value": None}, {"from": "gpt", "value": "A"}], 0, "no text"),
-        (said("<image>Q", "A"), 0, "marks"),
-        (said("<image><image>Q", "A"), 1, "marks"),
-        (said("<image>Q", "A"), 2, "marks"),
+        (spoken("<image>Q", "A"), 0, "marks"),
+        (spoken("<image><image>Q", "A"), 1, "marks"),
+        (spoken("<image>Q", "A"), 2, "marks"),
     ],
 )
 def test_conversations_that_contradict_themselves_are_named(turns, images, reason):
@@ -59,7 +59,7 @@ def test_conversations_that_contradict_themselves_are_named(turns, images, reaso
         conversation(turns, images)
 
 
-ROW = {"id": "7", "image": "a.jpg", "conversations": said("<image>\nDescribe.", "A small effusion.")}
+ROW = {"id": "7", "image": "a.jpg", "conversations": spoken("<image>\nDescribe.", "A small effusion.")}
 
 
 def write(folder: Path, file: str, rows: list, images: dict[str, bytes]) -> Path:
@@ -92,7 +92,7 @@ def test_each_dataset_in_its_layout(tmp_path, name, file, place):
 
 
 def test_documents_are_captions_alone_or_whole_conversations(tmp_path):
-    rows = [ROW | {"conversations": said("<image>\nDescribe.", "A small effusion.", "Where?", "Left.")}]
+    rows = [ROW | {"conversations": spoken("<image>\nDescribe.", "A small effusion.", "Where?", "Left.")}]
     for name, file, text in [
         ("llava_med_alignment", "llava_med_alignment_500k.json", "\nLeft."),
         ("llava_med_instruct", "llava_med_instruct_60k.json", "\nDescribe.\nA small effusion.\nWhere?\nLeft."),
@@ -109,7 +109,7 @@ def test_pubmedvision_has_lists_of_images_in_packed_archives_and_no_marks(tmp_pa
         "id": f"{file}_VQA_0",
         "modality": "Computed Tomography",
         "body_part": "Chest",
-        "conversations": said("What is seen?", "A nodule."),
+        "conversations": spoken("What is seen?", "A nodule."),
     }
     write(tmp_path, f"PubMedVision_{file}_VQA.json", [row], {})
     with zipfile.ZipFile(tmp_path / "images_3.zip", "w") as archive:
@@ -142,7 +142,7 @@ def test_ones_own_files_by_option_with_bad_lines_named(tmp_path):
     ],
 )
 def test_an_image_that_is_no_name_is_absent_or_missing_and_no_crash(tmp_path, image, made):
-    rows = [{"image": image, "conversations": said("Describe.", "An effusion.")}, ROW]
+    rows = [{"image": image, "conversations": spoken("Describe.", "An effusion.")}, ROW]
     first, second = SOURCES["llava_json"].read(write(tmp_path, "train.json", rows, {"images/a.jpg": b"x"}), "train")
     assert isinstance(second, Sample)
     if made == "sample":

@@ -115,8 +115,8 @@ def conversations(folder: Path, count: int) -> Path:
     """Every fifth row is broken, or lacks its image."""
     listed = []
     for number in range(count):
-        said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"é {number}"}]
-        listed.append({"id": number, "image": f"{number}.png", "conversations": said if number % 10 else []})
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"é {number}"}]
+        listed.append({"id": number, "image": f"{number}.png", "conversations": turns if number % 10 else []})
         if number % 10 != 5:
             (folder / "images").mkdir(parents=True, exist_ok=True)
             (folder / "images" / f"{number}.png").write_bytes(picture(number))
