@@ -4,7 +4,6 @@ Hugging Face Hub has them."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,21 +136,6 @@ _DOOR: dict[str, Any] = {
 }
 
 
-def _hub(name: str, title: str, licence: str, size: str, repository: str, notes: str) -> Source:
-    return Source(
-        name=name,
-        title=title,
-        licence=licence,
-        size=size,
-        obtain=f"{repository} on the Hugging Face Hub",
-        notes=notes,
-        layout="data/SPLIT-*.parquet",
-        columns=("image", "question", "answer"),
-        read=partial(read, name),
-        shards=parts_of(files_of),
-    )
-
-
 SOURCES = (
     Source(
         name="parquet",
@@ -179,25 +163,31 @@ SOURCES = (
         ),
         **_DOOR,
     ),
-    _hub(
-        "pathvqa",
+    Source(
+        name="pathvqa",
         title="PathVQA",
         licence="MIT",
         size="32,632 questions, 6,719 of them test",
-        repository="flaviagiammarino/path-vqa",
+        layout="data/SPLIT-*.parquet",
+        columns=("image", "question", "answer"),
+        obtain="flaviagiammarino/path-vqa on the Hugging Face Hub",
         notes="the licence is the card's, not verified here; the images are from textbooks",
+        read=partial(read, "pathvqa"),
+        shards=parts_of(files_of),
     ),
-    replace(
-        _hub(
-            "vqa_rad_hf",
-            title="VQA-RAD as the Hugging Face Hub has it",
-            licence="CC0-1.0",
-            size="1,793 / 451 questions on 315 images",
-            repository="flaviagiammarino/vqa-rad",
-            notes="the usual split, without the columns of the original files (source vqa_rad)",
-        ),
-        splits=("train", "test"),
+    Source(
+        name="vqa_rad_hf",
+        title="VQA-RAD as the Hugging Face Hub has it",
+        licence="CC0-1.0",
         commercial_use=True,
         allow_external_api=True,
+        splits=("train", "test"),
+        size="1,793 / 451 questions on 315 images",
+        layout="data/SPLIT-*.parquet",
+        columns=("image", "question", "answer"),
+        obtain="flaviagiammarino/vqa-rad on the Hugging Face Hub",
+        notes="the usual split, without the columns of the original files (source vqa_rad)",
+        read=partial(read, "vqa_rad_hf"),
+        shards=parts_of(files_of),
     ),
 )

@@ -65,37 +65,33 @@ def json_member(group: dict[str, bytes]) -> dict[str, Any]:
     return value
 
 
-def _source(name: str, title: str, licence: str, size: str, obtain: str, notes: str) -> Source:
-    return Source(
-        name=name,
-        title=title,
-        licence=licence,
-        size=size,
-        obtain=obtain,
-        notes=f"{notes}. Layout as img2dataset writes it",
-        splits=("train",),
-        layout="*.tar or *.tar.gz, in folders or not: KEY.jpg, KEY.txt (or the caption in KEY.json)",
-        columns=("jpg", "txt", "json.caption", "json.uid"),
-        read=partial(read, name),
-        shards=parts_of(files_of),
-    )
-
-
+_LAYOUT = "*.tar or *.tar.gz, in folders or not: KEY.jpg, KEY.txt (or the caption in KEY.json)"
+_COLUMNS = ("jpg", "txt", "json.caption", "json.uid")
 SOURCES = (
-    _source(
-        "datacomp",
+    Source(
+        name="datacomp",
         title="DataComp (DFN and MLM-filter subsets)",
         licence="CC-BY-4.0",
+        splits=("train",),
         size="the pool's medium scale is 128 million pairs; the subsets are the filters' choice of it",
+        layout=_LAYOUT,
+        columns=_COLUMNS,
         obtain="DataComp's metadata with img2dataset, or weizhiwang/Open-Qwen2VL-Data on the Hugging Face Hub",
-        notes="the licence is that of links and captions; each image keeps its own",
+        notes="the licence is that of links and captions; each image keeps its own. Layout as img2dataset writes it",
+        read=partial(read, "datacomp"),
+        shards=parts_of(files_of),
     ),
-    _source(
-        "ccs",
+    Source(
+        name="ccs",
         title="CCS: CC3M, CC12M and SBU captions",
         licence="mixed: CC3M and CC12M free with acknowledgement, SBU not stated",
+        splits=("train",),
         size="as filtered by CapFilt; not verified here",
+        layout=_LAYOUT,
+        columns=_COLUMNS,
         obtain="img2dataset on BLIP's filtered list, or weizhiwang/Open-Qwen2VL-Data on the Hugging Face Hub",
-        notes="licence not verified here; each image keeps its own",
+        notes="licence not verified here; each image keeps its own. Layout as img2dataset writes it",
+        read=partial(read, "ccs"),
+        shards=parts_of(files_of),
     ),
 )
