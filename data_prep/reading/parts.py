@@ -34,17 +34,19 @@ def parts_of(files: Callable[[Path, str], list[Path]]) -> Callable[..., list[Par
 
 
 def _split_parts(files: Callable[[Path, str], list[Path]], folder: Path, split: str, **options: Any) -> list[Part]:
-    return [replace(part, file=shard_name(folder, file)) for file in files(folder, split) for part in _file_parts(file)]
+    paths = files(folder, split)
+    many = len(paths) > _PARTS  # enough to share, so that no text has to be read to cut it
+    return [replace(part, file=shard_name(folder, path)) for path in paths for part in _file_parts(path, many)]
 
 
-def _file_parts(file: Path) -> list[Part]:
-    """Parts by the kind of file; an archive is one."""
+def _file_parts(file: Path, many: bool) -> list[Part]:
+    """Parts by the kind of file; an archive is one, as is any text of `many`."""
     match file.suffix:
         case ".parquet":
             return _parquet_parts(file)
-        case ".csv":
+        case ".csv" if not many:
             return csv_parts(file, Table(()))
-        case ".json" | ".jsonl":
+        case ".json" | ".jsonl" if not many:
             return json_parts(file)
     return [WHOLE]
 

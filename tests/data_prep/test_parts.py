@@ -111,6 +111,15 @@ def test_long_files_have_parts_of_a_shards_size_and_short_ones_enough_to_share(m
         assert [part.first for part in parts.even_parts(count)] == firsts
 
 
+def test_one_of_few_files_is_cut_and_one_of_many_is_not_even_read(tmp_path):
+    files = [tmp_path / f"{number:02}.jsonl" for number in range(33)]
+    for file in files:
+        file.write_text('{"a": 1}\n{"a": 2}\n{"a": 3}\n')
+    few, many = (parts.parts_of(lambda folder, split, n=n: files[:n])(tmp_path, "train") for n in (32, 33))
+    assert [(part.file, part.first) for part in few] == [(file.name, first) for file in files[:32] for first in (0, 2)]
+    assert many == [Part(file=file.name) for file in files]
+
+
 def conversations(folder: Path, count: int) -> Path:
     """Every fifth row is broken, or lacks its image."""
     listed = []
