@@ -31,11 +31,11 @@ from infimed_jax.plan.cell import counted
 from infimed_jax.runs.metrics import read_metrics
 from infimed_jax.runs.parameters import open_params
 from infimed_jax.sampling.policy import Policy
-from infimed_jax.sharding import make_mesh
 from infimed_jax.train.stage import train
 from infimed_jax.trees import flatten, nest
 from launch.run import main
 from tests.hf.reading import to_hf
+from tests.tiny import one_device
 
 FAMILY = str(Path(__file__).with_name("two_sizes.py"))
 MODEL = config.model_class(FAMILY)(family=FAMILY)
@@ -195,7 +195,7 @@ def test_verify_compares_it_with_torch(cfg, exported):
 
 def test_plan_counts_it(cfg):
     planned = counted(_with(cfg, remat="full", global_batch=8), parse_topology("v5p:2x2x1"), config.Mesh(1, -1, 1))
-    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
+    with one_device():
         sizes = {path: leaf.size for path, leaf in flatten(dict(abstract_params(cfg.model))).items()}
     assert planned["parameters"]["total"] == sum(sizes.values())
     assert leaf_shapes(cfg.model).keys() == sizes.keys()

@@ -18,6 +18,7 @@ from infimed_jax.models.infimed import config as infimed
 from infimed_jax.ops.attention import Mask, attention
 from infimed_jax.train.optimizer import make_optimizer
 from infimed_jax.train.state import abstract_state, merge_params
+from tests.tiny import one_device
 
 ROWS, TOKENS, IMAGES = 2, 40, 2
 
@@ -69,7 +70,7 @@ def test_the_formula_counts_the_products_of_forward_and_backward_pass(model, par
         train=parts, lora=config.Lora(rank=rank), compute_dtype="float32", remat="none", attention="xla"
     )
     cfg = config.Config(model=model, train=train)
-    with jax.set_mesh(sharding.make_mesh(config.Mesh(), jax.devices()[:1])):
+    with one_device():
         state = abstract_state(cfg, make_optimizer(cfg.optimizer))
         batch = sharding.place_batch(_batch(model.vision.image_size), jax.sharding.get_mesh())
 

@@ -15,11 +15,12 @@ from infimed_jax.models.infimed import config as infimed
 from infimed_jax.train.optimizer import make_optimizer
 from infimed_jax.train.state import abstract_state, merge_params
 from infimed_jax.train.step import next_token_loss
+from tests.tiny import one_device
 
 
 @pytest.fixture(autouse=True)
 def _mesh():
-    with jax.set_mesh(sharding.make_mesh(config.Mesh(), jax.devices()[:1])):
+    with one_device():
         yield jax.sharding.get_mesh()
 
 

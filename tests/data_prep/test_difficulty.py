@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from data_prep.steps.difficulty import histogram, measure
-from infimed_jax import config
 from infimed_jax.data.storage import open_samples, write_samples
 from infimed_jax.errors import UserError
 from infimed_jax.rl import difficulty
@@ -20,23 +19,17 @@ from infimed_jax.rl.difficulty import Plan
 from infimed_jax.rl.step import rollout_sampling
 from infimed_jax.sampling.engine import Completion
 from infimed_jax.sampling.policy import Policy
-from infimed_jax.sharding import make_mesh
 from tests.data_prep.samples import caption, damage
 from tests.rl.conftest import make_tiny
+from tests.tiny import mesh, one_device  # noqa: F401
 
 reward = difficulty.score
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
+    with one_device():
         return make_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def mesh():
-    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
-        yield
 
 
 def candidates(tmp_path, tiny, count=20):

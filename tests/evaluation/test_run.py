@@ -1,13 +1,11 @@
 """`evaluate` with a tiny random model, and with scripted replies where the verdicts must be known."""
 
-import io
 import json
 from dataclasses import asdict, replace
 
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 from data_prep.tokenizer import make_tokenizer
 from infimed_jax.config import Config, Mesh, Sampling, Train
@@ -18,26 +16,16 @@ from infimed_jax.errors import UserError
 from infimed_jax.evaluation import respondents
 from infimed_jax.evaluation.respondents import Terms, ask_policy
 from infimed_jax.evaluation.run import compare_runs, evaluate, fingerprint, image_gain, image_id, read_evaluation
-from infimed_jax.models.infimed.config import Model, Projector, Text, Vision
 from infimed_jax.models.params import init_params
 from infimed_jax.sampling.engine import Completion
 from infimed_jax.sampling.policy import Policy
 from infimed_jax.sharding import make_mesh
+from tests import tiny
+from tests.tiny import png
 
-MODEL = Model(
-    Vision(image_size=12, patch_size=3, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2),
-    Projector(visual_tokens=4),
-    Text(vocab_size=320, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8),
-)
+MODEL = tiny.model(vocab_size=320)
 TRAIN = Train(compute_dtype="float32", attention="xla")
 SAMPLING = Sampling(max_tokens=6, slots=4, burst=3)
-
-
-def png(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 def question(number: int, kind="yes_no", answer="yes", options=(), image=0, **meta):

@@ -5,32 +5,12 @@ import numpy as np
 import pytest
 
 from data_prep.tokenizer import make_tokenizer
-from infimed_jax import config, sharding
-from infimed_jax.models.infimed import config as infimed
+from infimed_jax import config
 from infimed_jax.models.params import abstract_params
+from tests import tiny
+from tests.tiny import mesh  # noqa: F401
 
-MODEL = infimed.Model(
-    vision=infimed.Vision(
-        image_size=30, patch_size=7, hidden_size=24, intermediate_size=40, num_layers=3, num_heads=2, feature_layer=-2
-    ),
-    projector=infimed.Projector(visual_tokens=16),
-    text=infimed.Text(
-        vocab_size=400,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=3,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        rope_theta=50_000.0,
-    ),
-)
-
-
-@pytest.fixture(autouse=True)
-def mesh():
-    with jax.set_mesh(sharding.make_mesh(config.Mesh(), jax.devices()[:1])) as mesh:
-        yield mesh
+MODEL = tiny.uneven_model(visual_tokens=16, feature_layer=-2, vocab_size=400, rope_theta=50_000.0)
 
 
 @pytest.fixture(scope="session")

@@ -8,17 +8,10 @@ import pytest
 
 from infimed_jax import config
 from infimed_jax.hf import names
-from infimed_jax.models.infimed import config as infimed
 from infimed_jax.runs import parameters
-from tests import two_processes
+from tests import tiny, two_processes
 
-MODEL = infimed.Model(
-    infimed.Vision(image_size=8, patch_size=4, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2),
-    infimed.Projector(visual_tokens=4),
-    infimed.Text(
-        vocab_size=16_384, hidden_size=512, intermediate_size=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8
-    ),
-)
+MODEL = tiny.model(vocab_size=16_384, hidden_size=512)
 EMBEDDING = "text.embed_tokens"
 
 _CHILD = """

@@ -7,32 +7,13 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from infimed_jax.models.infimed import config as infimed
+from tests import tiny
 
 EPS = 1e-2
-"""Of the norms: the published 1e-6 is too small to be seen in a comparison of this size."""
+"""Epsilon of the norms: the published 1e-6 is too small to be seen in a comparison of this size."""
 
-VISION = infimed.Vision(
-    image_size=30,
-    patch_size=7,
-    hidden_size=24,
-    intermediate_size=40,
-    num_layers=3,
-    num_heads=2,
-    feature_layer=-1,
-    norm_eps=EPS,
-)
-TEXT = infimed.Text(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    rope_theta=10_000.0,
-    norm_eps=EPS,
-)
-MODEL = infimed.Model(vision=VISION, projector=infimed.Projector(visual_tokens=4), text=TEXT)
+MODEL = tiny.uneven_model(norm_eps=EPS, vocab_size=97, rope_theta=10_000.0)
+VISION, TEXT = MODEL.vision, MODEL.text
 
 
 def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:

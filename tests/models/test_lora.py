@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from infimed_jax import config, sharding
+from infimed_jax import config
 from infimed_jax.models import lora
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.forward import text_block
 from infimed_jax.models.infimed import config as infimed
 from infimed_jax.models.params import init_params
 from infimed_jax.train.state import merge_params
+from tests.tiny import one_device
 
 MODEL = infimed.Model(
     vision=infimed.Vision(image_size=8, patch_size=4, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2),
@@ -29,7 +30,7 @@ COMPUTE = Compute("float32", "none", "xla", 8, lora_scale=2.0)
 
 @pytest.fixture(autouse=True)
 def _mesh():
-    with jax.set_mesh(sharding.make_mesh(config.Mesh(), jax.devices()[:1])):
+    with one_device():
         yield
 
 

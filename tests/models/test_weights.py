@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from infimed_jax import config, sharding
+from infimed_jax import config
 from infimed_jax.config import ConfigError
 from infimed_jax.models.family import family_of, weights
 from infimed_jax.models.infimed import config as infimed
@@ -12,6 +12,7 @@ from infimed_jax.models.infimed.weights import sizes
 from infimed_jax.models.params import init_params
 from infimed_jax.trees import flatten
 from tests.models.reference import MODEL
+from tests.tiny import one_device
 
 
 def test_tensor_splits_the_sizes_that_the_settings_name():
@@ -32,7 +33,7 @@ def test_tensor_splits_the_sizes_that_the_settings_name():
 def test_first_values_depend_on_the_key_and_the_weight_alone():
     """Another table (an untied head) changes no other weight; kernels of one shape differ."""
     untied = infimed.Model(MODEL.vision, MODEL.projector, infimed.Text(**vars(MODEL.text) | {"tie_embeddings": False}))
-    with jax.set_mesh(sharding.make_mesh(config.Mesh(), jax.devices()[:1])):
+    with one_device():
         tied, other = (flatten(init_params(jax.random.key(3), model)) for model in (MODEL, untied))
     assert other.keys() - tied.keys() == {"text.lm_head"}
     for path, values in tied.items():
@@ -42,7 +43,7 @@ def test_first_values_depend_on_the_key_and_the_weight_alone():
 
 
 def test_first_values_have_the_distributions_that_the_table_names():
-    with jax.set_mesh(sharding.make_mesh(config.Mesh(), jax.devices()[:1])):
+    with one_device():
         params = flatten(init_params(jax.random.key(0), MODEL))
     assert params.keys() == {weight.path for weight in weights(MODEL)}
     for weight in weights(MODEL):

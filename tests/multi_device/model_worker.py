@@ -12,18 +12,11 @@ import numpy as np
 from infimed_jax import config, sharding
 from infimed_jax.data.batch import Segment, build_row, stack_rows
 from infimed_jax.models import forward
-from infimed_jax.models.infimed import config as infimed
 from infimed_jax.models.params import abstract_params, init_params
+from tests import tiny
 
-MODEL = infimed.Model(
-    vision=infimed.Vision(
-        image_size=16, patch_size=4, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=8, feature_layer=-1
-    ),
-    projector=infimed.Projector(visual_tokens=4),
-    text=infimed.Text(
-        vocab_size=96, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=16, num_kv_heads=8, head_dim=4
-    ),
-)
+_TINY = tiny.model(vocab_size=96, intermediate_size=64, num_heads=16, num_kv_heads=8, head_dim=4)
+MODEL = replace(_TINY, vision=replace(_TINY.vision, hidden_size=32, intermediate_size=48, num_heads=8))  # for tensor=8
 COMPUTE = forward.Compute("float32", "full", "xla", 8)
 COLLECTIVE = re.compile(r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 
@@ -36,7 +29,7 @@ def random_batch():
         visual = np.zeros(text + 4 * images, bool)
         visual[1 : 1 + 4 * images] = True
         tokens = rng.integers(0, 96, len(visual)).astype(np.int32)
-        pixels = tuple(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8) for _ in range(images))
+        pixels = tuple(rng.integers(0, 256, (tiny.SIDE, tiny.SIDE, 3), dtype=np.uint8) for _ in range(images))
         return Segment(tokens, (~visual).astype(np.float32), visual, pixels)
 
     def row(i: int):

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from infimed_jax import config, sharding
+from infimed_jax import config
 from infimed_jax.config import ConfigError, from_dict
 from infimed_jax.cost.flops import products
 from infimed_jax.data.batch import Segment, build_row, stack_rows
 from infimed_jax.errors import UserError
 from infimed_jax.models.compute import Compute
-from infimed_jax.models.infimed import config as infimed
 from infimed_jax.models.params import init_params
 from infimed_jax.ops.attention import Mask, attention, backend
 from infimed_jax.train.step import next_token_loss
+from tests import tiny
 from tests.ops.test_attention import random_qkv
 
 KERNEL = """
@@ -50,24 +50,16 @@ def kernel(tmp_path, monkeypatch):
 
 
 def test_it_is_used_by_the_entry_and_by_a_train_step(kernel):
-    model = infimed.Model(
-        vision=infimed.Vision(
-            image_size=8, patch_size=4, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1
-        ),
-        projector=infimed.Projector(visual_tokens=4),
-        text=infimed.Text(
-            vocab_size=32, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8
-        ),
-    )
+    model = tiny.model()
     rng = np.random.default_rng(0)
     segment = Segment(rng.integers(1, 32, 24).astype(np.int32), np.ones(24, np.float32), np.zeros(24, bool))
     batch = stack_rows([build_row([segment], context=32, images=0, model=model)])
-    with jax.set_mesh(sharding.make_mesh(config.Mesh(), jax.devices()[:1])):
+    with tiny.one_device():
         params = init_params(jax.random.key(0), model)
         losses = {name: next_token_loss(model, Compute("float32", "none", name, 16)) for name in ("xla", kernel)}
         gradients = {name: jax.grad(lambda p, loss=loss: loss(p, batch)[0])(params) for name, loss in losses.items()}
     jax.tree.map(np.testing.assert_array_equal, gradients["xla"], gradients[kernel])
-    assert sys.modules["kernel_of_my_own"].calls[0] == (1, 32, 2, 8)
+    assert sys.modules["kernel_of_my_own"].calls[0] == (1, 32, 4, 8)
 
 
 def test_what_it_refuses_is_refused(kernel):

@@ -6,12 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from infimed_jax import config, sharding
+from infimed_jax import config
 from infimed_jax.cost.chips import parse_topology
 from infimed_jax.models.params import abstract_params, param_count
 from infimed_jax.plan.rollout import rollout
 from infimed_jax.sampling.cache import empty_cache
 from infimed_jax.sampling.weights import sampler_weights
+from tests.tiny import one_device
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def cfg(model):
 
 def test_bytes_are_those_of_the_sampler_s_arrays(cfg):
     found = rollout(cfg, parse_topology("h100x1"), {"data": 1, "fsdp": 1, "tensor": 1}, state=1000, available=10**6)
-    with jax.set_mesh(sharding.make_mesh(config.Mesh(), jax.devices()[:1])):
+    with one_device():
         cache = jax.eval_shape(lambda: empty_cache(8, 64, cfg.model, "float32"))
         params = abstract_params(cfg.model)
         weights = jax.eval_shape(lambda p: sampler_weights(p, cfg.model, "float32"), params)

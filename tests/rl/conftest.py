@@ -1,12 +1,9 @@
 """A tiny model with images, a tokenizer of a few words, and yes/no questions for it."""
 
-import io
 from dataclasses import dataclass, replace
 
 import jax
-import numpy as np
 import pytest
-from PIL import Image
 
 from data_prep.tokenizer import make_tokenizer
 from infimed_jax import config
@@ -16,24 +13,15 @@ from infimed_jax.data.images import ImageCache
 from infimed_jax.data.prompts import question_text
 from infimed_jax.data.sample import Question, Sample
 from infimed_jax.data.storage import write_samples
-from infimed_jax.models.infimed import config as infimed
 from infimed_jax.models.params import init_params
 from infimed_jax.sampling.policy import Policy
-from infimed_jax.sharding import make_mesh
-
-SIDE = 12
+from tests.tiny import mesh, one_device, png  # noqa: F401
+from tests.tiny import model as tiny_model
 
 
 def each(score):
     """A reward of a batch from one of a single attempt, `(reply, finished, sample, settings) -> Reward`."""
     return lambda attempts, grpo: [score(a.reply, a.finished, a.sample, grpo) for a in attempts]
-
-
-def image(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 @dataclass
@@ -56,7 +44,7 @@ class Tiny:
             id=f"tiny/train/{number}",
             source="tiny",
             split="train",
-            images=tuple(image(number // 2 + 10 * i) for i in range(images)),  # two questions share an image
+            images=tuple(png(number // 2 + 10 * i) for i in range(images)),  # two questions share an image
             kind="yes_no",
             question="Is it bright?" if number % 2 else "Is it dark, or is it round?",
             answer="yes" if number % 3 else "no",
@@ -70,11 +58,7 @@ def make_tiny(folder) -> Tiny:
     samples = [Tiny.question(i) for i in range(10)]
     write_samples(folder / "data", samples, name="tiny")
     cfg = config.Config(
-        model=infimed.Model(
-            infimed.Vision(SIDE, 3, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2),
-            infimed.Projector(visual_tokens=4),
-            infimed.Text(len(tokenizer) + 4, 32, 48, 2, num_heads=4, num_kv_heads=2, head_dim=8, rope_theta=1e4),
-        ),
+        model=tiny_model(vocab_size=len(tokenizer) + 4),
         data=config.Data(str(folder / "data"), str(folder / "tokenizer"), context=160, images_per_row=4),
         optimizer=config.Optimizer(3e-2, warmup_fraction=0.0, schedule="constant", weight_decay=0.0),
         train=config.Train(
@@ -91,11 +75,5 @@ def make_tiny(folder) -> Tiny:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
+    with one_device():
         return make_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def mesh():
-    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
-        yield

@@ -6,14 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from infimed_jax import config
 from infimed_jax.data.batch import Segment, build_row, stack_rows
 from infimed_jax.models import forward
 from infimed_jax.models.compute import Compute
-from infimed_jax.models.infimed.config import Model, Projector, Text, Vision
+from infimed_jax.models.infimed.config import Model
 from infimed_jax.models.params import init_params
 from infimed_jax.sampling.weights import sampler_weights
-from infimed_jax.sharding import make_mesh
+from tests.tiny import mesh, one_device, pixels  # noqa: F401
+from tests.tiny import model as tiny_model
 
 IMAGE_TOKEN = 3
 
@@ -26,8 +26,7 @@ class Tiny:
     weights: dict
 
     def image(self, seed: int) -> np.ndarray:
-        side = self.model.vision.image_size
-        return np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
+        return pixels(seed)
 
     def prompt(self, seed: int, length: int = 9, images: tuple[np.ndarray, ...] = ()) -> Segment:
         """`length` text tokens with the images' places spread among them; text comes last."""
@@ -62,31 +61,11 @@ def _forward(params, batch, model, compute):
 
 @pytest.fixture(scope="session")
 def tiny():
-    model = Model(
-        Vision(image_size=12, patch_size=3, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2),
-        Projector(visual_tokens=4),
-        Text(
-            vocab_size=61,
-            hidden_size=32,
-            intermediate_size=48,
-            num_layers=2,
-            num_heads=4,
-            num_kv_heads=2,
-            head_dim=8,
-            rope_theta=1e4,
-            tie_embeddings=False,
-        ),
-    )
+    model = tiny_model(vocab_size=61, tie_embeddings=False)
     compute = Compute("float32", "none", "xla", 16)
-    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
+    with one_device():
         params = init_params(jax.random.key(10), model)
         # Sharper than at initialisation: likelihoods are far from equal. Untied, or it would repeat the last token.
         params = jax.tree.map_with_path(lambda path, x: x if "scale" in str(path[-1]) else x * 4, params)
         params["text"]["lm_head"] *= 4
         return Tiny(model, compute, params, sampler_weights(params, model, "float32"))
-
-
-@pytest.fixture(autouse=True)
-def mesh():
-    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
-        yield

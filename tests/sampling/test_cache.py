@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from infimed_jax import config
 from infimed_jax.models.infimed.config import Model, Text
 from infimed_jax.ops.attention import Mask, attention
 from infimed_jax.sampling import cache
-from infimed_jax.sharding import BATCH, make_mesh
+from infimed_jax.sharding import BATCH
+from tests.tiny import one_device
 
 MODEL = Model(text=Text(num_layers=1, num_heads=6, num_kv_heads=2, head_dim=4))
 
@@ -29,7 +29,7 @@ def test_each_appended_token_attends_like_the_last_row_of_full_attention():
     written = (np.arange(9) < lengths[:, None])[:, None, :, None]
     old = tuple(np.where(written, np.swapaxes(x, 1, 2), np.float32(1e4)) for x in (keys, values))
     k, v = (x[np.arange(4), lengths][:, None] for x in (keys, values))
-    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
+    with one_device():
         out, new = cache.append_and_attend(
             tuple(_place(x, "tensor") for x in old),
             _place(lengths),
@@ -48,7 +48,7 @@ def test_each_appended_token_attends_like_the_last_row_of_full_attention():
 
 
 def test_prompts_go_to_the_slots_that_ask_for_them():
-    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
+    with one_device():
         old = cache.empty_cache(5, 7, MODEL, "float32")[0]
         new = _normal(0, 3, 4, 2, 4), _normal(1, 3, 4, 2, 4)
         source = _place(np.array([2, -1, 0, 0, -1], np.int32))

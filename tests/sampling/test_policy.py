@@ -17,9 +17,9 @@ from infimed_jax.errors import UserError
 from infimed_jax.models.infimed.config import Model, Projector, Vision
 from infimed_jax.runs.parameters import save_params
 from infimed_jax.sampling.policy import Policy
-from infimed_jax.sharding import make_mesh
 from infimed_jax.trees import flatten
-from tests.rl.conftest import image, make_tiny
+from tests.rl.conftest import make_tiny
+from tests.tiny import one_device, png
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def asked(tmp_path_factory):
     """(Tiny, its checkpoint)."""
     folder = tmp_path_factory.mktemp("policy")
-    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
+    with one_device():
         tiny = make_tiny(folder)
     values = config.to_dict(replace(tiny.cfg, data=replace(tiny.cfg.data, tokenizer=str(tiny.tokenizer.folder))))
     leaves = flatten(jax.tree.map(np.asarray, tiny.params))
@@ -86,7 +86,7 @@ def test_the_cache_decodes_a_kept_image_once_and_keeps_to_its_limit(monkeypatch)
     monkeypatch.setattr(
         images, "prepare_image", lambda data, model: (decoded.append(data), prepare_image(data, model))[1]
     )
-    files = [image(seed) for seed in range(3)]
+    files = [png(seed) for seed in range(3)]
     cache = ImageCache(limit=2 * 8 * 8 * 3)
     for number in (0, 1, 0, 2, 0, 1):  # 1 is the least recently used when 2 comes, and 2 when 1 comes back
         np.testing.assert_array_equal(cache.prepare(files[number], eight), decode_image(files[number], 8))

@@ -1,26 +1,18 @@
 """A model of a few thousand parameters, a handful of samples and a tokenizer: a whole stage in seconds."""
 
 import dataclasses
-import io
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from data_prep.tokenizer import make_tokenizer
 from infimed_jax.config import Config, Data, Optimizer, Train
 from infimed_jax.data.sample import Chat, Document, Sample, Turn
 from infimed_jax.data.storage import write_samples
-from infimed_jax.models.infimed.config import Model, Projector, Text, Vision
+from infimed_jax.models.infimed.config import Model, Projector
+from tests import tiny
 
-MODEL = Model(
-    vision=Vision(image_size=16, patch_size=4, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2),
-    projector=Projector(visual_tokens=16),
-    text=Text(
-        vocab_size=400, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16
-    ),
-)
+MODEL = tiny.model(visual_tokens=16)
 
 
 @pytest.fixture
@@ -28,18 +20,11 @@ def model() -> Model:
     return MODEL
 
 
-def _image(number: int) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def _samples(kind: str, count: int) -> list[Sample]:
     answers = ("yes", "no", "left lung", "the heart is large")
     samples = []
     for number in range(count):
-        answer, image = answers[number % 4], _image(number)
+        answer, image = answers[number % 4], tiny.png(number)
         if kind == "document":
             chunk = (0, "\n", f"image {number}: {answer}")
             samples.append(Document(f"toy/train/{number}", "toy", "train", (image,), (chunk,)))

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from infimed_jax import config, sharding
+from infimed_jax import config
 from infimed_jax.data.batch import Segment, build_row, stack_rows, unmask
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.params import init_params
@@ -24,6 +24,7 @@ from infimed_jax.ops.attention.backends import splash
 from infimed_jax.runs.metrics import METRICS, read_metrics
 from infimed_jax.train.stage import train
 from infimed_jax.train.step import next_token_loss
+from tests.tiny import one_device
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,7 +66,7 @@ def test_both_packings_under_every_attention_kernel(model, monkeypatch, masked: 
     model = dataclasses.replace(model, text=dataclasses.replace(model.text, num_layers=1, head_dim=128))
     batch = stack_rows(_rows(100, model))
     batch = batch if masked else unmask(batch)
-    with jax.set_mesh(sharding.make_mesh(config.Mesh(), jax.devices()[:1])):
+    with one_device():
         params = init_params(jax.random.key(0), model)
         losses = {}
         for name in backend_names():
@@ -80,7 +81,7 @@ def test_both_packings_under_every_attention_kernel(model, monkeypatch, masked: 
 def test_the_two_packings_differ(model):
     """Else the test above would compare a setting that does nothing."""
     batch = stack_rows(_rows(100, model))
-    with jax.set_mesh(sharding.make_mesh(config.Mesh(), jax.devices()[:1])):
+    with one_device():
         params = init_params(jax.random.key(0), model)
         loss = next_token_loss(model, Compute("float32", "none", "rows", 128))
         masked, unmasked = (float(loss(params, b)[0]) for b in (batch, unmask(batch)))
