@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import tempfile
 import uuid
@@ -41,6 +43,22 @@ def whole_file(path: Path) -> Iterator[Path]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def lock(folder: Path, output: Path) -> int:
+    """Lock `folder` for this process, until the handle that is returned is closed or the process ends.
+
+    UserError, which names `output`, where another process has it. A file system without locks gives none.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise UserError(f"another run is writing {output}: wait for it, or choose another output folder") from error
+    except OSError:
+        pass
+    return handle
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
+import re
 import sys
 import traceback
 import warnings
@@ -19,6 +19,7 @@ from typing import NoReturn
 
 sys.path.insert(len(sys.path) if __package__ else 0, str(Path(__file__).resolve().parents[1]))  # first for a script
 
+from infimed_jax import signals
 from infimed_jax.errors import Interrupted, UserError, describe
 from launch import commands
 from launch.machine import accelerator, distributed
@@ -58,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     quiet_after_failed_saves()
     try:
+        refuse_addresses(args)
         accelerator.refuse_hosts(args)
         args.run(args)
         return 0
@@ -79,7 +81,7 @@ def report_error(error: BaseException, args: argparse.Namespace) -> int | None:
     """Print one line for the error that ended a command and return the exit code; None if it needs a traceback."""
     if isinstance(error, BrokenPipeError):
         return None
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt) or signals.early:
         # Wherever it was: a run may have saved nothing yet, and an answer keeps nothing.
         print("\nInterrupted: the same command goes on from what is saved, or else from the start.", file=sys.stderr)
         return EXIT_RESUME_ME
@@ -92,6 +94,14 @@ def report_error(error: BaseException, args: argparse.Namespace) -> int | None:
         print(f"\n{lost}", file=sys.stderr)
         return EXIT_RESUME_ME
     return None
+
+
+def refuse_addresses(args: argparse.Namespace) -> None:
+    """UserError for gs://bucket/x, which pathlib reads as a folder `gs:` of this machine."""
+    for value in vars(args).values():
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, Path) and re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):
+                raise UserError(f"{path} is an address, and only folders are read and written: mount it, and name that")
 
 
 def quiet_after_failed_saves() -> None:
@@ -120,7 +130,7 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argpa
 
 def start() -> NoReturn:
     """The console command: as Ctrl-C, SIGTERM means "resume me" too, also while a run starts and no step runs yet."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signals.listen()
     try:
         sys.exit(main())
     except BrokenPipeError:  # the reader left, as `head` does

@@ -144,6 +144,37 @@ def test_broken_and_missing_files_are_named(tmp_path):
             load([tmp_path / name])
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"train:\n  steps: 5\n  steps: 6\n", "'steps' stands twice"),
+        (b"train:\n  steps: 5\ntrain:\n  seed: 1\n", "'train' stands twice"),
+        (b"train: 5\n", "train must be a group of settings, not 5"),
+        (b"0\n", "must hold groups of settings"),
+        (b"false\n", "must hold groups of settings"),
+        (b"[]\n", "must hold groups of settings"),
+        ("# Größe\ntrain: {}\n".encode("latin-1"), "is not UTF-8"),
+        ("train: {}\n".encode("utf-16"), "is not UTF-8"),
+        (b"a: " + b"[" * 3000, "is not valid YAML"),
+        (b"train:\n  steps: " + b"9" * 5000, "is not valid YAML"),
+        (b"data:\n  dataset: gs://bucket/x\n", "data.dataset=gs://bucket/x is an address"),
+    ],
+)
+def test_a_file_that_would_be_misread_is_one_line(tmp_path, content, words):
+    (tmp_path / "a.yaml").write_text("train:\n  steps: 7\n")
+    (tmp_path / "b.yaml").write_bytes(content)
+    with pytest.raises(config.ConfigError) as error:
+        config.load([tmp_path / "a.yaml", tmp_path / "b.yaml"])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_group_with_comments_alone_changes_nothing(tmp_path):
+    (tmp_path / "a.yaml").write_text("train:\n  steps: 7\n")
+    (tmp_path / "b.yaml").write_text("train:\n  # steps: 9\noptimizer:\n")
+    assert config.load([tmp_path / "a.yaml", tmp_path / "b.yaml"]).train.steps == 7
+    assert config.load([tmp_path / "b.yaml", tmp_path / "a.yaml"]).train.steps == 7
+
+
 def test_a_file_of_the_package_is_found_from_any_folder_and_gives_way_to_one_of_that_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load(["configs/models/tiny.yaml"]) == load([ROOT / "configs/models/tiny.yaml"]) != Config()

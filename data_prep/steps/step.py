@@ -7,7 +7,6 @@ that was stopped leaves its finished pieces in `.NAME.new`, and goes on from the
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -36,7 +35,7 @@ from infimed_jax.data.storage import (
 from infimed_jax.data.training import training_allowed
 from infimed_jax.data.views import Choice, join_view, write_choice
 from infimed_jax.errors import UserError
-from infimed_jax.files import to_json, write_json
+from infimed_jax.files import lock, to_json, write_json
 from infimed_jax.progress import Report
 
 T = TypeVar("T")
@@ -306,14 +305,7 @@ def _alone(output: Path) -> Iterator[Path]:
     fresh = _begun(output)
     while True:
         fresh.mkdir(parents=True, exist_ok=True)
-        handle = os.open(fresh, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(handle)
-            raise UserError(f"another run is writing {output}: wait for it, or choose another output folder") from error
-        except OSError:  # a file system without locks
-            break
+        handle = lock(fresh, output)
         if fresh.is_dir() and os.path.samestat(os.fstat(handle), fresh.stat()):
             break
         os.close(handle)  # the other run was done meanwhile, and has renamed it

@@ -43,6 +43,7 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
     """`value` as the annotated type, or a ConfigError that names the field; never a lossy conversion."""
     origin = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        value = {} if value is None else value  # a group with nothing but comments under it
         require(isinstance(value, dict), f"{path} must be a group of settings, not {value!r}")
         if hint is Model:
             hint = model_class(_typed(str, value.get("family", Model.family), f"{path}.family"))
@@ -63,6 +64,10 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
             value = float(value)  # YAML 1.1 reads 1e-5 as a string
+    require(
+        not (isinstance(value, str) and "://" in value),
+        f"{path}={value} is an address, and only folders are read and written: mount it, and name the mount",
+    )
     require(type(value) is hint, f"{path} must be {hint.__name__}, not {value!r}")
     require(hint is not float or math.isfinite(value), f"{path} must be a finite number, not {value!r}")
     return value
@@ -75,11 +80,17 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `over`'s leaves laid on top, nested groups merged."""
+    """`base` with `over`'s leaves laid on top, nested groups merged; a group with nothing in it changes nothing.
+
+    ConfigError where `over` has a value in the place of a group.
+    """
     merged = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
+        if isinstance(merged.get(key), dict):
+            require(value is None or isinstance(value, dict), f"{key} must be a group of settings, not {value!r}")
+            merged[key] = merge(merged[key], value or {})
+        else:
+            merged[key] = value
     return merged
 
 
@@ -103,14 +114,31 @@ def _compose(files: typing.Sequence[str | Path], overrides: typing.Sequence[str]
         try:
             brought = PACKAGE / file
             place = brought if brought.is_file() and not Path(file).exists() else Path(file)
-            loaded = yaml.safe_load(place.read_text(encoding="utf-8"))
+            loaded = _parse(place.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"cannot read config {file}: {error.strerror or error}") from error
-        except yaml.YAMLError as error:
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"config {file} is not UTF-8 ({error.reason}): save it as UTF-8") from error
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"config {file} is not valid YAML: {one_line(error)}") from error
-        require(isinstance(loaded or {}, dict), f"config {file} must hold groups of settings")
+        require(loaded is None or isinstance(loaded, dict), f"config {file} must hold groups of settings")
         values = merge(values, loaded or {})
     return with_overrides(values, overrides)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML's own reader keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"{key!r} stands twice, the last time before line {node.end_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def with_overrides(values: dict[str, Any], overrides: typing.Sequence[str]) -> dict[str, Any]:
@@ -119,8 +147,8 @@ def with_overrides(values: dict[str, Any], overrides: typing.Sequence[str]) -> d
         dotted, equals, text = override.partition("=")
         require(bool(equals) and bool(dotted), f"override {override!r} must look like train.steps=20")
         try:
-            nested: Any = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError as error:
+            nested: Any = _parse(text) if text else ""
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"override {override!r} is not valid YAML: {one_line(error)}") from error
         for key in reversed(dotted.split(".")):
             nested = {key: nested}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import math
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from infimed_jax.data.chat import TOKENIZER_FILES, Tokenizer
@@ -37,6 +39,8 @@ READ_BYTES = 1 << 30
 _CHECKSUMS, _USER = "checksums", "metadata"
 _DELETE_HINT = "remove it, and the one before it is used"
 _WRONG_CONFIG_HINT = "give the configuration it was trained with (its run's config.yaml), or another checkpoint"
+
+log = logging.getLogger(__name__)
 
 Metadata = dict[str, Any]
 """The JSON that a checkpoint carries: `config`, `content`, `history`, `step`, …"""
@@ -125,13 +129,13 @@ def open_checkpoint(folder: str | Path) -> Stored:
     path = find_checkpoint(folder)
     try:
         stored = ocp.metadata(path)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # whatever damage makes Orbax raise
         raise UserError(f"checkpoint {path} cannot be read ({one_line(error, 300)}): {_DELETE_HINT}") from error
     if stored.metadata is None:
         raise UserError(f"checkpoint {path} is damaged (its index cannot be read): {_DELETE_HINT}")
-    custom = stored.custom_metadata or {}
-    if _CHECKSUMS not in custom:
-        raise UserError(f"checkpoint {path} was not written by this project: it has no checksums")
+    custom = stored.custom_metadata
+    if not isinstance(custom, dict) or not all(isinstance(custom.get(key), dict) for key in (_CHECKSUMS, _USER)):
+        raise UserError(f"checkpoint {path} is damaged, or was not written by this project: it has no checksums")
     return Stored(path, stored.metadata, custom[_CHECKSUMS], custom[_USER])
 
 
@@ -153,6 +157,19 @@ def find_checkpoint(folder: str | Path) -> Path:
 
 def complete_steps(folder: Path) -> list[int]:
     return [int(path.name) for path in folder.glob("*") if path.name.isdigit() and _is_checkpoint(path)]
+
+
+def _torn_steps(folder: Path) -> list[int]:
+    """Steps, ascending, whose folders are no whole checkpoints."""
+    return sorted({int(path.name) for path in folder.glob("*") if path.name.isdigit()} - {*complete_steps(folder)})
+
+
+def _remove_half_deleted(folder: Path) -> None:
+    """Finish what a kill interrupted: a checkpoint older than the newest whole one was being deleted."""
+    newest = max(complete_steps(folder), default=-1)
+    for step in (step for step in _torn_steps(folder) if step < newest):
+        log.warning("checkpoint %s was being deleted when its run was killed: its rest is removed", folder / str(step))
+        shutil.rmtree(folder / str(step))
 
 
 def _is_checkpoint(folder: Path) -> bool:
@@ -206,9 +223,11 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, keep: int = 2) -> None:
         self.folder = Path(folder).absolute()
-        present = {int(path.name) for path in self.folder.glob("*") if path.name.isdigit()}
-        torn = sorted(present - {*complete_steps(self.folder)})
-        if torn:  # left by an unfinished copy, not by a kill; Orbax counts it and would refuse that step's save
+        if jax.process_index() == 0:
+            _remove_half_deleted(self.folder)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("half-deleted checkpoints")
+        if torn := _torn_steps(self.folder):  # an unfinished copy; Orbax counts it and would refuse that step's save
             raise UserError(f"checkpoint {self.folder / str(torn[0])} is not complete: remove it, or copy it again")
         self._keep = keep
         self._pending: tuple[int, Any] | None = None

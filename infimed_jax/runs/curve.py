@@ -30,7 +30,7 @@ def draw_curve(rows: Sequence[dict[str, Any]], title: str, file: Path) -> None:
     if not shown:
         return
     figure, axes = panels(4.5 * len(shown), 3.4, 1, len(shown))
-    figure.suptitle(title)
+    figure.suptitle(title).set_parse_math(False)  # a path may hold "$"
     for axis, (name, label) in zip(axes, shown, strict=True):
         good = [(row["step"], row[name]) for row in rows if name in row and not row.get("skipped")]
         steps, values = np.array(good, np.float64).reshape(-1, 2).T

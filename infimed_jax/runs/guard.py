@@ -17,6 +17,7 @@ from types import FrameType, TracebackType
 import jax
 from jax.experimental import multihost_utils
 
+from infimed_jax import signals
 from infimed_jax.errors import Interrupted
 from infimed_jax.runs.metrics import Row
 
@@ -89,7 +90,7 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread alone
         yield lambda step: False
         return
-    received: list[int] = []
+    received = list(signals.early)  # one that was lost while the run started stops it after its first step
 
     def handle(number: int, frame: FrameType | None) -> None:
         if received and number == signal.SIGINT:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +21,8 @@ import yaml
 
 from infimed_jax import config
 from infimed_jax.data.chat import Tokenizer, load_tokenizer
-from infimed_jax.errors import Interrupted, UserError
-from infimed_jax.files import make_folder, write_json
+from infimed_jax.errors import Interrupted, UserError, one_line
+from infimed_jax.files import lock, make_folder, write_json
 from infimed_jax.progress import progress_line
 from infimed_jax.runs.checkpoint import CHECKPOINTS, Checkpoints, Metadata, keep_tokenizer
 from infimed_jax.runs.curve import CURVE, draw_curve
@@ -93,14 +94,15 @@ def open_run(cfg: config.Config, on_step: OnStep | None = None) -> Iterator[Run]
     tokenizer = load_tokenizer(cfg.data.tokenizer)
     folder = Path(cfg.train.output)
     make_folder(folder)
-    checkpoints = Checkpoints(folder / CHECKPOINTS, cfg.train.keep_checkpoints)
-    try:
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.callback(os.close, lock(folder, folder))
+        checkpoints = Checkpoints(folder / CHECKPOINTS, cfg.train.keep_checkpoints)
+        stack.callback(checkpoints.close)
         with jax.set_mesh(mesh):
             start = checkpoints.latest_step() or 0
             metrics = MetricsLog(folder, start, cfg, active=jax.process_index() == 0)
             yield Run(cfg, mesh, pieces, tokenizer, folder, checkpoints, start, metrics, on_step)
-    finally:
-        checkpoints.close()
 
 
 def run_steps(
@@ -170,8 +172,13 @@ def write_result(run: Run, result: Any) -> None:
 
 
 def read_result(run: Run) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads((run.folder / RESULT).read_text(encoding="utf-8"))
-    return values
+    """UserError where the file is damaged."""
+    file = run.folder / RESULT
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({one_line(error)}): remove it and run the same command") from error
+    return dict(values)
 
 
 def few(ids: Sequence[str], most: int = 8) -> str:

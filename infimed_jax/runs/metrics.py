@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from infimed_jax.files import to_json, write_text
 Row = dict[str, Any]
 """One step's line of metrics.jsonl."""
 
-METRICS = "metrics.jsonl"
+METRICS, DAMAGED = "metrics.jsonl", "metrics.damaged.jsonl"
 
 log = logging.getLogger(__name__)
 
@@ -137,14 +138,26 @@ def _wandb_run(wandb: Any, folder: Path, cfg: config.Config) -> Any:
 def read_metrics(folder: str | Path) -> list[Row]:
     """Lines of a run's metrics.jsonl, null read as the NaN it was; none where there is no file.
 
-    A line cut by a kill is left out.
+    A line cut by a kill is left out. So are damaged ones, as a power loss leaves them: a warning counts them, and the
+    file is kept as metrics.damaged.jsonl.
     """
     file = Path(folder) / METRICS
     if not file.exists():
         return []
-    lines = file.read_text(encoding="utf-8").split("\n")
-    rows = map(json.loads, lines[:-1])  # what stands after the last newline was never finished
-    return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
+    rows, damaged = [], 0
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:  # the rest was never finished
+        try:
+            row = json.loads(line)
+            rows.append({name: math.nan if value is None else value for name, value in row.items()})
+            damaged += type(rows[-1]["step"]) is not int
+        except (ValueError, AttributeError, KeyError, RecursionError):
+            damaged += 1
+    if damaged:
+        kept = file.with_name(DAMAGED)
+        log.warning("%s has %d damaged lines, which are left out; the file is kept as %s", file, damaged, kept.name)
+        with contextlib.suppress(OSError):  # a reader may not be allowed to write there
+            shutil.copyfile(file, kept)
+    return [row for row in rows if type(row.get("step")) is int]
 
 
 def _line(row: Row) -> str:

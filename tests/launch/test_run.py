@@ -225,6 +225,18 @@ def test_of_several_processes_one_that_fails_leaves_at_once(monkeypatch, capsys,
         assert main(["doctor"]) == code
 
 
+def test_an_error_that_a_signal_caused_while_a_module_was_imported_means_resume_me(monkeypatch, capsys):
+    def fail(*_):
+        raise ImportError("an extension was interrupted")
+
+    monkeypatch.setattr("launch.commands.doctor.doctor", fail)
+    monkeypatch.setattr("infimed_jax.signals.early", [15])
+    for lasting in ("configure_jax", "quiet_after_failed_saves"):
+        monkeypatch.setattr(f"launch.run.{lasting}", lambda: None)
+    assert main(["doctor"]) == 75
+    assert capsys.readouterr().err.startswith("\nInterrupted: ")
+
+
 def test_only_what_a_failed_save_prints_late_is_kept_silent(monkeypatch):
     heard = []
     monkeypatch.setattr(sys, "unraisablehook", heard.append)

@@ -101,6 +101,41 @@ def test_a_copy_that_misses_its_files_is_named_before_its_step_runs_again(tmp_pa
         Checkpoints(tmp_path)
 
 
+@pytest.mark.parametrize("rest", ["all", "metadata gone", "nothing in it"])
+def test_what_a_kill_left_of_a_deletion_is_removed_and_the_newest_is_used(tmp_path: Path, rest: str, caplog):
+    """Orbax deletes an old checkpoint file by file; nothing but a kill leaves one that is older than a whole one."""
+    state = _saved(tmp_path, steps=(3, 4), keep=2)
+    if rest == "metadata gone":
+        (tmp_path / "3" / "_CHECKPOINT_METADATA").unlink()
+    if rest == "nothing in it":
+        shutil.rmtree(tmp_path / "3")
+        (tmp_path / "3").mkdir()
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert (tmp_path / "3").exists() == (rest == "all") == ("was being deleted" not in caplog.text)
+    _equal(checkpoints.restore(abstract_like(state), 4), state)
+    checkpoints.save(5, state, METADATA)
+    checkpoints.close()
+    assert find_checkpoint(tmp_path).name == "5"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"{",
+        b"\x00" * 64,
+        b"[1]",
+        b'{"custom_metadata": 7}',
+        b'{"custom_metadata": {"checksums": 1, "metadata": 2}}',
+    ],
+)
+def test_a_damaged_index_is_one_line(tmp_path: Path, damage: bytes):
+    _saved(tmp_path)
+    (tmp_path / "1" / "_CHECKPOINT_METADATA").write_bytes(damage)
+    with pytest.raises(UserError, match=r"checkpoint .*/1 (is damaged|cannot be read)"):
+        load_params(tmp_path)
+
+
 def test_saving_a_step_again_leaves_it_as_it_is(tmp_path: Path):
     _saved(tmp_path, steps=(3, 3))
     assert find_checkpoint(tmp_path).name == "3"

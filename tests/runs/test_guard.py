@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from infimed_jax import signals
 from infimed_jax.errors import Interrupted
 from infimed_jax.runs.guard import Watchdog, stop_requests
 
@@ -32,6 +33,22 @@ def test_a_second_ctrl_c_stops_at_once():
     with pytest.raises(KeyboardInterrupt), stop_requests():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_whose_interrupt_was_lost_while_the_run_started_stops_it(monkeypatch):
+    """As where it comes inside one of JAX's callbacks, which ignores exceptions."""
+    monkeypatch.setattr(signals, "early", [])
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals.listen()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Interrupted, match="mine"), stop_requests() as asked:
+            if asked(1):
+                raise Interrupted("mine")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_without_a_request_nothing_happens():

@@ -10,7 +10,7 @@ import pytest
 
 from infimed_jax.errors import Interrupted, UserError
 from infimed_jax.runs.checkpoint import abstract_like
-from infimed_jax.runs.loop import Run, Stepped, open_run, run_steps
+from infimed_jax.runs.loop import Run, Stepped, open_run, read_result, run_steps
 
 
 def _run(cfg, step, total, **options):
@@ -103,3 +103,18 @@ def test_what_ends_a_run_closes_its_metrics(stage):
     with pytest.raises(UserError, match="no"), open_run(cfg) as run:
         run_steps(run, {"w": jnp.zeros(2)}, lambda *a: step(run, *a), 5, dict)
     assert run.metrics._file.closed and [row["step"] for row in run.metrics.rows] == [1, 2]
+
+
+def test_a_folder_that_another_run_writes_is_refused_and_free_again_after_it(stage):
+    cfg = stage()
+    with open_run(cfg), pytest.raises(UserError, match=r"another run is writing .*: wait for it"), open_run(cfg):
+        pass
+    with open_run(cfg) as run:
+        assert run.start == 0
+
+
+def test_a_damaged_result_is_one_line(stage):
+    with open_run(stage()) as run:
+        (run.folder / "result.json").write_bytes(b'{"loss": 1')
+        with pytest.raises(UserError, match=r"result\.json is damaged .*: remove it and run the same command"):
+            read_result(run)

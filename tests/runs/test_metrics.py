@@ -38,6 +38,18 @@ def test_resuming_drops_the_lines_of_steps_that_run_again_and_a_torn_one(tmp_pat
     assert [json.loads(line)["loss"] for line in lines] == [1, 2, 30]
 
 
+def test_damaged_lines_are_counted_and_kept_beside(tmp_path: Path, caplog):
+    good = b'{"step": 1, "loss": 2.0}\n', b'{"step": 2, "loss": null}\n'
+    damage = (b"\x00" * 40 + b"\n", b'{"step": 3, "lo\n', b"\xff\xfe\n", b"[1]\n", b'{"loss": 1}\n', b'{"step": "4"}\n')
+    (tmp_path / "metrics.jsonl").write_bytes(good[0] + b"".join(damage) + good[1] + b'{"step": 5')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    assert "has 6 damaged lines" in caplog.text
+    with MetricsLog(tmp_path, 2, LOGGING):
+        pass
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(good)
+    assert all(line in (tmp_path / "metrics.damaged.jsonl").read_bytes() for line in damage)
+
+
 def test_a_loss_that_is_not_finite_is_null_in_the_file_and_itself_in_memory(tmp_path: Path):
     """Also after a resume, which writes the lines before it again."""
     for start in (0, 1):
@@ -86,6 +98,11 @@ def test_a_curve_is_drawn_for_any_run(tmp_path, count):
     draw_curve(rows, "sft: runs/x", tmp_path / "curve.png")
     pixels = np.asarray(Image.open(tmp_path / "curve.png").convert("RGB"))
     assert pixels.shape[1] > pixels.shape[0] and len(np.unique(pixels)) > 10
+
+
+def test_a_title_is_no_mathematics(tmp_path):
+    draw_curve([{"step": 1, "loss": 1.0}], r"sft: /data/$a$b/\x_{", tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 1000
 
 
 def test_a_run_whose_every_update_was_skipped_has_no_curve(tmp_path):
