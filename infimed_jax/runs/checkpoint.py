@@ -78,9 +78,7 @@ class Stored:
         try:
             loaded = ocp.load(self.path, abstract)
         except (ValueError, OSError, KeyError) as error:
-            raise UserError(
-                f"checkpoint {self.path} cannot be read ({one_line(error, 300)}): {_DELETE_HINT}"
-            ) from error
+            raise _unreadable(self.path, error) from error
         leaves = {name: loaded[name] for name in wanted}
         for name, checksum in checksums(leaves).items():
             if checksum != self.checksums[name]:
@@ -130,13 +128,21 @@ def open_checkpoint(folder: str | Path) -> Stored:
     try:
         stored = ocp.metadata(path)
     except Exception as error:  # whatever damage makes Orbax raise
-        raise UserError(f"checkpoint {path} cannot be read ({one_line(error, 300)}): {_DELETE_HINT}") from error
+        raise _unreadable(path, error) from error
     if stored.metadata is None:
         raise UserError(f"checkpoint {path} is damaged (its index cannot be read): {_DELETE_HINT}")
     custom = stored.custom_metadata
     if not isinstance(custom, dict) or not all(isinstance(custom.get(key), dict) for key in (_CHECKSUMS, _USER)):
         raise UserError(f"checkpoint {path} is damaged, or was not written by this project: it has no checksums")
     return Stored(path, stored.metadata, custom[_CHECKSUMS], custom[_USER])
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    if not _is_checkpoint(path):
+        return UserError(
+            f"checkpoint {path} was deleted while it was read, as its run does: run the same command again"
+        )
+    return UserError(f"checkpoint {path} cannot be read ({one_line(error, 300)}): {_DELETE_HINT}")
 
 
 def find_checkpoint(folder: str | Path) -> Path:

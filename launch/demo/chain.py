@@ -91,6 +91,9 @@ class Options:
     settings: tuple[str, ...] = ()
     """Dotted overrides of every stage's configuration."""
 
+    def __post_init__(self) -> None:
+        configuration.Train(seed=self.seed)  # a seed out of its range is refused before any work
+
 
 @dataclass(frozen=True)
 class Chain:

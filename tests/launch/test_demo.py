@@ -17,6 +17,7 @@ import yaml
 
 from infimed_jax.config import Mesh
 from infimed_jax.data.sample import Question
+from infimed_jax.errors import UserError
 from infimed_jax.evaluation.run import Record
 from infimed_jax.evaluation.statistics import compare
 from launch.demo import report, stages
@@ -190,3 +191,8 @@ def test_a_folder_that_holds_a_run_is_neither_overwritten_nor_mixed(interrupted)
         _, error = process.communicate(timeout=60)
         assert process.returncode == 2 and message in error and error.count("\n") == 1, error
     assert sorted(file.name for file in (folder / "run").rglob("*")) == before
+
+
+def test_a_seed_out_of_its_range_is_refused_before_any_work(tmp_path):
+    with pytest.raises(UserError, match="seed=-1 must be at least 0"):
+        Options(tmp_path / "run", seed=-1)

@@ -25,11 +25,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from infimed_jax import config, sharding
 from infimed_jax.errors import UserError
 from infimed_jax.runs import checkpoint
-from infimed_jax.runs.checkpoint import Checkpoints, abstract_like, find_checkpoint
+from infimed_jax.runs.checkpoint import Checkpoints, abstract_like, find_checkpoint, open_checkpoint
 from infimed_jax.runs.checksum import checksums, numpy_checksum
 from infimed_jax.runs.parameters import load_params, open_params, save_params
 from infimed_jax.train.optimizer import make_optimizer
 from infimed_jax.train.state import TrainState, init_state
+from infimed_jax.trees import flatten
 
 CONFIG = config.Config(train=config.Train(train=("projector",)))
 OPTIMIZER = make_optimizer(CONFIG.optimizer)
@@ -134,6 +135,14 @@ def test_a_damaged_index_is_one_line(tmp_path: Path, damage: bytes):
     (tmp_path / "1" / "_CHECKPOINT_METADATA").write_bytes(damage)
     with pytest.raises(UserError, match=r"checkpoint .*/1 (is damaged|cannot be read)"):
         load_params(tmp_path)
+
+
+def test_a_checkpoint_that_its_run_deletes_meanwhile_is_not_called_damaged(tmp_path: Path):
+    params = _saved(tmp_path, steps=(1,))
+    stored = open_checkpoint(tmp_path)
+    shutil.rmtree(tmp_path / "1")
+    with pytest.raises(UserError, match=r"/1 was deleted while it was read, .*: run the same command again"):
+        stored.read(flatten(abstract_like(params)))
 
 
 def test_saving_a_step_again_leaves_it_as_it_is(tmp_path: Path):
