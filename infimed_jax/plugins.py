@@ -8,6 +8,7 @@ by its module there (`splash`), by a module anywhere on the path (`my_package.my
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import pkgutil
@@ -40,6 +41,14 @@ def load(room: str, name: str, setting: str) -> ModuleType:
         return _imported(name, name, setting)
     check(room, name, setting)
     return importlib.import_module(f"{room}.{name}")
+
+
+def fingerprint(name: str) -> str:
+    """SHA-256 of a user's module or .py file, which may change between two runs of a command; "" for a shipped one."""
+    if "." not in name:
+        return ""
+    spec = None if name.endswith(".py") else importlib.util.find_spec(name)
+    return hashlib.sha256(Path(spec.origin if spec and spec.origin else name).read_bytes()).hexdigest()
 
 
 def check(room: str, name: str, setting: str, others: Sequence[str] = ()) -> None:

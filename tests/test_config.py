@@ -65,7 +65,6 @@ def test_a_configuration_survives_its_own_file(steps, rate, remat, masked):
         ("train.micro_batches=3", ("global_batch", "micro_batches")),
         ("train.rows_per_device=-1", ("rows_per_device",)),
         ("train.lora.rank=-1", ("lora.rank",)),
-        ("train.lora.targets=[qproj]", ("train.lora.targets", "q_proj")),
         ("optimizer.weight_decay=.nan", ("optimizer.weight_decay", "finite", "nan")),
         ("optimizer.clip_norm=inf", ("optimizer.clip_norm", "finite", "inf")),
         ("optimizer.moments_dtype=float16", ("moments_dtype", "bfloat16")),

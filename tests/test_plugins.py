@@ -60,3 +60,12 @@ def test_what_cannot_be_imported_is_one_line(tmp_path, name, text, message):
     with pytest.raises(UserError, match=message) as caught:
         plugins.load("infimed_jax.ops", name, "grpo.reward")
     assert "\n" not in str(caught.value)
+
+
+def test_a_users_program_is_known_by_its_bytes_and_a_shipped_one_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "of_mine.py").write_text("A = 1")
+    monkeypatch.syspath_prepend(tmp_path.parent)
+    first = plugins.fingerprint(str(tmp_path / "of_mine.py"))
+    assert plugins.fingerprint("infimed") == "" != first == plugins.fingerprint(f"{tmp_path.name}.of_mine")
+    (tmp_path / "of_mine.py").write_text("A = 2")
+    assert plugins.fingerprint(str(tmp_path / "of_mine.py")) != first

@@ -26,8 +26,10 @@ from infimed_jax.hf.names import leaf_shapes
 from infimed_jax.hf.verify import verify
 from infimed_jax.models import forward
 from infimed_jax.models.compute import Compute
+from infimed_jax.models.lora import adapted
 from infimed_jax.models.params import abstract_params
 from infimed_jax.plan.cell import counted
+from infimed_jax.plan.table import heading
 from infimed_jax.runs.metrics import read_metrics
 from infimed_jax.runs.parameters import open_params
 from infimed_jax.sampling.policy import Policy
@@ -198,5 +200,16 @@ def test_plan_counts_it(cfg):
     with one_device():
         sizes = {path: leaf.size for path, leaf in flatten(dict(abstract_params(cfg.model))).items()}
     assert planned["parameters"]["total"] == sum(sizes.values())
+    counts = {part: sum(size for path, size in sizes.items() if path.split(".")[0] == part) for part in cfg.model.PARTS}
+    assert all(f"{part} {count:,}" in heading(planned) for part, count in counts.items())
     assert leaf_shapes(cfg.model).keys() == sizes.keys()
     assert planned["memory"]["batch"] == 2 * (96 * 4 * (5 - 1 + 3) + 3 * (8 * 48 + 2 * 4))
+
+
+def test_adapters_go_to_linear_layers_that_it_has(cfg):
+    with pytest.raises(
+        UserError, match=r"train.lora.targets: 'gate_proj' is none of the model's q_proj, k_proj, .*; did you mean"
+    ):
+        adapted(cfg.model, config.Lora(rank=2))
+    own = ("up_proj", "q_proj")
+    assert tuple(weight.module for weight in adapted(cfg.model, config.Lora(rank=2, targets=own))) == own

@@ -51,4 +51,4 @@ def find_source(name: str) -> Source:
     if source.name in SOURCES:
         raise UserError(f"--adapter {module}: there is a data source {source.name!r} already: give yours another name")
     code = hashlib.sha256(Path(str(loaded.__file__)).read_bytes()).hexdigest()
-    return replace(source, module=module, code=code)
+    return replace(source, module=module, code=code, allow_external_api=False)

@@ -75,7 +75,7 @@ class Model(Group, path="model"):
 
     def with_visual_tokens(self, tokens: int) -> Model:
         """The same with so many visual tokens an image; ConfigError where that cannot be."""
-        raise NotImplementedError
+        raise ConfigError(f"the visual tokens of the family {self.family} cannot be chosen: leave out --visual-tokens")
 
     @property
     def vocab_size(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from infimed_jax.config.fields import ConfigError, nearest, require, types_of
+from infimed_jax.config.fields import ConfigError, Member, nearest, require, types_of
 from infimed_jax.config.model import Model, model_class
 from infimed_jax.config.settings import Config
 from infimed_jax.errors import one_line
@@ -36,7 +36,18 @@ def _fields(kind: Any, values: dict[str, Any], path: str) -> dict[str, Any]:
         if key not in known:
             hint = nearest(key, known, lambda name: path + name) or f"; known here: {', '.join(sorted(known))}"
             raise ConfigError(f"unknown setting {path}{key}{hint}")
-    return {key: _typed(known[key], value, f"{path}{key}") for key, value in values.items()}
+    limits = types_of(kind, limits=True)
+    typed = {key: _typed(known[key], value, f"{path}{key}") for key, value in values.items()}
+    return {key: _from_any_folder(value) if _names_plugin(limits[key]) else value for key, value in typed.items()}
+
+
+def _names_plugin(hint: Any) -> bool:
+    return any(isinstance(note, Member) for note in getattr(hint, "__metadata__", ()))
+
+
+def _from_any_folder(name: str) -> str:
+    """A plugin's file by its absolute path: the run is read again from other folders."""
+    return str(Path(name).resolve()) if name.endswith(".py") else name
 
 
 def _typed(hint: Any, value: Any, path: str) -> Any:

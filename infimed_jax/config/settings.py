@@ -8,7 +8,7 @@ known ("recipe" is arXiv 2509.22261, "ancestor" is Open-Qwen2VL, arXiv 2504.0059
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from infimed_jax.config.fields import (
     AtLeast,
@@ -129,7 +129,7 @@ class Mesh(Group, path="mesh"):
         require(len(taking) <= 1, f"{' and '.join(taking)} are -1, only one may be: give the others a number")
 
 
-Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,8 @@ class Lora(Group, path="train.lora"):
     """Rank of an adapter; 0 turns adapters off."""
     alpha: Positive = 16.0
     """The adapters' output is scaled by alpha / rank."""
-    targets: tuple[Linear, ...] = get_args(Linear)
-    """Linear layers that get an adapter, in every block."""
+    targets: tuple[str, ...] = LINEARS
+    """Linear layers that get an adapter, in every block, by the names that the model's family gives them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,7 +9,7 @@ import hashlib
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -50,22 +50,12 @@ class ImageError(ValueError):
 
 def decode_image(data: bytes, size: int) -> np.ndarray:
     """Encoded file → u8[size, size, 3]: `decode_rgb`, then bicubic, aspect ratio ignored. Raises ImageError."""
-    return _decoded(data, lambda image: np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)))
+    return np.asarray(decode_rgb(data).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def prepare_image(data: bytes, model: config.Model) -> Any:
     """Encoded file → the arrays that the model's encoder takes. Raises ImageError."""
-    return _decoded(data, model.host_arrays)
-
-
-def _decoded(data: bytes, prepare: Callable[[Image.Image], T]) -> T:
-    image = decode_rgb(data)
-    try:
-        return prepare(image)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise ImageError("truncated or corrupt") from error
+    return model.host_arrays(decode_rgb(data))
 
 
 def visual_tokens(images: Sequence[bytes], model: config.Model) -> int | list[int]:

@@ -267,7 +267,7 @@ def make_loader(
     """
     if len(tokenizer) > config.model.vocab_size:
         raise UserError(
-            f"model.text.vocab_size={config.model.vocab_size} has no room for the {len(tokenizer)} tokens of "
+            f"the model's vocab_size={config.model.vocab_size} has no room for the {len(tokenizer)} tokens of "
             f"{tokenizer.folder}: raise it, or give the model's own tokenizer"
         )
     local_rows(config.train.global_batch, mesh)

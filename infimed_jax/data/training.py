@@ -58,6 +58,19 @@ def licences(folder: Path) -> dict[str, str]:
     return stated
 
 
+def commercial_use(folder: Path) -> dict[str, bool]:
+    """By source, whether the manifests of a dataset, and of those that a view points to, allow commercial use."""
+    file = folder / MANIFEST
+    manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    info = manifest.get("info", {})
+    while "derived_from" in info:
+        info = info["derived_from"]
+    stated = {info["source"]: bool(info["commercial_use"])} if {"source", "commercial_use"} <= info.keys() else {}
+    for base in manifest.get("bases", ()):
+        stated |= commercial_use(folder / base["folder"])
+    return stated
+
+
 def held_out(origins: Iterable[str]) -> list[str]:
     """Those of a dataset's origins (`source/split`) that are held out for evaluation."""
     return [origin for origin in origins if origin.partition("/")[2].partition("_")[0] in HELD_OUT]

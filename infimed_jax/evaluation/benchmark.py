@@ -72,7 +72,7 @@ def load_benchmark(name: str) -> Benchmark:
     """The benchmark that a module of the room, a dotted module or a .py file defines; UserError where there is none."""
     found: Any = getattr(plugins.load(ROOM, name, "--benchmark"), "BENCHMARK", None)
     if not isinstance(found, Benchmark):
-        raise UserError(f"--benchmark {name}: the module has no BENCHMARK of type infimed_jax.evaluation.Benchmark")
+        raise UserError(f"--benchmark {name}: the module has no BENCHMARK of type {__name__}.Benchmark")
     return found
 
 

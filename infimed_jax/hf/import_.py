@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -180,9 +181,11 @@ class _Source:
 
 
 def _fresh(part: str, model: config.Model, seed: int, dtype: Dtype) -> Iterator[tuple[str, np.ndarray]]:
-    """As `init_params` draws a projector: kernels normal with deviation 0.02, biases 0."""
+    """As `init_params` draws a projector: kernels normal with deviation 0.02, biases and norms as declared."""
     rng = np.random.default_rng(seed)
     for weight in weights(model):
         if weight.part == part:
-            values = rng.normal(0, 0.02, weight.shape) if weight.inputs else np.zeros(weight.shape)
-            yield weight.path, values.astype(_NUMPY[dtype])
+            shape = weight.leaf_shape
+            # A bias or a norm begins at the value that it is declared with, which draws nothing.
+            values = rng.normal(0, 0.02, shape) if weight.inputs else weight.init(jax.random.key(0), shape, 0)
+            yield weight.path, np.asarray(values).astype(_NUMPY[dtype])

@@ -132,8 +132,9 @@ def _line(entry: Entry) -> str:
 def _data(entry: Entry, commercial: Mapping[str, bool]) -> list[DataSource]:
     """A stage's sources with their licences."""
     licences = entry.get("licences") or {f"the data of stage {entry['stage']}": UNKNOWN}
+    stated = {**entry.get("commercial_use", {}), **commercial}
     return [
-        DataSource(name, licence, commercial.get(name, allows_commercial_use(licence)))
+        DataSource(name, licence, stated.get(name, allows_commercial_use(licence)))
         for name, licence in licences.items()
     ]
 

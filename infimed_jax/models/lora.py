@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from infimed_jax import config
+from infimed_jax.config.fields import nearest
+from infimed_jax.errors import UserError
 from infimed_jax.models.family import weights
 from infimed_jax.models.weights import Weight
 from infimed_jax.sharding import spec_of, stored_spec
@@ -29,6 +31,9 @@ def adapted(model: config.Model, lora: config.Lora) -> list[Weight]:
     if not lora.rank:
         return []
     kernels = {w.module: w for w in weights(model) if w.part == model.language and w.layers and w.inputs}
+    if unknown := [target for target in lora.targets if target not in kernels]:
+        hint = nearest(unknown[0], kernels, repr)
+        raise UserError(f"train.lora.targets: {unknown[0]!r} is none of the model's {', '.join(kernels)}{hint}")
     return [kernels[target] for target in lora.targets]
 
 

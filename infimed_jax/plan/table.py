@@ -70,9 +70,10 @@ def _gib(size: float) -> str:
 def heading(cell: Cell) -> str:
     """What is planned, in one line: the same for every topology."""
     counts = cell["parameters"]
+    parts = ", ".join(f"{part} {count:,}" for part, count in counts.items() if part != "total")
     return (
-        f"{cell['stage']}: {counts['total']:,} parameters (text {counts['text']:,}, vision {counts['vision']:,}, "
-        f"projector {counts['projector']:,}); {cell['rows_a_step']} rows, {cell['tokens_a_step']:,} tokens and "
+        f"{cell['stage']}: {counts['total']:,} parameters ({parts}); "
+        f"{cell['rows_a_step']} rows, {cell['tokens_a_step']:,} tokens and "
         f"{cell['images_a_step']:,} images a step in {cell['micro_batches']} micro-batch(es)"
         + (f"; LoRA of rank {cell['lora']}" if cell["lora"] else "")
         + ("; two pieces of an update, the rollout below the table" if cell["rollout"] else "")

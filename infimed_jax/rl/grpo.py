@@ -26,6 +26,7 @@ from infimed_jax.files import to_json, write_text
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.lora import merge_lora, scale_of
 from infimed_jax.models.params import Params
+from infimed_jax.plugins import fingerprint
 from infimed_jax.rl.loss import grpo_loss, make_scorer
 from infimed_jax.rl.rewards import RewardFn, load_reward
 from infimed_jax.rl.rollout import Questions, plan_layout, prompt_order, questions
@@ -35,7 +36,7 @@ from infimed_jax.runs.loop import Beat, OnStep, Run, Stepped, open_run, run_step
 from infimed_jax.runs.meter import memory_bytes
 from infimed_jax.runs.metrics import Row
 from infimed_jax.train.optimizer import make_optimizer
-from infimed_jax.train.start import check_start, first_params, open_state
+from infimed_jax.train.start import bound_content, check_start, first_params, open_state
 from infimed_jax.train.state import TrainState, split_params
 from infimed_jax.train.step import make_train_step
 
@@ -114,8 +115,8 @@ def grpo(
 def _open(run: Run, params: Params | None, pool: Questions, reward: RewardFn) -> tuple[Plan, TrainState, Metadata]:
     """The run's plan, its state, and the metadata of its checkpoints; the start itself is not kept."""
     start, before = first_params(run, params)
-    content = {"tokenizer_sha256": run.tokenizer.fingerprint, "questions_sha256": pool.fingerprint}
-    content["init_from_sha256"] = before.get("leaves_sha256", "")
+    content = bound_content(run) | {"questions_sha256": pool.fingerprint}
+    content |= {"init_from_sha256": before.get("leaves_sha256", ""), "reward_sha256": fingerprint(run.cfg.grpo.reward)}
     state, metadata = open_state(run, content, lambda: (start, before))
     return _plan(run, start, pool, reward), state, metadata
 

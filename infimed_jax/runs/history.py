@@ -12,7 +12,7 @@ from typing import Any
 
 from infimed_jax import config
 from infimed_jax.data.storage import MANIFEST
-from infimed_jax.data.training import licences
+from infimed_jax.data.training import commercial_use, licences
 from infimed_jax.runs.checkpoint import Metadata
 
 Entry = dict[str, Any]
@@ -44,6 +44,7 @@ def stage_entry(cfg: config.Config, content: Mapping[str, str]) -> Entry:
         "grpo": "questions_sha256" in content,
         "origins": sorted(manifest.get("origins", ())),
         "licences": {name: stated.get(name, UNKNOWN) for name in sorted(names)},
+        "commercial_use": commercial_use(Path(cfg.data.dataset)) if names else {},
     }
 
 

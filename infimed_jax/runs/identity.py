@@ -27,7 +27,11 @@ _CONTENT = {
     "tokenizer_sha256": "data.tokenizer={} is another tokenizer",
     "batches_sha256": "data.dataset={} holds other samples, or they are packed in another way",
     "questions_sha256": "data.dataset={} holds other questions",
+    "family_sha256": "model.family={} is another program than when the run began",
+    "reward_sha256": "grpo.reward={} is another program than when the run began",
 }
+_MAY_MOVE = {"family_sha256": "model.family", "reward_sha256": "grpo.reward"}
+"""Programs of the user's that are the same wherever they lie."""
 
 
 def check_same_run(folder: Path, saved: Metadata, ours: Metadata) -> None:
@@ -40,6 +44,7 @@ def check_same_run(folder: Path, saved: Metadata, ours: Metadata) -> None:
         raise UserError(f"cannot resume {folder}: an older version began it; name another train.output")
     old, new = saved["content"], ours["content"]
     free = RESUME_MAY_CHANGE if "questions_sha256" in new else RESUME_MAY_CHANGE | {"grpo"}
+    free = free.union(name for key, name in _MAY_MOVE.items() if new.get(key) and old.get(key) == new[key])
     before, now = (_flat(metadata["config"]) for metadata in (saved, ours))
     changed = [
         f"{name} was {before.get(name)!r}, is {now.get(name)!r}"

@@ -34,7 +34,7 @@ from infimed_jax.runs.meter import Meter, Trace, batch_counts
 from infimed_jax.runs.metrics import Row
 from infimed_jax.sharding import row_shards
 from infimed_jax.train.optimizer import learning_rate, make_optimizer
-from infimed_jax.train.start import check_start, first_params, open_state
+from infimed_jax.train.start import bound_content, check_start, first_params, open_state
 from infimed_jax.train.state import TrainState
 from infimed_jax.train.step import Metrics, TrainStep, make_train_step, next_token_loss
 
@@ -83,7 +83,7 @@ def train(
     samples = open_for_training(cfg.data.dataset)
     with open_run(cfg, on_step) as run:
         loader = make_loader(cfg, samples=samples, tokenizer=run.tokenizer, mesh=run.mesh, start_step=run.start)
-        content = {"tokenizer_sha256": run.tokenizer.fingerprint, "batches_sha256": loader.fingerprint}
+        content = bound_content(run) | {"batches_sha256": loader.fingerprint}
         state, metadata = open_state(run, content, lambda: first_params(run, params))
         if run.finished(loader.steps):
             log.info("%s is finished: %s", cfg.train.stage, run.folder)

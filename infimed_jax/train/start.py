@@ -9,6 +9,7 @@ import jax
 from infimed_jax import config
 from infimed_jax.errors import UserError
 from infimed_jax.models.params import Params, abstract_params, init_params
+from infimed_jax.plugins import fingerprint
 from infimed_jax.runs.checkpoint import Metadata
 from infimed_jax.runs.history import history_of, stage_entry
 from infimed_jax.runs.identity import check_same_run
@@ -23,6 +24,11 @@ def check_start(cfg: config.Config, params: Params | None) -> None:
     """UserError where a run has two starts."""
     if params is not None and cfg.train.init_from:
         raise UserError("parameters were given and train.init_from is set: choose one")
+
+
+def bound_content(run: Run) -> dict[str, str]:
+    """Fingerprints that every run is bound to; its kind adds those of its data."""
+    return {"tokenizer_sha256": run.tokenizer.fingerprint, "family_sha256": fingerprint(run.cfg.model.family)}
 
 
 def first_params(run: Run, params: Params | None) -> tuple[Params, Metadata]:

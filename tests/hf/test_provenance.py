@@ -58,6 +58,8 @@ def test_a_checkpoint_tells_its_history_where_runs_and_data_are_gone(tmp_path):
         ("a", "CC0-1.0", True),
         ("b", "CC BY 4.0", False),
     ]
+    stated = [entry | {"commercial_use": {"a": False, "b": True}} for entry in history]
+    assert [s.commercial_use for s in checkpoint_card(stated, commercial={}).sources] == [False, True]
     assert len(card.stages) == 1 and card.stages[0].startswith("sft: 70 steps, ")
 
 

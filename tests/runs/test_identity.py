@@ -76,6 +76,16 @@ def test_content_is_bound(content, key, message):
         check_same_run(Path("x"), _metadata(content), _metadata(content, **{key: "other"}))
 
 
+@pytest.mark.parametrize(("setting", "key"), [("model.family", "family_sha256"), ("grpo.reward", "reward_sha256")])
+def test_a_users_program_may_move_and_may_not_change(setting, key):
+    before = _metadata(GRPO | {key: "p"}, setting)
+    check_same_run(Path("x"), before, _metadata(GRPO | {key: "p"}))
+    with pytest.raises(UserError, match=f"{setting}=another is another program than when the run began"):
+        check_same_run(Path("x"), before, _metadata(GRPO | {key: "q"}, setting))
+    with pytest.raises(UserError, match=f"{setting} was 'another'"):
+        check_same_run(Path("x"), before, _metadata(GRPO | {key: ""}))
+
+
 def test_a_start_that_was_not_read_is_the_same_under_the_same_path_and_read_under_another(tmp_path):
     unread = {key: value for key, value in TRAINING.items() if key != "init_from_sha256"}
     check_same_run(Path("x"), _metadata(TRAINING), _metadata(unread))
