@@ -24,7 +24,12 @@ Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 @dataclass(frozen=True)
 class Family:
-    """Functions of the family's own settings, `model`; `params` are the whole tree or what of it a function uses."""
+    """Functions of the family's own settings, `model`; `params` are the whole tree or what of it a function uses.
+
+    Arrays lie on an explicit mesh (`infimed_jax.sharding`): a lookup, a reshape or a repeat may have to name the
+    sharding of its result, as in `models/forward.py`. Replies are computed block by block and training by `hidden`,
+    so nothing may stand between the embedding lookup and the first block: positions belong inside the blocks.
+    """
 
     weights: Callable[[Any], tuple[Weight, ...]]
     """Every weight, in the order of the computation."""
@@ -33,12 +38,13 @@ class Family:
     unweighted: Callable[[Any], tuple[Unweighted, ...]]
     """The products of one image that multiply no weight."""
     encoder: Mapping[str, Callable[..., Array]]
-    """From pixels to visual tokens, a stage for each part that has weights in it: (params, images [I, …], model,
-    compute) to the next stage's images, and at last to [I, P, D]. The first one takes the images' `host_arrays`."""
+    """From pixels to visual tokens, a stage for each part that has weights in it, by the part's name: (params, images
+    [I, …], model, compute) to the next stage's images, and at last to [I, P, D]. The first takes `host_arrays`."""
     blocks: str
     """Path of the language model's stack of blocks in the tree of parameters."""
     hidden: Callable[..., Array]
-    """(params, embeddings [B,T,D], positions [B,A,T], mask, model, compute) to hidden states after the final norm."""
+    """(params, embeddings [B,T,D], positions [B,A,T], mask, model, compute) to hidden states: every `block`, then
+    `final_norm`."""
     block: Callable[..., tuple[Array, Any]]
     """(one layer's parameters, x [B,T,D], positions [B,A,T], attend, model, compute) to (x, what `attend` collects)."""
     final_norm: Callable[..., Array]

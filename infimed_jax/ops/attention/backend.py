@@ -19,7 +19,11 @@ ROOM = "infimed_jax.ops.attention.backends"
 
 @dataclass(frozen=True)
 class Backend:
-    """A kernel, and the facts by which it is chosen, refused and planned for."""
+    """A kernel, and the facts by which it is chosen, refused and planned for.
+
+    Its arrays lie on an explicit mesh, split over B and N: call a kernel that knows no shardings under
+    `jax.shard_map`, as `backends/rows.py` does.
+    """
 
     run: Callable[[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"], Mask], Array]
     """(q, k, v, mask) to [B, T, N, H]: scores scaled by 1/sqrt(H); a query that sees nothing returns zeros."""
