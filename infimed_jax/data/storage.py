@@ -33,6 +33,8 @@ from infimed_jax.files import whole_file, whole_folder, write_json
 MANIFEST = "manifest.json"
 INDICES = "indices.npz"
 """A view's `base` and `number`, i64[N] each, and `meta`, JSON by sample, where a step added to it."""
+DIGEST = "indices_sha256"
+"""Where a view's manifest holds the digest of its indices."""
 FORMAT = 2
 """Layout of a prepared dataset; another number in a manifest is refused."""
 TFDS_SPLIT = "samples"
@@ -280,17 +282,21 @@ class View(Samples):
     def _open(self) -> None:
         self._bases = tuple(_open_base(self.folder, base) for base in self.manifest["bases"])
         try:
-            with np.load(self.folder / INDICES, allow_pickle=False) as arrays:
-                self.base, self.number = arrays["base"], arrays["number"]
-                self.meta: np.ndarray | None = arrays.get("meta")
+            with np.load(self.folder / INDICES, allow_pickle=False) as file:
+                arrays = dict(file)
+            self.base, self.number = arrays["base"], arrays["number"]
+            self.meta: np.ndarray | None = arrays.get("meta")
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise UserError(f"{self.folder / INDICES} cannot be read: make the view again") from error
         lengths = np.array([len(base) for base in self._bases])
         whole = len(self.base) == len(self.number) == self.manifest["samples"] > 0
+        whole &= self.base.dtype == self.number.dtype == np.int64 and (self.meta is None or len(self.meta) == len(self))
         if not whole or (self.base < 0).any() or (self.base >= len(lengths)).any() or (self.number < 0).any():
             raise UserError(f"{self.folder / INDICES} does not fit its {MANIFEST}: make the view again")
         if (self.number >= lengths[self.base]).any():
             raise UserError(f"{self.folder / INDICES} names samples that its bases lack: make the view again")
+        if digest(arrays) != self.manifest.get(DIGEST):
+            raise UserError(f"{self.folder / INDICES} was changed after its {MANIFEST}: make the view again")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_samples, (self.folder,)  # not the arrays: a worker reads them itself
@@ -307,6 +313,14 @@ class View(Samples):
         sample, record = self._bases[self.base[number]].read(self.number[number])
         added = json.loads(str(self.meta[number]) or "{}") if self.meta is not None else {}
         return with_meta(sample, record, added)
+
+
+def digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of a view's indices."""
+    summed = hashlib.sha256()
+    for name in sorted(arrays):
+        summed.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode() + arrays[name].tobytes())
+    return summed.hexdigest()
 
 
 def with_meta(sample: Sample, record: bytes, added: Mapping[str, str]) -> tuple[Sample, bytes]:

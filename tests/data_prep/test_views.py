@@ -158,6 +158,9 @@ def test_a_view_is_not_written_over_a_base_that_it_would_point_to(bases, tmp_pat
         ({"base": [5] * 15, "number": [0] * 15}, "does not fit"),
         ({"base": [0] * 15, "number": [-1] * 15}, "does not fit"),
         ({"base": [0] * 15, "number": [99] * 15}, "samples that its bases lack"),
+        ({"base": [0.0] * 15, "number": [0.0] * 15}, "does not fit"),
+        ({"base": [0] * 15, "number": [0] * 15, "meta": ["{}"] * 3}, "does not fit"),
+        ({"base": [0] * 15, "number": [0] * 15}, "was changed after its manifest.json"),
     ],
 )
 def test_broken_indices_are_one_line(arrays, message, bases, tmp_path):
