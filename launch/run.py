@@ -81,11 +81,11 @@ def report_error(error: BaseException, args: argparse.Namespace) -> int | None:
     """Print one line for the error that ended a command and return the exit code; None if it needs a traceback."""
     if isinstance(error, BrokenPipeError):
         return None
-    if isinstance(error, KeyboardInterrupt) or signals.early:
+    mistake = isinstance(error, (UserError, OSError))
+    if isinstance(error, KeyboardInterrupt) or (signals.early and not mistake):
         # Wherever it was: a run may have saved nothing yet, and an answer keeps nothing.
         print("\nInterrupted: the same command goes on from what is saved, or else from the start.", file=sys.stderr)
         return EXIT_RESUME_ME
-    mistake = isinstance(error, (UserError, OSError))
     line = describe(error) if mistake else accelerator.out_of_memory(error, args.command)
     if line and not args.debug:
         print(f"error: {line}", file=sys.stderr)

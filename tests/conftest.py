@@ -2,7 +2,7 @@
 
 import os
 
-# Most of the suite's time would be LLVM's, which optimises programs that run once; XLA's own passes stay. Child
+# LLVM need not optimise programs that run once; XLA's own passes stay. Child
 # processes inherit it. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests what users run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 

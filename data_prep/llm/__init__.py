@@ -13,13 +13,14 @@ if not importlib.util.find_spec("openai"):
     raise UserError("asking a language model needs the openai package: pip install 'infimed-jax[llm]'")
 
 from data_prep.llm.account import BudgetReached
-from data_prep.llm.client import CallFailed, ChatClient
+from data_prep.llm.client import BY_ENDPOINT, CallFailed, ChatClient
 from data_prep.llm.jobs import Job, check_sources, run_jobs
 from data_prep.llm.messages import Message, parts, speech
 from data_prep.llm.replies import Reply
 from data_prep.llm.settings import Budget, Endpoint
 
 __all__ = [
+    "BY_ENDPOINT",
     "Budget",
     "BudgetReached",
     "CallFailed",

@@ -28,6 +28,10 @@ UNKNOWN_MODEL = ("status 400", "status 404", "status 422")
 """Answers to a model's name that the server does not know, among others: transformers serve gives 400."""
 
 
+BY_ENDPOINT = "endpoint: "
+"""How a step's reason begins where a call failed, so that the next run asks again."""
+
+
 class CallFailed(Exception):
     """A call had no usable reply after all its attempts; `kind` is a fixed phrase, so that reports can count it."""
 

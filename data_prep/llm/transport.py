@@ -110,9 +110,9 @@ class Transport:
                 self._openai.models.with_streaming_response.list() as response,
             ):
                 return [str(model["id"]) for model in json.loads(await _read(response))["data"]]
-        except (TimeoutError, httpx2.HTTPError, openai.OpenAIError, FailedAttempt, ValueError, RecursionError):
+        except (TimeoutError, httpx2.HTTPError, openai.OpenAIError, FailedAttempt):
             return []
-        except (KeyError, TypeError):
+        except (ValueError, RecursionError, KeyError, TypeError):  # no JSON, or another shape
             return []
 
     def _refused(self, response: httpx2.Response) -> FailedAttempt:

@@ -334,13 +334,15 @@ class Entries:
 
     def _delimited(self) -> str | None:
         """The text up to the comma or bracket that ends the entry; None if it exceeds the limit."""
-        place, pieces, size = self.place, [], 0
+        place, pieces, size = None, list[str](), 0
         depth, quoted = 0, False
         begin = at = self._at
         while True:
             match = (_QUOTED if quoted else _OUTSIDE).match(self._text, at)
             at, mark = match.end(), match[1]
             if not mark:
+                if place is None:  # only here: finding it encodes all the text that has not been read yet
+                    place = self.place
                 size += at - begin
                 pieces = [*pieces, self._text[begin:at]] if size <= self.limit else []
                 if not self._read_on(at):

@@ -10,14 +10,12 @@ import io
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from infimed_jax import config
-
-T = TypeVar("T")
 
 MAX_PIXELS = 2**26
 """Width × height; checked in the header, before any pixel is decoded. 67 million are 200 MB as RGB."""

@@ -8,12 +8,13 @@ and options are written `A. text` by this function, from options without letters
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import get_args
 
-from infimed_jax.data.sample import Chat, Content, Document, Question, Sample, Turn
+from infimed_jax.data.sample import Chat, Content, Document, Question, QuestionKind, Sample, Turn
 from infimed_jax.errors import UserError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-QUESTION_KINDS = ("yes_no", "choice", "closed", "open")
+QUESTION_KINDS = get_args(QuestionKind)
 
 # (kind, language): what follows the question, direct and with reasoning.
 _INSTRUCTIONS: dict[tuple[str, str], tuple[str, str]] = {

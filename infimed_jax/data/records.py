@@ -1,12 +1,16 @@
-"""A Sample as the bytes of one record, and back."""
+"""A Sample as the bytes of one record, and back; and what a manifest says of many records."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tensorflow_datasets.proto import tf_example_pb2
 
 from infimed_jax.data.prompts import LETTERS, as_turns, question_text
@@ -16,6 +20,8 @@ from infimed_jax.errors import UserError
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=vars).encode
 TEXT_FIELDS = ("id", "source", "split", "kind", "question", "answer", "reasoning", "system")
 JSON_FIELDS = ("chunks", "turns", "meta")
+FORMAT = 2
+"""Layout of a prepared dataset; another number in a manifest is refused."""
 
 
 def check_sample(sample: Sample) -> None:
@@ -126,3 +132,57 @@ class Tally:
             "ids": list(self.ids),
             "digests": b"".join(self._digests).hex(),
         }
+
+
+def sum_facts(folder: Path, shards: Sequence[str], name: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """The manifest of all shards but for where their samples lie, and the samples of each shard that has any.
+
+    UserError: there are no samples, or an id occurs twice.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise UserError(f"dataset name {name!r} must be lower-case letters, digits and underscores")
+    digest = hashlib.sha256()
+    sums: dict[str, Counter[str]] = {"kinds": Counter(), "origins": Counter(), "counts": Counter()}
+    hashed: list[np.ndarray] = []
+    lengths: dict[str, int] = {}
+    for shard in shards:
+        facts = json.loads((folder / f"{shard}.json").read_text(encoding="utf-8"))
+        digest.update(bytes.fromhex(facts["digests"]))
+        sums["kinds"].update(facts["kinds"])
+        sums["origins"].update(facts["origins"])
+        sums["counts"].update({key: facts[key] for key in ("samples", "images", "bytes")})
+        hashed.append(np.array([_short_hash(id) for id in facts["ids"]], np.uint64))
+        if facts["samples"]:
+            lengths[shard] = facts["samples"]
+    if not lengths:
+        raise UserError(f"dataset {name}: no samples to write")
+    _refuse_repeated_ids(folder, shards, np.concatenate(hashed))
+    summed = {
+        "format": FORMAT,
+        "name": name,
+        **sums["counts"],
+        "kinds": dict(sorted(sums["kinds"].items())),
+        "origins": dict(sorted(sums["origins"].items())),
+        "fingerprint": digest.hexdigest(),
+    }
+    return summed, lengths
+
+
+def _refuse_repeated_ids(folder: Path, shards: Sequence[str], hashed: np.ndarray) -> None:
+    """Hashes are compared (8 bytes an id, where a set of names would need a hundred), then the names of equal ones."""
+    ordered = np.sort(hashed)
+    repeated = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    if not repeated:
+        return
+    seen: set[str] = set()
+    for shard in shards:
+        for id in json.loads((folder / f"{shard}.json").read_text(encoding="utf-8"))["ids"]:
+            if _short_hash(id) not in repeated:
+                continue
+            if id in seen:
+                raise UserError(f"sample id {id!r} occurs twice: ids must be unique in a dataset")
+            seen.add(id)
+
+
+def _short_hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

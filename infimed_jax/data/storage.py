@@ -11,9 +11,7 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import zipfile
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -25,7 +23,16 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from infimed_jax.data.records import JSON_FIELDS, TEXT_FIELDS, Tally, check_sample, from_record, to_record
+from infimed_jax.data.records import (
+    FORMAT,
+    JSON_FIELDS,
+    TEXT_FIELDS,
+    Tally,
+    check_sample,
+    from_record,
+    sum_facts,
+    to_record,
+)
 from infimed_jax.data.sample import Sample
 from infimed_jax.errors import UserError, one_line
 from infimed_jax.files import whole_file, whole_folder, write_json
@@ -35,8 +42,6 @@ INDICES = "indices.npz"
 """A view's `base` and `number`, i64[N] each, and `meta`, JSON by sample, where a step added to it."""
 DIGEST = "indices_sha256"
 """Where a view's manifest holds the digest of its indices."""
-FORMAT = 2
-"""Layout of a prepared dataset; another number in a manifest is refused."""
 TFDS_SPLIT = "samples"
 """The one TFDS split; a sample's own split is its field."""
 _KEYS = {"name": str, "kinds": dict, "origins": dict, "fingerprint": str, "info": dict}
@@ -140,66 +145,15 @@ def join_shards(
         if (folder / shard).is_file():  # else renamed before a kill
             os.rename(folder / shard, file)
     _write_tfds_metadata(folder, name, template, list(lengths.values()), summed["bytes"])
-    files_of = [{"file": Path(f).name, "samples": n} for f, n in zip(files, lengths.values(), strict=True)]
+    files_of = [
+        {"file": Path(file).name, "samples": samples, "bytes": os.path.getsize(file)}
+        for file, samples in zip(files, lengths.values(), strict=True)
+    ]
     manifest = summed | {"shards": files_of, "info": info or {}}
     write_json(folder / MANIFEST, manifest)
     for shard in shards:
         (folder / f"{shard}.json").unlink()
     return manifest
-
-
-def sum_facts(folder: Path, shards: Sequence[str], name: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """The manifest of all shards but for where their samples lie, and the samples of each shard that has any.
-
-    UserError: there are no samples, or an id occurs twice.
-    """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise UserError(f"dataset name {name!r} must be lower-case letters, digits and underscores")
-    digest = hashlib.sha256()
-    sums: dict[str, Counter[str]] = {"kinds": Counter(), "origins": Counter(), "counts": Counter()}
-    hashed: list[np.ndarray] = []
-    lengths: dict[str, int] = {}
-    for shard in shards:
-        facts = json.loads((folder / f"{shard}.json").read_text(encoding="utf-8"))
-        digest.update(bytes.fromhex(facts["digests"]))
-        sums["kinds"].update(facts["kinds"])
-        sums["origins"].update(facts["origins"])
-        sums["counts"].update({key: facts[key] for key in ("samples", "images", "bytes")})
-        hashed.append(np.array([_short_hash(id) for id in facts["ids"]], np.uint64))
-        if facts["samples"]:
-            lengths[shard] = facts["samples"]
-    if not lengths:
-        raise UserError(f"dataset {name}: no samples to write")
-    _refuse_repeated_ids(folder, shards, np.concatenate(hashed))
-    summed = {
-        "format": FORMAT,
-        "name": name,
-        **sums["counts"],
-        "kinds": dict(sorted(sums["kinds"].items())),
-        "origins": dict(sorted(sums["origins"].items())),
-        "fingerprint": digest.hexdigest(),
-    }
-    return summed, lengths
-
-
-def _refuse_repeated_ids(folder: Path, shards: Sequence[str], hashed: np.ndarray) -> None:
-    """Hashes are compared (8 bytes an id, where a set of names would need a hundred), then the names of equal ones."""
-    ordered = np.sort(hashed)
-    repeated = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
-    if not repeated:
-        return
-    seen: set[str] = set()
-    for shard in shards:
-        for id in json.loads((folder / f"{shard}.json").read_text(encoding="utf-8"))["ids"]:
-            if _short_hash(id) not in repeated:
-                continue
-            if id in seen:
-                raise UserError(f"sample id {id!r} occurs twice: ids must be unique in a dataset")
-            seen.add(id)
-
-
-def _short_hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def _write_tfds_metadata(
@@ -295,7 +249,7 @@ class View(Samples):
             raise UserError(f"{self.folder / INDICES} does not fit its {MANIFEST}: make the view again")
         if (self.number >= lengths[self.base]).any():
             raise UserError(f"{self.folder / INDICES} names samples that its bases lack: make the view again")
-        if digest(arrays) != self.manifest.get(DIGEST):
+        if digest(self.folder / INDICES) != self.manifest.get(DIGEST):
             raise UserError(f"{self.folder / INDICES} was changed after its {MANIFEST}: make the view again")
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -315,12 +269,10 @@ class View(Samples):
         return with_meta(sample, record, added)
 
 
-def digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of a view's indices."""
-    summed = hashlib.sha256()
-    for name in sorted(arrays):
-        summed.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode() + arrays[name].tobytes())
-    return summed.hexdigest()
+def digest(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def with_meta(sample: Sample, record: bytes, added: Mapping[str, str]) -> tuple[Sample, bytes]:
@@ -335,15 +287,15 @@ def _open_base(folder: Path, base: Any) -> Samples:
     """A view's base; UserError where it is gone, or no longer what the view was made of."""
     if not isinstance(base, dict) or not all(isinstance(base.get(key), str) for key in ("folder", "fingerprint")):
         raise UserError(f"{folder / MANIFEST} lists no usable bases: make the view again")
-    place = (folder / base["folder"]).resolve()
+    place = (folder / base["folder"].replace("\0", "")).resolve()
     if not (place / MANIFEST).is_file():
         raise UserError(
             f"{folder} is a view of {place}, which is not there: put it back at that place, or make the view again"
         )
-    opened = open_samples(place)
-    if isinstance(opened, View) or opened.fingerprint != base["fingerprint"]:
+    manifest = _read_manifest(place)
+    if "bases" in manifest or manifest["fingerprint"] != base["fingerprint"]:
         raise UserError(f"{folder} is a view of {place}, which holds other samples by now: make the view again")
-    return opened
+    return Samples(place, manifest)
 
 
 def record_name(samples: Samples, number: int) -> str:
@@ -357,7 +309,12 @@ def _one_line(error: Exception) -> str:
 
 def open_samples(folder: str | Path) -> Samples:
     """Open what `write_samples` wrote. UserError: no prepared dataset there, a shard is missing, or another format."""
-    folder = Path(folder)
+    manifest = _read_manifest(Path(folder))
+    return (View if "bases" in manifest else Samples)(Path(folder), manifest)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """UserError as `open_samples`."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version = manifest["format"]
@@ -369,21 +326,36 @@ def open_samples(folder: str | Path) -> Samples:
         raise UserError(f"{folder} is in format {version}, this version reads {FORMAT}: prepare the dataset again")
     if lost := [key for key, kind in _KEYS.items() if not isinstance(manifest.get(key), kind)]:
         raise UserError(f"{folder / MANIFEST} is incomplete ({', '.join(lost)}): prepare the dataset again")
-    if isinstance(manifest.get("bases"), list):
-        return View(folder, manifest)
+    info = manifest["info"]
+    while isinstance(info, dict) and "derived_from" in info:
+        info = info["derived_from"]
+    if not isinstance(info, dict):
+        raise UserError(f"{folder / MANIFEST} is damaged (info.derived_from): prepare the dataset again")
+    if "bases" in manifest:
+        if not isinstance(manifest["bases"], list):
+            raise UserError(f"{folder / MANIFEST} lists no usable bases: make the view again")
+        return manifest
     shards = manifest.get("shards")
     if not isinstance(shards, list):
         raise UserError(f"{folder / MANIFEST} is incomplete (shards): prepare the dataset again")
     if not shards or not all(_is_shard(shard) for shard in shards):
         raise UserError(f"{folder / MANIFEST} lists no usable shards: prepare the dataset again")
     for shard in shards:
-        if not (folder / shard["file"]).is_file():
-            raise UserError(f"{folder} lacks its shard {shard['file']}: copy it again or prepare the dataset again")
-    return Samples(folder, manifest)
+        file = folder / shard["file"]
+        if not file.is_file():
+            raise UserError(f"{folder} lacks its shard {file.name}: copy it again or prepare the dataset again")
+        if file.stat().st_size != shard["bytes"]:
+            raise UserError(
+                f"{file} has {file.stat().st_size:,} bytes, and its {MANIFEST} says {shard['bytes']:,}: "
+                "copy it again or prepare the dataset again"
+            )
+    return manifest
 
 
 def _is_shard(entry: Any) -> bool:
-    """A file of this folder, and how many samples it holds."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("file"), str) or type(entry.get("samples")) is not int:
+    """A file of this folder, how many samples it holds, and its size."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
         return False
-    return entry["samples"] > 0 and Path(entry["file"]).name == entry["file"]
+    if type(entry.get("samples")) is not int or type(entry.get("bytes")) is not int:
+        return False
+    return entry["samples"] > 0 and Path(entry["file"]).name == entry["file"] and "\0" not in entry["file"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,29 +46,32 @@ def _allowed(info: dict[str, Any]) -> bool:
 
 def licences(folder: Path) -> dict[str, str]:
     """By source, as the manifests of a dataset, and of those that a view points to, state them; the latter count."""
-    file = folder / MANIFEST
-    manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    info = manifest.get("info", {})
-    while "derived_from" in info:
-        info = info["derived_from"]
-    stated = info.get("licences") or {info.get("source"): info.get("licence")}
-    stated = {source: licence for source, licence in stated.items() if source and licence}
-    for base in manifest.get("bases", ()):
-        stated |= licences(folder / base["folder"])
+    stated: dict[str, str] = {}
+    for info in _infos(folder):
+        by_source = info.get("licences") or {info.get("source"): info.get("licence")}
+        stated |= {source: licence for source, licence in by_source.items() if source and licence}
     return stated
 
 
 def commercial_use(folder: Path) -> dict[str, bool]:
     """By source, whether the manifests of a dataset, and of those that a view points to, allow commercial use."""
+    return {
+        info["source"]: bool(info["commercial_use"])
+        for info in _infos(folder)
+        if {"source", "commercial_use"} <= info.keys()
+    }
+
+
+def _infos(folder: Path) -> Iterator[dict[str, Any]]:
+    """What ingestion wrote into a dataset's manifest, then the same of each base of a view."""
     file = folder / MANIFEST
     manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     info = manifest.get("info", {})
     while "derived_from" in info:
         info = info["derived_from"]
-    stated = {info["source"]: bool(info["commercial_use"])} if {"source", "commercial_use"} <= info.keys() else {}
+    yield info
     for base in manifest.get("bases", ()):
-        stated |= commercial_use(folder / base["folder"])
-    return stated
+        yield from _infos(folder / base["folder"])
 
 
 def held_out(origins: Iterable[str]) -> list[str]:

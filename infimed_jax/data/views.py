@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from infimed_jax.data.records import Tally
+from infimed_jax.data.records import Tally, sum_facts
 from infimed_jax.data.sample import Sample
-from infimed_jax.data.storage import DIGEST, INDICES, MANIFEST, Samples, View, digest, sum_facts, with_meta
+from infimed_jax.data.storage import DIGEST, INDICES, MANIFEST, Samples, View, digest, with_meta
 from infimed_jax.files import to_json, whole_file, write_json
 
 
@@ -85,7 +85,7 @@ def join_view(
         {"folder": os.path.relpath(opened[k].folder.resolve(), here), "fingerprint": opened[k].fingerprint}
         for k in used
     ]
-    manifest = summed | {"bases": listed, DIGEST: digest(arrays), "info": info}
+    manifest = summed | {"bases": listed, DIGEST: digest(folder / INDICES), "info": info}
     write_json(folder / MANIFEST, manifest)
     return manifest
 

@@ -200,7 +200,7 @@ def _group_table(stages: Sequence[Stage], title: str, label: str, key: str) -> d
 
 def _cell(value: float | None) -> dict[str, str]:
     if value is None:
-        return {"text": "–", "colour": "#fff", "ink": SOFT}
+        return {"text": "–", "colour": "var(--card)", "ink": "var(--soft)"}
     light, dark = (238, 245, 245), (11, 110, 117)
     mix = tuple(round(a + (b - a) * value) for a, b in zip(light, dark, strict=True))
     return {"text": f"{value:.0%}", "colour": f"rgb{mix}", "ink": "#fff" if value > 0.55 else INK}

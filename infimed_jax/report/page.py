@@ -22,10 +22,15 @@ def write_page(path: Path, template: Path, values: Mapping[str, Any]) -> None:
 
 
 def thumbnail(image: bytes, side: int) -> str:
-    """A data URL of the encoded image, its longer side at most `side` pixels: JPEG, or PNG where that is at most 96."""
+    """`data_url` of the encoded image, its longer side at most `side` pixels."""
     with Image.open(io.BytesIO(image)) as opened:
         picture = opened.convert("RGB")
     picture.thumbnail((side, side))
+    return data_url(picture)
+
+
+def data_url(picture: Image.Image) -> str:
+    """The picture as an `img` element's source: JPEG, or PNG where its longer side is at most 96 pixels."""
     kind = "png" if max(picture.size) <= 96 else "jpeg"
     buffer = io.BytesIO()
     picture.save(buffer, kind, quality=85)

@@ -13,7 +13,9 @@ from infimed_jax.files import whole_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INK, SOFT, LINE, PALE = "#1c2733", "#5b6b7b", "#b9c3cc", "#d3dde0"
+INK, SOFT, LINE, PALE, GRID = "#1c2733", "#5b6b7b", "#b9c3cc", "#d3dde0", "#e8edf0"
+_VARIABLES = {INK: "ink", SOFT: "soft", LINE: "line", GRID: "grid"}
+"""Names of colours in `base.html.jinja`, which differ in the dark; those of data stay."""
 ACCENT, SECOND, THIRD, BAD = "#0b6e75", "#c98a12", "#7a4fa3", "#b3372f"
 SERIES = (ACCENT, SECOND, THIRD, "#3f74b5", "#8a9a2b", "#b5483a", "#5b6b7b")
 """Colours of curves in one panel, in order."""
@@ -34,7 +36,7 @@ def panels(
         panel.tick_params(which="both", colors=SOFT, labelsize=8.5)
         panel.xaxis.label.set(color=SOFT, fontsize=8.5)
         panel.yaxis.label.set(color=SOFT, fontsize=8.5)
-        panel.grid(axis="y", color="#e8edf0", linewidth=0.8)
+        panel.grid(axis="y", color=GRID, linewidth=0.8)
         panel.set_axisbelow(True)
     return figure, axes
 
@@ -47,6 +49,8 @@ def svg(figure: Figure) -> Markup:
     with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "infimed"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
+    for colour, name in _VARIABLES.items():
+        text = text.replace(colour, f"var(--{name})")
     return Markup(text[text.index("<svg") :])
 
 

@@ -34,7 +34,8 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, start_step: int, cfg: config.Config, *, active: bool = True) -> None:
-        self.rows = [row for row in read_metrics(folder) if row["step"] <= start_step]
+        rows, self._damaged = _read(folder / METRICS)
+        self.rows = [row for row in rows if row["step"] <= start_step]
         self._folder, self._start_step, self._cfg, self._active = folder, start_step, cfg, active
 
     def __enter__(self) -> MetricsLog:
@@ -42,6 +43,9 @@ class MetricsLog:
         wandb = _wandb_package(self._cfg) if self._cfg.train.wandb else None
         if self._active:
             self._wandb = _wandb_run(wandb, self._folder, self._cfg) if wandb else None
+            if self._damaged:
+                log.warning("the damaged %s is kept as %s", METRICS, DAMAGED)
+                shutil.copyfile(self._folder / METRICS, self._folder / DAMAGED)
             write_text(self._folder / METRICS, "".join(map(_line, self.rows)))
             self._file = (self._folder / METRICS).open("a", encoding="utf-8", buffering=1)
             self._board = Board(self._folder / "tensorboard", self._start_step + 1)
@@ -138,26 +142,27 @@ def _wandb_run(wandb: Any, folder: Path, cfg: config.Config) -> Any:
 def read_metrics(folder: str | Path) -> list[Row]:
     """Lines of a run's metrics.jsonl, null read as the NaN it was; none where there is no file.
 
-    A line cut by a kill is left out. So are damaged ones, as a power loss leaves them: a warning counts them, and the
-    file is kept as metrics.damaged.jsonl.
+    A line cut by a kill is left out. So are damaged ones, as a power loss leaves them: a warning counts them.
     """
-    file = Path(folder) / METRICS
+    return _read(Path(folder) / METRICS)[0]
+
+
+def _read(file: Path) -> tuple[list[Row], int]:
+    """The rows, and how many lines are damaged."""
     if not file.exists():
-        return []
+        return [], 0
     rows, damaged = [], 0
     for line in file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:  # the rest was never finished
         try:
-            row = json.loads(line)
-            rows.append({name: math.nan if value is None else value for name, value in row.items()})
-            damaged += type(rows[-1]["step"]) is not int
+            row = {name: math.nan if value is None else value for name, value in json.loads(line).items()}
+            if type(row["step"]) is not int:
+                raise ValueError
+            rows.append(row)
         except (ValueError, AttributeError, KeyError, RecursionError):
             damaged += 1
     if damaged:
-        kept = file.with_name(DAMAGED)
-        log.warning("%s has %d damaged lines, which are left out; the file is kept as %s", file, damaged, kept.name)
-        with contextlib.suppress(OSError):  # a reader may not be allowed to write there
-            shutil.copyfile(file, kept)
-    return [row for row in rows if type(row.get("step")) is int]
+        log.warning("%s has %d damaged lines, which are left out", file, damaged)
+    return rows, damaged
 
 
 def _line(row: Row) -> str:

@@ -5,6 +5,8 @@ import errno
 import hashlib
 import json
 import pickle
+import random
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -266,6 +268,11 @@ def test_missing_pieces_are_named(tmp_path):
     (tmp_path / "d" / manifest["shards"][0]["file"]).unlink()
     with pytest.raises(UserError, match="lacks its shard toy-samples"):
         open_samples(tmp_path / "d")
+    write_samples(tmp_path / "other", [make_sample(1, images=(random.Random(0).randbytes(2**17), b""))], name="toy")
+    shard = tmp_path / "d" / manifest["shards"][0]["file"]
+    shutil.copy(next((tmp_path / "other").glob("*array_record*")), shard)  # overwritten, and the name is the same
+    with pytest.raises(UserError, match=rf"{shard.name} has [\d,]+ bytes, and its manifest.json says .* copy it again"):
+        open_samples(tmp_path / "d")
     (tmp_path / "d" / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
     with pytest.raises(UserError, match="format 99"):
         open_samples(tmp_path / "d")
@@ -329,6 +336,9 @@ def test_a_shard_that_could_not_be_finished_takes_no_room(tmp_path):
         ({"shards": [{"file": "../other/secret", "samples": 1}]}, "no usable shards"),
         ({"shards": [{"file": "a", "samples": 0}]}, "no usable shards"),
         ({"shards": [{"file": "a", "samples": True}]}, "no usable shards"),
+        ({"shards": [{"file": "a", "samples": 1}]}, "no usable shards"),
+        ({"shards": [{"file": "\0", "samples": 1, "bytes": 1}]}, "no usable shards"),
+        ({"info": {"derived_from": 7}}, "damaged .info.derived_from."),
     ],
 )
 def test_a_manifest_that_was_edited_is_told_at_once(tmp_path, change, words):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import errno
+import base64
 import io
-from collections import Counter
 from html.parser import HTMLParser
-from pathlib import Path
 
+import numpy as np
 import pytest
-from PIL import Image, ImageColor
+from PIL import Image
 
-from data_prep.steps.inspect import _draw, _Row, _Shown, write_inspection
+from data_prep.steps.inspect import write_inspection
 from data_prep.tokenizer import make_tokenizer
 from infimed_jax import config
 from infimed_jax.data.chat import load_tokenizer
@@ -38,7 +37,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.texts.append(data)
-        if self.tags[-1] == ("span", {"class": "t learnt"}):
+        if self.tags and self.tags[-1] == ("span", {"class": "learnt"}):
             self.learnt.append(data)
 
 
@@ -54,54 +53,22 @@ def test_page(tmp_path):
     samples = open_samples(tmp_path / "set")
     tokenizer = load_tokenizer(make_tokenizer(["learnt"] * 3, tmp_path / "tok", vocab_size=330))
     index = build_index(samples, tokenizer, config.Data(context=1024, images_per_row=6), MODEL, tmp_path / "p")
-    picture = write_inspection(samples, index, tokenizer, MODEL, tmp_path / "page.html", rows=9)
+    write_inspection(samples, index, tokenizer, MODEL, tmp_path / "page.html", rows=9)
     page = Page()
     page.feed((tmp_path / "page.html").read_text(encoding="utf-8"))
     images = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
     assert len(images) == 3 and all(source.startswith("data:image/jpeg;base64,") for source in images)
     assert "script" not in {tag for tag, _ in page.tags}
     assert sum(f"{HOSTILE} learnt" in text for text in page.learnt) == 3
-    colours = Counter(Image.open(picture).convert("RGB").get_flattened_data())
-    for colour in ("#4477aa", "#ee6677", "#228833", "#b9e5c3", "#e4e4e4"):  # three samples, loss, padding
-        assert colours[ImageColor.getrgb(colour)] > 300
-    assert colours[1, 2, 3] == 3 * 224 * 224  # every pixel of the three images
+    bars = [attrs["style"] for tag, attrs in page.tags if tag == "div" and attrs.get("title", "").startswith(HOSTILE)]
+    assert len(bars) == 3 and len(set(bars)) > 1  # neighbours differ in colour
+    for source in images:
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))))
+        assert shown.shape == (224, 224, 3) and np.abs(shown - (1.0, 2, 3)).max() <= 4  # the JPEG's error
     assert sum("truncated" in text or "not a supported image" in text for text in page.texts) == 3
-    style = (tmp_path / "page.html").read_text(encoding="utf-8").partition(".row div {")[2].partition("}")[0]
-    assert "border-box" in style or "border" not in style  # else the borders of many samples push out the padding
 
 
-def test_the_picture_shows_tabs_as_blanks():
-    def drawn(text: str) -> bytes:
-        shown = _Shown("#4477aa", 3, "a", "", (), (("t learnt", text),))
-        return _draw("toy", "", [_Row("Row 0", 9, (shown,))]).tobytes()
-
-    assert drawn("lungs\tand heart") == drawn("lungs    and heart") != drawn("lungs and heart")
-
-
-def test_what_cannot_be_written_leaves_the_old_page_and_picture(tmp_path, monkeypatch):
-    write_samples(
-        tmp_path / "set",
-        [Chat("a", "toy", "train", (), (Turn("user", ("why",)), Turn("assistant", ("so",))))],
-        name="toy",
-    )
-    samples = open_samples(tmp_path / "set")
-    tokenizer = load_tokenizer(make_tokenizer(["so"] * 3, tmp_path / "tok", vocab_size=330))
-    index = build_index(samples, tokenizer, config.Data(context=64, images_per_row=1), MODEL, tmp_path / "p")
-    file = tmp_path / "out/page.html"
-    write_inspection(samples, index, tokenizer, MODEL, file, rows=1)
-    before = {part.name: part.read_bytes() for part in file.parent.iterdir()}
-
-    def full(self, content):
-        self.write_text("half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    for name, number, words in (
-        ("page.png", 1, r"page\.png is where the picture goes"),
-        ("page.html", 0, "at least 1"),
-    ):
-        with pytest.raises(UserError, match=words):
-            write_inspection(samples, index, tokenizer, MODEL, file.with_name(name), rows=number)
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_inspection(samples, index, tokenizer, MODEL, file, rows=1)
-    assert {part.name: part.read_bytes() for part in file.parent.iterdir()} == before
+def test_no_rows_are_refused(tmp_path):
+    with pytest.raises(UserError, match="at least 1"):
+        write_inspection(None, None, None, MODEL, tmp_path / "page.html", rows=0)
+    assert not any(tmp_path.iterdir())

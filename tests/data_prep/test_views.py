@@ -173,6 +173,16 @@ def test_broken_indices_are_one_line(arrays, message, bases, tmp_path):
         open_samples(view)
 
 
+@pytest.mark.parametrize("base", [".", "../mixed", "\0", 7, {}])
+def test_a_base_that_is_no_dataset_of_its_own_is_one_line(base, bases, tmp_path):
+    view = chain(bases, tmp_path / "data")
+    manifest = json.loads((view / MANIFEST).read_text())
+    entry = base if isinstance(base, dict) else {"folder": base, "fingerprint": manifest["fingerprint"]}
+    (view / MANIFEST).write_text(json.dumps(manifest | {"bases": [entry]}))
+    with pytest.raises(UserError, match=r"make the view again|put it back"):
+        open_samples(view)
+
+
 def test_damage_in_a_base_is_named_by_the_copy(bases, tmp_path):
     mix([Part(bases[1])], tmp_path / "view", 0)
     damage(bases[1])

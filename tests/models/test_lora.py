@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from infimed_jax import config
+from infimed_jax.errors import UserError
 from infimed_jax.models import lora
 from infimed_jax.models.compute import Compute
 from infimed_jax.models.forward import text_block
@@ -131,3 +132,8 @@ def test_counts_and_shapes(params):
         assert rest == (
             kernel["kernel"].shape[1 : 1 + len(rest)] if which == "lora_a" else kernel["kernel"].shape[-len(rest) :]
         )
+
+
+def test_a_target_that_the_model_lacks_is_refused_with_the_nearest():
+    with pytest.raises(UserError, match=r"'qproj' is none of the model's .*'q_proj'"):
+        lora.adapted(MODEL, replace(LORA, targets=("qproj",)))

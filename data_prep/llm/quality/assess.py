@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.llm import CallFailed, ChatClient, Endpoint, check_sources, parts, run_jobs, speech
+from data_prep.llm import BY_ENDPOINT, CallFailed, ChatClient, Endpoint, check_sources, parts, run_jobs, speech
 from data_prep.llm.quality.parse import BadReply, Outcome, parse_rating
 from data_prep.llm.quality.report import summarise, write_assessment
 from data_prep.llm.quality.rubric import instructions
@@ -24,8 +24,6 @@ TRIES = 3
 """Replies asked for until one is a rating; each further one is shown what was wrong."""
 MAX_CHARACTERS = 12_000
 """Bound on a sample's text that the rater sees, and on a bad reply that it is shown again; cut samples are counted."""
-_BY_ENDPOINT = "endpoint: "
-"""Prefix of a reason that another run may not find again."""
 _CUT = "\n[The sample goes on; it was cut here for this rating.]"
 
 
@@ -113,7 +111,7 @@ def _write(output: Path, outcomes: Sequence[Outcome], assessment: dict[str, Any]
     undecided = [name for name, row in sources.items() if row["keep"] is None]
     if undecided:
         why = "; ".join(f"{name}: {sources[name]['reason']} ({_usual(sources[name])})" for name in undecided)
-        again = any(reason.startswith(_BY_ENDPOINT) for name in undecided for reason in sources[name]["unrated"])
+        again = any(reason.startswith(BY_ENDPOINT) for name in undecided for reason in sources[name]["unrated"])
         fix = "run the same command again" if again else "try another --model or --max-tokens: replies are kept"
         raise UserError(f"no decision is written: {why}; see {output / 'report.html'}, and {fix}")
     fields = ("keep", "reason", "mean_overall", "n")
@@ -161,7 +159,7 @@ async def _rate(client: ChatClient, source: str, sample: Sample | str, plan: Pla
         try:
             reply = await client.chat(source, messages, max_tokens=plan.max_tokens, temperature=0.0, seed=number)
         except CallFailed as failure:
-            return Outcome(source, sample.id, None, f"{_BY_ENDPOINT}{failure.kind}", cut)
+            return Outcome(source, sample.id, None, f"{BY_ENDPOINT}{failure.kind}", cut)
         try:
             if reply.finish == "content_filter":
                 raise BadReply("refused by the endpoint's filter")

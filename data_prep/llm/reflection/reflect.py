@@ -18,7 +18,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from data_prep.llm import CallFailed, ChatClient, Endpoint, Message, Reply, check_sources, parts, run_jobs, speech
+from data_prep.llm import (
+    BY_ENDPOINT,
+    CallFailed,
+    ChatClient,
+    Endpoint,
+    Message,
+    Reply,
+    check_sources,
+    parts,
+    run_jobs,
+    speech,
+)
 from data_prep.llm.reflection.chains import (
     REFLECTIVE,
     Chain,
@@ -52,8 +63,6 @@ from infimed_jax.rl.rewards.verifiable import well_formed
 
 VERSION = 2
 """Version of prompts, patterns, joints and the report; raise it when they change."""
-_BY_ENDPOINT = "endpoint: "
-"""Prefix of a reason that says nothing about the model's reply."""
 SYSTEM = {
     "en": "You are an experienced physician who reads medical images. First reason step by step about what the image "
     "shows, inside <think> and </think>. Then give the answer alone in \\boxed{}, and nothing after it.",
@@ -138,7 +147,7 @@ def reflect(
         "plan": vars(plan),
     }
     finished = finished_report(output, recipe)
-    if finished is not None and not any(reason.startswith(_BY_ENDPOINT) for reason in finished["rejected"]):
+    if finished is not None and not any(reason.startswith(BY_ENDPOINT) for reason in finished["rejected"]):
         return finished  # else what the endpoint failed at is asked again
     refuse_other_files(output, [folder])
     unreadable: list[str] = []
@@ -255,7 +264,7 @@ async def _ask(client: ChatClient, sample: Question, plan: Plan, sparse: bool) -
                 sample.source, messages, max_tokens=plan.max_tokens, temperature=plan.temperature, seed=number
             )
         except CallFailed as failure:
-            return f"{_BY_ENDPOINT}{failure.kind}"
+            return f"{BY_ENDPOINT}{failure.kind}"
 
     # All are waited for, also where the budget ends one: what is sent is paid, so its reply must reach the cache.
     replies = await asyncio.gather(*(draw(number) for number in range(plan.draws)), return_exceptions=True)
@@ -276,7 +285,7 @@ async def _ask(client: ChatClient, sample: Question, plan: Plan, sparse: bool) -
         if chain is not None:
             wrong.append(chain)
     if not right:
-        failed = reasons[0] if reasons and all(reason.startswith(_BY_ENDPOINT) for reason in reasons) else ""
+        failed = reasons[0] if reasons and all(reason.startswith(BY_ENDPOINT) for reason in reasons) else ""
         return Outcome((), 0, tuple(reasons), failed, alike)
     rng = random.Random(int.from_bytes(hashlib.sha256(f"{plan.seed} {sample.id}".encode()).digest()[:8], "big"))
     rng.shuffle(right)

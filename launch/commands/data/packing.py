@@ -13,10 +13,8 @@ from launch.commands.data.engines import add_engine, engine_of
 def add(steps: argparse._SubParsersAction) -> None:
     p = add_command(steps, "pack", pack, "Write the packing index of data.dataset beside its shards; print the fill.")
     add_settings(p)
-    p = add_command(
-        steps, "inspect", inspect, "Show packed rows as HTML and PNG: images, tokens by loss and sample, fill."
-    )
-    p.add_argument("--output", type=Path, required=True, help="an HTML file; the PNG is written beside it")
+    p = add_command(steps, "inspect", inspect, "Show packed rows as a page: images, tokens by loss and sample, fill.")
+    p.add_argument("--output", type=Path, required=True, help="an HTML file")
     p.add_argument("--rows", type=int, default=3, help="rows shown [%(default)s]")
     add_settings(p)
     p = add_command(
@@ -51,8 +49,8 @@ def inspect(args: argparse.Namespace) -> None:
 
     config, samples, index = _packed(args)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    picture = write_inspection(samples, index, tokenizer, config.model, args.output, args.rows)
-    print(f"Outputs: {args.output}, {picture}")
+    write_inspection(samples, index, tokenizer, config.model, args.output, args.rows)
+    print(f"Outputs: {args.output}")
 
 
 def export_json(args: argparse.Namespace) -> None:
