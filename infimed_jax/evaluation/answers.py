@@ -2,12 +2,15 @@
 
 Only what follows the think block is read. There, the first of these that is present decides, and nothing weaker is
 tried when it cannot be read:
-  1. the last `\\boxed{}`;
+  1. the last `\\boxed{}`, unless it ends a bare list of different boxes;
   2. a single `<answer>…</answer>` tag;
-  3. a declared answer ("the answer is …", "Answer: …", "答案：…"); several must agree, final answers alone where any;
-  4. the whole reply.
+  3. a declared answer ("the answer is …", "Answer: …", "B is the correct answer", "答案：…"); several must agree, final
+     or short answers alone where any;
+  4. the reply itself: all of it, else the one answer that its first or last line or sentence gives beside an
+     explanation.
 What was found must be ONE answer of the question's kind: a choice's letter or the exact text of one option, yes or no
-as a word of its own, or any text. "A or B" is none. The gold answer plays no part in reading a reply.
+as a word of its own, or any text. "A or B" is none; neither is a refusal, or an answer that is taken back. The gold
+answer plays no part in reading a reply.
 
 Text is compared after `normalize`. The value depends on the reply alone, so naming every answer earns nothing.
 """
@@ -15,14 +18,16 @@ Text is compared after `normalize`. The value depends on the reply alone, so nam
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from infimed_jax.data.prompts import LETTERS, QUESTION_KINDS
+from infimed_jax.data.prompts import QUESTION_KINDS
 from infimed_jax.data.sample import Kind, Question
 from infimed_jax.errors import UserError
+from infimed_jax.evaluation.phrases import refuses
+from infimed_jax.evaluation.readers import READERS, Reader, agreed, open_text
+from infimed_jax.evaluation.text import normalize, one_space, plain, visible
 
 Status = Literal["ok", "unparsed", "truncated"]
 
@@ -39,8 +44,10 @@ UNPARSED = Parsed(None, "unparsed")
 TRUNCATED = Parsed(None, "truncated")
 
 
-def parse_answer(reply: str, kind: Kind, options: Sequence[str] = (), finished: bool = True) -> Parsed:
-    """Read the final answer out of `reply`.
+def parse_answer(
+    reply: str, kind: Kind, options: Sequence[str] = (), finished: bool = True, language: str = "en"
+) -> Parsed:
+    """Read the final answer out of `reply` to a question in `language`.
 
     `finished` is False for a reply that the token limit cut: then only a closed box or tag counts as an answer.
     A think block that is not closed is `truncated` however the reply ended. Raises UserError for documents and chats.
@@ -50,18 +57,26 @@ def parse_answer(reply: str, kind: Kind, options: Sequence[str] = (), finished: 
     text = after_thinking(reply)
     if text is None:
         return TRUNCATED
-    text = _visible(text)
+    text = one_space(visible(text))
+    read = READERS[kind](tuple(options), language)
     missing = UNPARSED if finished else TRUNCATED
     if "\\boxed" in text:
-        value = _resolve(last_boxed(text) or "", kind, options)
+        value = None if _lists_boxes(text) else read.exact(last_boxed(text) or "")
     elif "<answer>" in text or "</answer>" in text:
-        value = _resolve(_only_tag(text) or "", kind, options)
+        value = read.exact(_only_tag(text) or "")
     elif not finished:
         return TRUNCATED
+    elif refuses(text := plain(text)):
+        value = None
     else:
-        declared = _declarations(text)
-        value = _agreed(declared, kind, options) if declared else _resolve(text, kind, options)
+        declared = _declarations(text, read)
+        value = agreed([read.passage(line) for line in declared]) if declared else read.passage(text)
     return Parsed(value, "ok") if value is not None else missing
+
+
+def answer_of(sample: Question, reply: str, finished: bool = True) -> Parsed:
+    """`parse_answer` of a reply to the question."""
+    return parse_answer(reply, sample.kind, sample.options, finished, sample.meta.get("language", "en"))
 
 
 def matches(parsed: Parsed, sample: Question) -> bool:
@@ -71,7 +86,7 @@ def matches(parsed: Parsed, sample: Question) -> bool:
 
 def gold_value(sample: Question) -> str:
     """The sample's gold answer in the form that `parse_answer` gives."""
-    return sample.answer if sample.kind in ("yes_no", "choice") else normalize(sample.answer)
+    return sample.answer if sample.kind in ("yes_no", "choice") else open_text(sample.answer)
 
 
 def after_thinking(reply: str) -> str | None:
@@ -96,65 +111,6 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-_NUMBER_WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen twenty"
-)
-_NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS.split())}
-
-
-def normalize(text: str) -> str:
-    """Text as it is compared: exact match but for what carries no meaning in a short medical answer.
-
-    Unicode NFKC and case; LaTeX and Markdown dress; punctuation as a blank, except where it changes the meaning
-    (1.5, -5, 1/2, 80%, T2*, Crohn's); thousands commas; numbers up to twenty as digits; one article at the start
-    (only there: "hepatitis A" is not "hepatitis"); runs of blanks.
-    """
-    text = _plain(_visible(text)).casefold()
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    text = "".join(char if _has_meaning(text, i) else " " for i, char in enumerate(text))
-    words = [_NUMBERS.get(word, word) for word in text.split()]
-    if len(words) > 1 and words[0] in ("a", "an", "the"):
-        words = words[1:]
-    return " ".join(words)
-
-
-def _has_meaning(text: str, i: int) -> bool:
-    """False for blanks, control characters, and punctuation that a short answer could do without."""
-    char = text[i]
-    if char in "%*" or not unicodedata.category(char).startswith(("P", "Z", "C")):
-        return True
-    before, after = text[max(i - 1, 0) : i], text[i + 1 : i + 2]
-    if char == ".":
-        return after.isdigit() and not before.isalpha()
-    if char == "-":
-        return after.isdigit() and not before.isalnum()
-    if char == "/":
-        return before.isdigit() and after.isdigit()
-    return char == "'" and before.isalpha() and after.isalpha()
-
-
-_SAME_SIGNS = str.maketrans({"‘": "'", "’": "'", "−": "-"})
-_LATEX = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox)\s*\{([^{}]*)\}")
-_NESTING = 3
-"""How deep LaTeX is unwrapped; without a bound a hostile reply takes quadratic time."""
-_MARKUP = re.compile(r"\\[()\[\]]|[$`]|\*\*")
-_ITALIC = re.compile(r"(?<!\w)\*(?=\S)([^*\n]+)\*(?!\w)")
-
-
-def _visible(text: str) -> str:
-    """NFKC (full-width letters and brackets become plain), without zero-width and other format characters."""
-    text = unicodedata.normalize("NFKC", text).translate(_SAME_SIGNS)
-    return "".join(char for char in text if unicodedata.category(char) != "Cf")
-
-
-def _plain(text: str) -> str:
-    """Without the dress of LaTeX and Markdown: `\\text{A}`, `$A$`, `**A**` are A."""
-    for _ in range(_NESTING):
-        text = _LATEX.sub(r"\1", text)
-    return _ITALIC.sub(r"\1", _MARKUP.sub("", text))
-
-
 def _only_tag(text: str) -> str | None:
     """Content of the answer tag where there is exactly one."""
     if text.count("<answer>") != 1 or text.count("</answer>") != 1:
@@ -164,92 +120,37 @@ def _only_tag(text: str) -> str | None:
     return content if closing else None
 
 
+_BOX_LIST = re.compile(r"\\boxed\s?\{([^{}]*)\}(?:\s|[,;/、，.$]|\b(?:and|or)\b|和|或)*(?=\\boxed\s?\{([^{}]*)\})")
+
+
+def _lists_boxes(text: str) -> bool:
+    """Whether different boxes stand side by side, which is a list; a word between corrects the first."""
+    return any(normalize(first) != normalize(second) for first, second in _BOX_LIST.findall(text))
+
+
 _DECLARATION = re.compile(
-    r"(?:\bthe\s+)?(?P<final>\bfinal\s+)?"
-    r"\b(?:answer|(?:correct|right|best)\s+(?:answer|option|choice))\s*(?:\bis\b\s*:?|:)\s*"
-    r"|(?P<zh_final>最终)?答案\s*(?:[是为]\s*:?|:)\s*",
-    re.IGNORECASE,
+    r"(?:\bthe\s)?(?P<label>\b(?:final|simple|short|brief|concise|direct|detailed|full|long|extended)\s)?"
+    r"\b(?:answer|(?:(?:correct|right|best)\s)?(?:option|choice|letter)|(?:correct|right|best)\sanswer)"
+    r"(?:\s(?:to|for)\s(?:the|this|that|your)\s(?:\w+\s)?question|\shere)?"
+    r"\s?(?:\b(?:is|would\sbe|should\sbe|must\sbe)\b\s?:?|:|[–—-]\s)\s?"
+    r"|\bi(?:\swould|'d|\swill|'ll)?\s(?:choose|pick|select|go\swith)\s"
+    r"|^[#* ]*(?P<heading>final\s)?(?:answer|conclusion)[* ]*\n+"
+    r"|(?P<zh_label>最终)?答案\s?(?:(?:应该?)?[是为选]\s?:?|:)\s?",
+    re.IGNORECASE | re.MULTILINE,
 )
+_IN_DETAIL = ("detailed", "full", "long", "extended")
 
 
-def _declarations(text: str) -> list[str]:
-    """What stands after each declaration, to the end of its line or the next one; final answers alone where any."""
-    text = _plain(text)
+def _declarations(text: str, read: Reader) -> list[str]:
+    """What stands after each declaration, to the end of its line or the next one; final or short answers alone where
+    any, detailed ones nowhere. Without one, each statement by which the kind declares an answer."""
     found = list(_DECLARATION.finditer(text))
     ends = [match.start() for match in found[1:]] + [len(text)]
-    final = any(match["final"] or match["zh_final"] for match in found)
-    return [
+    labels = [(match["label"] or match["heading"] or match["zh_label"] or "").strip().lower() for match in found]
+    final = any(label and label not in _IN_DETAIL for label in labels)
+    declared = [
         text[match.end() : end].partition("\n")[0]
-        for match, end in zip(found, ends, strict=False)  # no declaration, no end
-        if not final or match["final"] or match["zh_final"]
+        for match, end, label in zip(found, ends, labels, strict=False)  # no declaration, no end
+        if label not in _IN_DETAIL and (label or not final)
     ]
-
-
-def _agreed(declared: list[str], kind: Kind, options: Sequence[str]) -> str | None:
-    """The one value that all declarations have."""
-    values = {_declared_value(line, kind, options) for line in set(declared)}
-    return values.pop() if len(values) == 1 else None
-
-
-def _declared_value(line: str, kind: Kind, options: Sequence[str]) -> str | None:
-    """The whole line as an answer, else its first sentence, unless the rest of the line answers otherwise."""
-    value = _resolve(line, kind, options)
-    if value is not None:
-        return value
-    sentence, *rest = re.split(r"\.\s|。", line, maxsplit=1)
-    value = _resolve(sentence, kind, options)
-    return value if _resolve("".join(rest), kind, options) in (None, value) else None
-
-
-def _resolve(text: str, kind: Kind, options: Sequence[str]) -> str | None:
-    """`text` as one answer of the kind, or None."""
-    text = _plain(text).strip()
-    if kind == "choice":
-        return _choice(text, options)
-    if kind == "yes_no":
-        return _yes_no(text)
-    return normalize(text) or None
-
-
-_LETTER = re.compile(
-    r"(?:(?:option|choice|选项)\s*)?(?:\((?P<round>[a-z])\)|\[(?P<square>[a-z])\]|(?P<bare>[a-z]))"
-    r"(?:\s*[.):,。、]\s*(?P<text>.*)|(?<=[)\]])\s*(?P<after>.*))?",
-    re.IGNORECASE | re.DOTALL,
-)
-
-
-def _choice(text: str, options: Sequence[str]) -> str | None:
-    """A letter, a letter with its own option's text, or the text of exactly one option."""
-    letters = LETTERS[: len(options)]
-    texts = [normalize(option) for option in options]
-    match = _LETTER.fullmatch(text)
-    letter = (match["round"] or match["square"] or match["bare"]).upper() if match else ""
-    if match and letter in letters:
-        rest = normalize(match["text"] or match["after"] or "")
-        if not rest or rest == texts[letters.index(letter)]:
-            return letter
-    meant = normalize(text)
-    named = [letter for letter, option in zip(letters, texts, strict=True) if option and option == meant]
-    return named[0] if len(named) == 1 else None
-
-
-_YES_NO = re.compile(
-    r"(yes|no)\b(?:\s*$|\s*[.,;:!—–]+\s*|\s+-+\s+|\s+(?=(?:it|there|this|that|they)\b))", re.IGNORECASE
-)
-_CHINESE_YES_NO = {"是": "yes", "是的": "yes", "否": "no", "不是": "no"}
-
-
-def _yes_no(text: str) -> str | None:
-    """Yes or no as the first word, on its own or before an explanation that does not take it back.
-
-    "No fracture is seen" is no answer: whether it means yes or no depends on the question.
-    """
-    text = text.strip(" \t\n\"'([{)]}.!。")
-    if text in _CHINESE_YES_NO:
-        return _CHINESE_YES_NO[text]
-    match = _YES_NO.match(text)
-    if match is None:
-        return None
-    value, rest = match[1].lower(), text[match.end() :]
-    other = r"\byes\b" if value == "no" else r"^no\b|\bno\b(?=\s*(?:[.,;:!?]|$))"
-    return None if re.search(other, rest, re.IGNORECASE) else value
+    return declared or read.statements(text)

@@ -19,13 +19,13 @@ from difflib import SequenceMatcher
 from infimed_jax.data.prompts import LETTERS
 from infimed_jax.data.sample import Question
 from infimed_jax.errors import UserError
-from infimed_jax.evaluation.answers import Status, matches, parse_answer
+from infimed_jax.evaluation.answers import Status, answer_of, matches
 from infimed_jax.evaluation.benchmark import Benchmark, Verdict
 
 
 def grade_strict(sample: Question, reply: str, finished: bool, _: Benchmark) -> Verdict:
     """The project's own answer grammar (`answers.py`)."""
-    parsed = parse_answer(reply, sample.kind, sample.options, finished)
+    parsed = answer_of(sample, reply, finished)
     return Verdict(matches(parsed, sample), parsed.status, parsed.value, f"grammar, {sample.kind}")
 
 

@@ -22,7 +22,8 @@ import numpy as np
 
 from infimed_jax.data.sample import Question
 from infimed_jax.errors import UserError
-from infimed_jax.evaluation.answers import gold_value, normalize
+from infimed_jax.evaluation.answers import gold_value
+from infimed_jax.evaluation.text import normalize
 
 Z95 = 1.959963984540054
 """97.5 % quantile of the standard normal distribution."""

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from infimed_jax.data.sample import Question
 from infimed_jax.errors import UserError
-from infimed_jax.evaluation.answers import gold_value, last_boxed, matches, normalize, parse_answer
+from infimed_jax.evaluation.answers import gold_value, last_boxed, matches, parse_answer
+from infimed_jax.evaluation.text import normalize
 
 OPTIONS = ("lung", "liver", "left kidney", "The spleen")
 VQA_RAD = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "vqa_rad"
@@ -222,6 +223,9 @@ SAME_TEXT = [
     ("5-10 cm", "5 10 cm"),
     ("No.5", "no 5"),  # after letters a full stop is no decimal point
     ("肺。", "肺"),
+    ("80\\%", "80%"),
+    ("80 %", "80%"),
+    ("5cm", "5 cm"),
 ]
 OTHER_TEXT = [
     ("hepatitis A", "hepatitis"),
@@ -242,6 +246,8 @@ OTHER_TEXT = [
     ("liver lung", "liver"),
     ("1,2345", "12345"),  # no thousands
     ("A", "the"),  # an article alone is the answer
+    ("T 2", "T2"),
+    ("5 classes", "5c lasses"),
 ]
 
 
@@ -265,7 +271,7 @@ def test_text_that_means_something_else(one, other):
         ("<answer>liver</answer>", "liver"),
         ("<think>lung</think>\nliver", "liver"),
         ("liver or lung", "liver or lung"),
-        ("It is the liver", "it is the liver"),
+        ("It is the liver", "liver"),
         ("\\boxed{x_{1}}", "x 1"),
     ],
 )
@@ -333,7 +339,7 @@ FORMS = [
     "\\boxed{{{}}}",
     "\\boxed{{\\text{{{}}}}}",
     "Because.\n\\boxed{{{}}}.",
-    "\\boxed{{wrong}} \\boxed{{{}}}",
+    "\\boxed{{wrong}} is wrong, so \\boxed{{{}}}",
     "<answer>{}</answer>",
     "The answer is {}",
     "Final answer: {}",

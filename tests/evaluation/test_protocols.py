@@ -46,7 +46,7 @@ def test_the_protocols_are_three():
         ("yes or no", "yes", False, False, False),
         ("", "no", False, False, False),
         ("\\boxed{yes}", "yes", True, True, True),
-        ("\\boxed{no} \\boxed{yes}", "yes", True, True, True),
+        ("\\boxed{no} \\boxed{yes}", "yes", False, True, True),
         ("no <answer>yes</answer>", "yes", True, True, True),
         ("Is it no? Final answer: yes", "yes", True, True, False),
         ("not \\boxed", "no", False, False, False),  # the helper says "None", whose "No" has a capital

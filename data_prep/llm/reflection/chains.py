@@ -15,7 +15,7 @@ from typing import Literal
 
 from data_prep.llm import Reply
 from infimed_jax.data.sample import Question
-from infimed_jax.evaluation.answers import gold_value, matches, parse_answer
+from infimed_jax.evaluation.answers import answer_of, gold_value, matches
 from infimed_jax.rl.rewards.verifiable import CLOSE_TAG, OPEN_TAG, well_formed
 
 Pattern = Literal["plain", "corrected", "verified", "reexamined"]
@@ -82,7 +82,7 @@ def read_chain(reply: Reply, draw: int, sample: Question) -> tuple[Chain | None,
     text = reply.whole
     if not well_formed(text):
         return None, "not in the asked form"
-    parsed = parse_answer(text, sample.kind, sample.options)
+    parsed = answer_of(sample, text)
     if parsed.value is None:
         return None, "no answer of the question's kind"
     thoughts = text[text.index(OPEN_TAG) + len(OPEN_TAG) : text.index(CLOSE_TAG)].strip()
@@ -130,7 +130,7 @@ def spoken(value: str, sample: Question) -> str:
 def holds(sample: Question, made: Made) -> bool:
     """Whether the built reply passes the very checks that its parts have passed."""
     text = boxed(made.reasoning, sample.answer)
-    return well_formed(text) and matches(parse_answer(text, sample.kind, sample.options), sample)
+    return well_formed(text) and matches(answer_of(sample, text), sample)
 
 
 def boxed(thoughts: str, answer: str) -> str:

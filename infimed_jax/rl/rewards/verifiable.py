@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from infimed_jax import config
-from infimed_jax.evaluation.answers import matches, parse_answer
+from infimed_jax.evaluation.answers import answer_of, matches
 from infimed_jax.rl.rewards import Attempt, Reward
 
 OPEN_TAG, CLOSE_TAG = "<think>", "</think>"
@@ -27,7 +27,7 @@ def reward(attempts: Sequence[Attempt], grpo: config.Grpo) -> list[Reward]:
 def score(attempt: Attempt, grpo: config.Grpo) -> Reward:
     """`accuracy` is 1 where the answer is right, `format` 1 where the reply has the asked form, otherwise 0."""
     sample, finished = attempt.sample, attempt.finished
-    parsed = parse_answer(attempt.reply, sample.kind, sample.options, finished)
+    parsed = answer_of(sample, attempt.reply, finished)
     accuracy = float(finished and parsed.status == "ok" and matches(parsed, sample))
     form = float(finished and well_formed(attempt.reply))
     total = grpo.accuracy_weight * accuracy + grpo.format_weight * form
