@@ -6,8 +6,14 @@ Bars to Evals", arXiv 2411.00640, section 2.2). With G images, n questions, scor
     SE^2 = G / (G - 1) * 1 / n^2 * sum over images of (sum of r over the image's questions)^2
 
 which with one question an image is the usual var(s) / n; that one also stands in where every image has the same share
-of right answers, which few images may by chance. Intervals and tests are normal; with fewer than about 30
-images they are somewhat too narrow.
+of right answers, which few images may by chance.
+
+Intervals of a share must hold for few questions too, where the normal one does not (Brown, Cai and DasGupta 2001,
+"Interval Estimation for a Binomial Proportion"). With one question an image they lie halfway between Clopper-Pearson's
+and Jeffreys'. With several, they are Wilson's for the number of independent questions that would be as uncertain
+(Korn and Graubard 1998), by Student's t; two further images, one all right and one all wrong, each of weight 1/20, keep
+that number from being overestimated where nearly all images agree. `tests/evaluation/test_coverage.py` simulates them.
+Differences are normal.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from scipy import special
 
 from infimed_jax.data.sample import Question
 from infimed_jax.errors import UserError
@@ -27,6 +34,10 @@ from infimed_jax.evaluation.text import normalize
 
 Z95 = 1.959963984540054
 """97.5 % quantile of the standard normal distribution."""
+POWER80 = 0.8416212335729143
+"""80 % quantile of it."""
+FEW_IMAGES = 30
+"""Below so many distinct images an interval says little, and a warning says that."""
 
 
 class Scored(Protocol):
@@ -72,6 +83,9 @@ class Comparison:
     only_a: int
     """Questions that only a answers."""
     only_b: int
+    """Questions that only b answers."""
+    detectable: float
+    """The smallest true difference that a test at 5 % finds on such questions with a chance of 80 %."""
     mcnemar_p: float
     """Two-sided exact McNemar test, which takes questions as independent."""
 
@@ -81,8 +95,9 @@ def accuracy(records: Sequence[Scored]) -> Accuracy:
     if not records:
         raise UserError("no questions: an accuracy needs at least one")
     scores = np.array([float(record.correct) for record in records])
-    mean, error, images = _clustered_mean(scores, [record.image_id for record in records])
-    low, high = _share_interval(mean, error, images)
+    clusters = [record.image_id for record in records]
+    mean, error, images = _clustered_mean(scores, clusters)
+    low, high = _share_interval(scores, clusters)
     correct = int(scores.sum())
     assert correct <= len(records)
     return Accuracy(correct, len(records), images, mean, error, low, high)
@@ -112,8 +127,19 @@ def compare(a: Sequence[Scored], b: Sequence[Scored]) -> Comparison:
         p_value=0.5 ** (images - 1) if math.isinf(z) else math.erfc(abs(z) / math.sqrt(2)),
         only_a=only_a,
         only_b=only_b,
+        detectable=(Z95 + POWER80) * error,
         mcnemar_p=exact_mcnemar(only_a, only_b),
     )
+
+
+def macro_mean(shares: Sequence[Accuracy]) -> tuple[float, float, float]:
+    """Plain mean of several benchmarks' accuracies, and its 95 % interval, for benchmarks that share no image.
+
+    NaN bounds where one of them has a single image.
+    """
+    mean = sum(share.accuracy for share in shares) / len(shares)
+    half = Z95 * math.sqrt(sum(share.standard_error**2 for share in shares)) / len(shares)
+    return mean, max(mean - half, 0.0), min(mean + half, 1.0)
 
 
 def exact_mcnemar(only_a: int, only_b: int) -> float:
@@ -193,14 +219,41 @@ def _clustered_mean(scores: np.ndarray, clusters: Sequence[str]) -> tuple[float,
     return mean, error, count
 
 
-def _share_interval(mean: float, error: float, images: int) -> tuple[float, float]:
-    """95 % interval of a share. All right or all wrong has no spread to go by: there Clopper-Pearson over images."""
-    if math.isnan(error):
+def _share_interval(scores: np.ndarray, clusters: Sequence[str]) -> tuple[float, float]:
+    """95 % interval of the mean of f64[n], each 0 or 1."""
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    n, images, right = len(scores), int(index.max()) + 1, float(scores.sum())
+    if images == 1:
         return 0.0, 1.0
-    if mean in (0.0, 1.0):
-        bound = 0.025 ** (1 / images)
-        return (bound, 1.0) if mean else (0.0, 1 - bound)
-    return max(mean - Z95 * error, 0.0), min(mean + Z95 * error, 1.0)
+    if right in (0, n):
+        bound = _extreme(images)
+        return (1 - bound, 1.0) if right else (0.0, bound)
+    if images == n:
+        exact = special.betaincinv((right, right + 1), (n - right + 1, n - right), (0.025, 0.975))
+        jeffreys = special.betaincinv(right + 0.5, n - right + 0.5, (0.025, 0.975))
+        low, high = (exact + jeffreys) / 2
+        return float(low), float(high)
+    mean, questions = right / n, min(_effective_questions(scores, index), n)
+    centre = mean + Z95**2 / (2 * questions)
+    half = Z95 * math.sqrt((mean * (1 - mean) + Z95**2 / (4 * questions)) / questions)
+    scale = 1 + Z95**2 / questions
+    return (centre - half) / scale, (centre + half) / scale
+
+
+def _extreme(images: int) -> float:
+    """Upper bound of a share where no image has any, which has no spread to go by: Clopper-Pearson's."""
+    return 1 - 0.025 ** (1 / images)
+
+
+def _effective_questions(scores: np.ndarray, index: np.ndarray) -> float:
+    """How many independent questions would leave the share of right answers as uncertain, scaled for Student's t."""
+    n, images, weight = len(scores), int(index.max()) + 1, 1 / 20
+    size, total = n / images, images + 2 * weight
+    mean = (scores.sum() + weight * size) / (total * size)
+    sums = np.bincount(index, weights=scores - mean)
+    spread = float(sums @ sums) + weight * size**2 * (mean**2 + (1 - mean) ** 2)
+    variance = total / (total - 1) * spread / (total * size) ** 2 * total / images
+    return mean * (1 - mean) / variance * (Z95 / float(special.stdtrit(images - 1, 0.975))) ** 2
 
 
 def _difference_interval(mean: float, error: float, images: int) -> tuple[float, float]:
@@ -211,9 +264,9 @@ def _difference_interval(mean: float, error: float, images: int) -> tuple[float,
     if math.isnan(error):
         return -1.0, 1.0
     if mean == error == 0:
-        _, bound = _share_interval(0.0, error, images)
+        bound = _extreme(images)
         return -bound, bound
     if abs(mean) == 1.0:
-        low, high = _share_interval((1 + mean) / 2, error, images)
-        return 2 * low - 1, 2 * high - 1
+        bound = 1 - 2 * _extreme(images)
+        return (bound, 1.0) if mean > 0 else (-1.0, -bound)
     return max(mean - Z95 * error, -1.0), min(mean + Z95 * error, 1.0)

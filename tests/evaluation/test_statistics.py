@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from infimed_jax.data.sample import Question
 from infimed_jax.errors import UserError
-from infimed_jax.evaluation.statistics import accuracy, compare, exact_mcnemar, majority_baseline
+from infimed_jax.evaluation.statistics import accuracy, compare, exact_mcnemar, macro_mean, majority_baseline
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ def test_one_question_an_image_is_the_usual_standard_error():
     assert (result.correct, result.n, result.images) == (scores.sum(), 200, 200)
     assert result.accuracy == pytest.approx(scores.mean())
     assert result.standard_error == pytest.approx(scipy.stats.sem(scores.astype(float)))
-    low, high = scipy.stats.norm.interval(0.95, scores.mean(), scipy.stats.sem(scores.astype(float)))
-    assert (result.low, result.high) == pytest.approx((low, high))
+    exact = scipy.stats.binomtest(int(scores.sum()), 200).proportion_ci(0.95, method="exact")
+    jeffreys = scipy.stats.beta(scores.sum() + 0.5, 200 - scores.sum() + 0.5).interval(0.95)
+    assert (result.low, result.high) == pytest.approx(np.mean([exact, jeffreys], axis=0))
 
 
 def test_clustered_standard_error_is_the_double_sum_over_pairs():
@@ -71,15 +72,36 @@ def test_clustered_standard_error_agrees_with_a_bootstrap_over_images():
     assert error > 1.3 * naive
 
 
-def test_interval_covers_the_truth_in_about_95_of_100_test_sets():
-    rng = np.random.default_rng(4)
-    truth = np.clip(0.6 + 0.3 * rng.standard_normal(200_000), 0, 1).mean()
-    covered = 0
-    for _ in range(600):
-        result = accuracy(rows(*clustered(rng, 60, 4, 0.3)))
-        covered += result.low <= truth <= result.high
-    # 0.945 is what the normal interval gives with 60 clusters; the standard error of 600 trials is 0.009.
-    assert 0.92 < covered / 600 < 0.97
+def test_many_questions_of_many_images_have_the_normal_interval():
+    scores, images = clustered(np.random.default_rng(4), 3000, 4, 0.3)
+    result = accuracy(rows(scores, images))
+    low, high = scipy.stats.norm.interval(0.95, result.accuracy, result.standard_error)
+    assert (result.low, result.high) == pytest.approx((low, high), abs=1e-3)
+
+
+def test_the_macro_mean_is_as_uncertain_as_a_mean_of_independent_accuracies():
+    rng = np.random.default_rng(8)
+    shares = [accuracy(rows(*clustered(rng, images, 3, 0.3))) for images in (40, 200, 700)]
+    draws = [rng.normal(share.accuracy, share.standard_error, 100_000) for share in shares]
+    mean, low, high = macro_mean(shares)
+    assert mean == pytest.approx(np.mean([share.accuracy for share in shares]))
+    expected = np.quantile(np.mean(draws, axis=0), [0.025, 0.975])
+    assert (low, high) == pytest.approx(expected, abs=1e-3)  # 100,000 draws: 2e-4
+
+
+def test_the_detectable_difference_is_found_in_80_of_100_test_sets():
+    rng = np.random.default_rng(9)
+    smallest = compare(*_pair(rng, 20_000, 0.1)).detectable * 10  # of 200 questions
+    found = sum(compare(*_pair(rng, 200, smallest)).p_value < 0.05 for _ in range(600))
+    assert 0.74 < found / 600 < 0.86  # 3.5 standard errors of 600 trials
+
+
+def _pair(rng, n, difference):
+    """Two runs, of which the first is better by `difference`; they differ on a fifth of the questions."""
+    b = rng.random(n) < 0.5
+    draw = rng.random(n)
+    lost, won = draw < 0.2 - difference, draw < 0.2 + difference
+    return rows(np.where(b, ~lost, won)), rows(b)
 
 
 @pytest.mark.parametrize("images", [2, 5, 40])
