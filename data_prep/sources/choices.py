@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from data_prep.reading.csv_rows import Table, csv_rows
 from data_prep.reading.faults import NO_ANSWER, NO_IMAGE, NO_QUESTION, NOT_AN_OPTION, Unusable
@@ -17,9 +18,11 @@ from data_prep.reading.files import Images, find_files, shard_name
 from data_prep.reading.parquet import parquet_rows
 from data_prep.reading.parts import parts_of
 from data_prep.reading.rows import WHOLE, Part, Row, json_rows
-from data_prep.sources.source import Source, choice_sample, filled, need, qa_sample, records, text
-from infimed_jax.data.prompts import LETTERS
+from data_prep.sources.source import Source, as_published, choice_sample, filled, need, qa_sample, records, text
+from infimed_jax.data.prompts import LETTERS, lettered
 from infimed_jax.data.sample import Sample, Skipped
+from infimed_jax.evaluation.benchmarks.mmmu_med import in_brackets
+from infimed_jax.evaluation.benchmarks.pmc_vqa import usual_cells
 
 _PMC_FILES = {
     "train": ("train_2.csv", "train2.csv"),
@@ -28,7 +31,6 @@ _PMC_FILES = {
     "test_v1": ("test.csv",),
     "test_clean_v1": ("test_clean.csv",),
 }
-_CHOICES = re.compile(r"\s*Answer Choices:\s*\(A\).*\Z", re.DOTALL)
 
 
 def _pmc_files(folder: Path, split: str) -> list[Path]:
@@ -47,9 +49,11 @@ def read_pmc_vqa(folder: Path, split: str, part: Part = WHOLE) -> Iterator[Sampl
 def _pmc_sample(images: Images, answer: str, id: str, row: Row) -> Sample:
     question, letter = need(row, "Question", NO_QUESTION), need(row, answer, NO_ANSWER)
     # only the option's own letter and a colon: "C. difficile" is an answer
-    options = [re.sub(rf"^\s*{mark}\s*:", "", row[f"Choice {mark}"]).strip() for mark in "ABCD"]
+    cells = [row[f"Choice {mark}"] for mark in "ABCD"]
+    options = [re.sub(rf"^\s*{mark}\s*:", "", cell).strip() for mark, cell in zip("ABCD", cells, strict=True)]
     name = text(row["Figure_path"])
     meta = filled(image_id=f"pmc_vqa/{name}", language="en", source_id=row.get("index"))
+    meta |= as_published(row, "Question", cells, usual_cells(options))
     return choice_sample(id, (images.read(name),), question, options, letter.upper(), meta)
 
 
@@ -67,7 +71,8 @@ def read_omnimedvqa(folder: Path, split: str, part: Part = WHOLE) -> Iterator[Sa
 def _omni_sample(images: Images, id: str, row: Row) -> Sample:
     """The gold letter is that of the option equal to `gt_answer`; C and D may be absent."""
     question, gold = need(row, "question", NO_QUESTION), need(row, "gt_answer", NO_ANSWER)
-    options = [option for letter in "ABCD" if (option := text(row.get(f"option_{letter}")))]
+    cells = [cell for letter in "ABCD" if text(cell := row.get(f"option_{letter}"))]
+    options = [text(cell) for cell in cells]
     if gold not in options:
         raise Unusable(NOT_AN_OPTION)
     name = text(row.get("image_path"))
@@ -79,6 +84,7 @@ def _omni_sample(images: Images, id: str, row: Row) -> Sample:
         modality=row.get("modality_type") or row.get("modality"),  # one file has the other name
         language="en",
     )
+    meta |= as_published(row, "question", lettered(cells), lettered(options))
     return choice_sample(id, (images.read(name),), question, options, LETTERS[options.index(gold)], meta)
 
 
@@ -114,21 +120,23 @@ def _mmmu_sample(images: Images, subject: str, id: str, row: Row) -> Sample:
         raise Unusable(NO_ANSWER)
     source_id = text(row["id"])
     meta = filled(source_id=source_id, image_id=f"mmmu_med/{source_id}", subject=subject, language="en")
-    options = _list_of_text(text(row["options"]))
+    cells = _literal_list(text(row["options"]))
+    options = [text(cell) for cell in cells]
+    meta |= as_published(row, "question", in_brackets(cells), in_brackets(options))
     if text(row["question_type"]) == "multiple-choice" or options:
         return choice_sample(id, encoded, question, options, answer, meta)
     return qa_sample(id, encoded, question, answer, meta)
 
 
-def _list_of_text(literal: str) -> list[str]:
-    """A Python list of strings, as MMMU writes its options: parsed as a literal, never evaluated. Raises Unusable."""
+def _literal_list(literal: str) -> list[Any]:
+    """A Python list, as MMMU writes its options: parsed as a literal, never evaluated. Raises Unusable."""
     try:
         value = ast.literal_eval(literal) if 0 < len(literal) < 20_000 else []
     except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
         raise Unusable(NOT_AN_OPTION) from error
     if not isinstance(value, list):
         raise Unusable(NOT_AN_OPTION)
-    return [text(option) for option in value]
+    return value
 
 
 def read_medxpertqa(folder: Path, split: str) -> Iterator[Sample | Skipped]:
@@ -138,8 +146,8 @@ def read_medxpertqa(folder: Path, split: str) -> Iterator[Sample | Skipped]:
 
 
 def _medxpert_sample(images: Images, id: str, row: Row) -> Sample:
-    """The question's own list of options is removed: the prompt writes them."""
-    question = _CHOICES.sub("", need(row, "question", NO_QUESTION))
+    """The question keeps its own list of options, which the benchmark's prompt shows twice."""
+    question = need(row, "question", NO_QUESTION)
     label = need(row, "label", NO_ANSWER).upper()
     given = row.get("options")
     if isinstance(given, list):
@@ -158,13 +166,17 @@ def _medxpert_sample(images: Images, id: str, row: Row) -> Sample:
         organ=text(row.get("body_system")).lower(),
         language="en",
     )
+    cells = [given[letter] for letter in sorted(given)]
+    options = [text(cell) for cell in cells]
+    meta |= as_published(row, "question", lettered(cells), lettered(options))
     encoded = tuple(images.read(text(name)) for name in names)
-    return choice_sample(id, encoded, question, [text(given[letter]) for letter in sorted(given)], label, meta)
+    return choice_sample(id, encoded, question, options, label, meta)
 
 
 SOURCES = (
     Source(
         name="pmc_vqa",
+        benchmark="pmc_vqa",
         title="PMC-VQA, versions 1 and 2",
         licence="CC-BY-SA-4.0",
         commercial_use=True,
@@ -180,6 +192,7 @@ SOURCES = (
     ),
     Source(
         name="omnimedvqa",
+        benchmark="omnimedvqa",
         title="OmniMedVQA, open-access part",
         licence="not verified here: it joins 73 sets with their own terms",
         splits=("test",),
@@ -193,6 +206,7 @@ SOURCES = (
     ),
     Source(
         name="mmmu_med",
+        benchmark="mmmu_med",
         title="MMMU, the five medical subjects",
         licence="Apache-2.0",
         splits=("validation", "dev"),
@@ -207,6 +221,7 @@ SOURCES = (
     ),
     Source(
         name="medxpertqa_mm",
+        benchmark="medxpertqa",
         title="MedXpertQA, multimodal part",
         licence="MIT",
         splits=("test", "dev"),

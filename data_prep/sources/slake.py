@@ -12,7 +12,7 @@ from pathlib import Path
 from data_prep.reading.faults import LANGUAGE, Unusable
 from data_prep.reading.files import Images
 from data_prep.reading.rows import Row, read_rows
-from data_prep.sources.source import Source, filled, qa_sample, question_and_answer, records, text
+from data_prep.sources.source import Source, as_published, filled, qa_sample, question_and_answer, records, text
 from infimed_jax.data.sample import Sample, Skipped
 
 NAME = "slake"
@@ -47,11 +47,13 @@ def _sample(images: Images, id: str, row: Row) -> Sample:
         qid=row.get("qid"),
         language=language,
     )
+    meta |= as_published(row, "question")
     return qa_sample(id, (images.read(image_name),), question, answer, meta, answer_type)
 
 
 SOURCE = Source(
     name=NAME,
+    benchmark="slake",
     title="SLAKE 1.0",
     licence="CC-BY-4.0",
     commercial_use=True,

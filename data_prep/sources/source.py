@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import hmac
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,8 @@ from data_prep.reading.rows import Row
 from infimed_jax.data.prompts import LETTERS
 from infimed_jax.data.sample import Document, Question, QuestionKind, Sample, Skipped
 from infimed_jax.errors import UserError
+from infimed_jax.evaluation.benchmark import MARK, QUESTION_SHOWN, SHOWN
+from infimed_jax.files import to_json
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Source:
     languages: tuple[str, ...] = ("en",)
     notes: str = ""
     """What a user should know, and what has not been verified on the published files."""
+    benchmark: str = ""
+    """The shipped benchmark (`infimed_jax/evaluation/benchmarks`) whose layout it reads; its samples are marked so."""
     options: tuple[Option, ...] = ()
     shards: Callable[..., list[Any]] | None = None
     """(input folder, split, **options) to what can be read in parallel, such as the `Part`s of the split's files
@@ -76,6 +80,13 @@ class Source:
     def address(self) -> str:
         """The name by which `find_source` finds it, in another process as well."""
         return f"{self.module}:{self.name}" if self.module else self.name
+
+    def samples(self, folder: Path, split: str, *shard: Any) -> Iterator[Sample | Skipped]:
+        """What `read` yields, marked by the benchmark."""
+        for record in self.read(folder, split, *shard):
+            if self.benchmark and isinstance(record, Sample):
+                record = replace(record, meta=record.meta | {MARK: self.benchmark})
+            yield record
 
 
 def with_options(source: Source, given: Mapping[str, str]) -> tuple[Source, dict[str, str]]:
@@ -224,6 +235,16 @@ def caption_sample(id: str, images: tuple[bytes, ...], caption: str, meta: Mappi
         raise Unusable(NO_TEXT)
     source, split = id.split("/")[:2]
     return Document(id, source, split, images, ((*range(len(images)), f"\n{caption}"),), meta=dict(meta))
+
+
+def as_published(row: Row, question: str, lines: Sequence[str] = (), usual: Sequence[str] = ()) -> dict[str, str]:
+    """Entries of `meta` for what a benchmark's prompt shows otherwise than the sample has it.
+
+    They are the blanks around the question, and a choice's `lines` where they are not the `usual` ones.
+    """
+    asked = row[question]
+    kept = {QUESTION_SHOWN: asked} if isinstance(asked, str) and asked != asked.strip() else {}
+    return kept | ({SHOWN: to_json(list(lines), ensure_ascii=False)} if list(lines) != list(usual) else {})
 
 
 def filled(**meta: Any) -> dict[str, str]:

@@ -16,6 +16,7 @@ from data_prep.reading.rows import WHOLE, Part, Row
 from data_prep.sources.source import (
     Option,
     Source,
+    as_published,
     caption_sample,
     filled,
     need,
@@ -60,6 +61,7 @@ def _sample(images: Images, columns: tuple[str, ...], id: str, row: Row) -> Samp
     if len(columns) == 2:
         return caption_sample(id, (images.cell(cell),), need(row, columns[1], NO_TEXT), meta)
     question, answer = question_and_answer(row, *columns[1:])
+    meta |= as_published(row, columns[1])
     return qa_sample(id, (images.cell(cell),), question, answer, meta)
 
 
@@ -165,6 +167,7 @@ SOURCES = (
     ),
     Source(
         name="pathvqa",
+        benchmark="path_vqa",
         title="PathVQA",
         licence="MIT",
         size="32,632 questions, 6,719 of them test",
@@ -177,6 +180,7 @@ SOURCES = (
     ),
     Source(
         name="vqa_rad_hf",
+        benchmark="vqa_rad",
         title="VQA-RAD as the Hugging Face Hub has it",
         licence="CC0-1.0",
         commercial_use=True,

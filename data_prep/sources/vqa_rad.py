@@ -11,7 +11,16 @@ from pathlib import Path
 
 from data_prep.reading.files import Images
 from data_prep.reading.rows import Row, read_rows
-from data_prep.sources.source import Source, caption_sample, filled, qa_sample, question_and_answer, records, text
+from data_prep.sources.source import (
+    Source,
+    as_published,
+    caption_sample,
+    filled,
+    qa_sample,
+    question_and_answer,
+    records,
+    text,
+)
 from infimed_jax.data.sample import Sample, Skipped
 
 NAME = "vqa_rad"
@@ -68,6 +77,7 @@ def _sample(images: Images, document: bool, id: str, row: Row) -> Sample:
         qid=row.get("qid"),
         language="en",
     )
+    meta |= as_published(row, "question")
     image = images.read(image_name)
     if document:
         return caption_sample(id, (image,), f"{question} {answer}", meta)
@@ -76,6 +86,7 @@ def _sample(images: Images, document: bool, id: str, row: Row) -> Sample:
 
 SOURCE = Source(
     name=NAME,
+    benchmark="vqa_rad",
     title="VQA-RAD",
     licence="CC0-1.0",
     commercial_use=True,

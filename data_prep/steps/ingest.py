@@ -25,7 +25,7 @@ from infimed_jax.errors import UserError
 from infimed_jax.files import write_json
 from infimed_jax.progress import Report
 
-VERSION = 6
+VERSION = 7
 """Version of what adapters make of the same files; raise it when that changes, so that datasets are prepared again."""
 _REMEMBERED = 100_000
 """Images whose verdict is kept, in case they come again."""
@@ -193,7 +193,7 @@ def _ingest_piece(
     adapter, _ = files.open()
     places = [read_json(file, dict) for file in sorted(folder.glob(f"at-{name}-*.json"))]
     read = places[-1]["read"] if places else 0
-    records = enumerate(itertools.islice(adapter.read(files.folder, split, *shard), read, None), start=read + 1)
+    records = enumerate(itertools.islice(adapter.samples(files.folder, split, *shard), read, None), start=read + 1)
     kept = sum(place["kept"] for place in places)
     seen: dict[bytes, Kept] = {}
     while not places or places[-1]["kept"] == SHARD_SIZE:

@@ -2,12 +2,12 @@
 
 The strings are MedEvalKit's (`utils/question_formats.py`), the harness of the published InfiMed scores, so that ours
 can be compared with them. Two liberties: the newline that starts its choice prompt is the one after the image here,
-and options are written `A. text` by this function, from options without letters.
+and options are written `A. text` here, from options without letters, unless a benchmark says how they are written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 from infimed_jax.data.sample import Chat, Content, Document, Question, QuestionKind, Sample, Turn
@@ -58,11 +58,27 @@ Wording = Callable[[Question, bool], str]
 """`(question, reasoning) -> text of the user's turn`; `reasoning` asks for the answer in `\\boxed{}`."""
 
 
-def question_text(question: Question, reasoning: bool = False) -> str:
+def question_text(question: Question, reasoning: bool = False, shown: Sequence[str] = ()) -> str:
     """The general wording, in the language `meta["language"]`, English where it is absent.
 
+    `shown`: a choice's options as they are written, a line each, if not as `A. text`.
     Raises UserError for an unknown kind or language, and options that do not fit the kind.
     """
+    words = instruction(question, reasoning)
+    if question.kind != "choice":
+        return f"{question.question}\n{words}"
+    layout = _CHOICE_LAYOUT[question.meta.get("language", "en")]
+    lines = "\n".join(shown or lettered(question.options))
+    return layout.format(question=question.question, options=lines) + "\n" + words
+
+
+def lettered(options: Sequence[str]) -> list[str]:
+    """Options as `A. text`."""
+    return [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
+
+
+def instruction(question: Question, reasoning: bool) -> str:
+    """What the question's kind asks for, in its language. UserError as `question_text`."""
     kind, options, language = question.kind, question.options, question.meta.get("language", "en")
     if (kind, language) not in _INSTRUCTIONS:
         raise UserError(
@@ -75,11 +91,7 @@ def question_text(question: Question, reasoning: bool = False) -> str:
         raise UserError(f"sample {question.id}: a choice needs 2 to {len(LETTERS)} options, not {len(options)}")
     if kind != "choice" and options:
         raise UserError(f"sample {question.id}: a question of kind {kind} takes no options, but has {len(options)}")
-    instruction = _INSTRUCTIONS[kind, language][reasoning]
-    if kind != "choice":
-        return f"{question.question}\n{instruction}"
-    lines = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
-    return _CHOICE_LAYOUT[language].format(question=question.question, options=lines) + "\n" + instruction
+    return _INSTRUCTIONS[kind, language][reasoning]
 
 
 def exchange(

@@ -42,7 +42,7 @@ class Terms:
     image: bool = True
     """False: the blind control."""
     benchmark: str = ""
-    """A name in `benchmarks/`, a module or a file; empty: the one that owns each sample's source."""
+    """A name in `benchmarks/`, a module or a file; empty: the one whose adapter made each sample."""
 
 
 def ask_policy(
@@ -51,7 +51,7 @@ def ask_policy(
     """The policy as a Respondent; `report` is called after each burst."""
 
     def wording(question: Question, reasoning: bool) -> str:
-        return benchmark_of(question.source, terms.benchmark).wording(question, reasoning)
+        return benchmark_of(question, terms.benchmark).words(question, reasoning)
 
     def respond(samples: Sequence[Question]) -> Iterator[Reply]:
         asked = {"reasoning": terms.reasoning, "image": terms.image, "wording": wording}

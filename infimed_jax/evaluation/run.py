@@ -22,7 +22,7 @@ from infimed_jax import config
 from infimed_jax.data.sample import Kind, Question, Sample
 from infimed_jax.errors import UserError
 from infimed_jax.evaluation.answers import Status
-from infimed_jax.evaluation.benchmark import Benchmark, benchmark_of
+from infimed_jax.evaluation.benchmark import GENERAL, Benchmark, benchmark_of, load_benchmark
 from infimed_jax.evaluation.contamination import GROUPING
 from infimed_jax.evaluation.protocols import ask, check_protocol, grade
 from infimed_jax.evaluation.respondents import Reply, Respondent, Terms
@@ -47,7 +47,7 @@ class Record:
     answer: str
     """Gold."""
     correct: bool
-    status: Status
+    status: Status | Literal["unread"]
     parsed: str | None
     rule: str
     """How it was scored, in the protocol's words."""
@@ -85,7 +85,7 @@ class Evaluation:
                 tables[grouping] = {value: accuracy(members[value]) for value in sorted(members)}
         return tables
 
-    def rate(self, status: Status) -> float:
+    def rate(self, status: Status | Literal["unread"]) -> float:
         """Share of the questions whose reply has this status."""
         return sum(record.status == status for record in self.records) / len(self.records)
 
@@ -100,6 +100,7 @@ class Evaluation:
             **_plain(self.accuracy),
             "unparsed_rate": self.rate("unparsed"),
             "truncated_rate": self.rate("truncated"),
+            "unread_rate": self.rate("unread"),
             "length_limit_rate": sum(record.finish == "length" for record in self.records) / len(self.records),
             "max_tokens": self.terms.sampling.max_tokens,
             "mean_tokens": sum(record.tokens for record in self.records) / len(self.records),
@@ -128,12 +129,12 @@ def evaluate(
     With a `folder`, `replies.jsonl` and `summary.json` are written there. Raises UserError for an unknown protocol,
     samples without a gold answer, equal ids, and a folder that cannot be written.
     """
-    check_protocol(terms.protocol, benchmark_of("", terms.benchmark))
+    check_protocol(terms.protocol, load_benchmark(terms.benchmark) if terms.benchmark else GENERAL)
     _check(samples)
     if folder is not None and jax.process_index() == 0:
         make_folder(Path(folder))
     began = time.monotonic()
-    benchmarks = [benchmark_of(sample.source, terms.benchmark) for sample in samples]
+    benchmarks = [benchmark_of(sample, terms.benchmark) for sample in samples]
     replies = respond([ask(sample, terms.protocol, of) for sample, of in zip(samples, benchmarks, strict=True)])
     records = tuple(_grade(*each, terms.protocol) for each in zip(samples, replies, benchmarks, strict=True))
     groupings = (*GROUPS, *sorted({name for benchmark in benchmarks for name in benchmark.groups} - {*GROUPS}))

@@ -23,7 +23,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--protocol", default="strict", help="strict, medevalkit-fixed or medevalkit-2025-06 [%(default)s]")
     p.add_argument("--benchmark", default="", metavar="NAME|MODULE|FILE.py",
                    help="how questions are asked and graded; see infimed_jax/evaluation/benchmarks "
-                   "[by the samples' sources]")  # fmt: skip
+                   "[the one whose adapter made each sample]")  # fmt: skip
     p.add_argument("--reasoning", action="store_true", help="ask for reasoning and a boxed answer")
     p.add_argument("--blind", action="store_true", help="the control: the same questions without their images")
     p.add_argument("--contamination", type=Path, action="append", default=[], metavar="REPORT",
@@ -63,7 +63,7 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"{args.protocol}: {_shown(result.accuracy)}; "
           f"majority answer per template {majority_baseline(samples).accuracy:.1%}")  # fmt: skip
     if args.benchmark and (published := load_benchmark(args.benchmark).published.get(args.protocol)):
-        print(f"published: {published:.1%}")
+        print("published: " + ", ".join(f"{model} {score:.1%}" for model, score in published.items()))
     for what, share in result.groups().get(GROUPING, {}).items():
         print(f"  training data hold {WORDS[what]}: {_shown(share)}")
     print(f"Outputs: {args.output}")

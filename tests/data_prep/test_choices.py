@@ -52,6 +52,7 @@ def test_pmc_vqa_in_both_layouts(tmp_path, split, file, place, header):
     sample = records[0]
     assert sample.kind == "choice" and sample.question == "What uptake?" and sample.images == (b"A",)
     assert sample.options == ("Diffuse uptake", "Focal uptake", "C. difficile", "")
+    assert json.loads(sample.meta["options_shown"]) == CHOICES and sample.meta["question_shown"] == " What uptake? "
 
 
 def test_pmc_vqa_says_which_column_a_wrong_layout_lacks(tmp_path):
@@ -120,7 +121,7 @@ def test_mmmu_medical_subjects(tmp_path):
 
 
 @pytest.mark.parametrize("as_list", [False, True])
-def test_medxpertqa_cuts_the_options_from_the_question(tmp_path, as_list):
+def test_medxpertqa_keeps_the_options_in_the_question(tmp_path, as_list):
     texts = {"A": "Erythema", "B": "Larva", "C": "Agglutinin", "D": "Cutis", "E": "Ab igne"}
     options = [{"letter": letter, "content": text} for letter, text in texts.items()] if as_list else texts
     row = {
@@ -140,7 +141,7 @@ def test_medxpertqa_cuts_the_options_from_the_question(tmp_path, as_list):
     bad = [row | {"label": "F"}, row | {"images": []}, row | {"options": {"A": "x", "C": "y"}}]
     (tmp_path / "MM" / "test.jsonl").write_text("\n".join(map(json.dumps, [row, *bad])))
     sample, *rest = SOURCES["medxpertqa_mm"].read(tmp_path, "test")
-    assert isinstance(sample, Sample) and sample.question == "A patient has a rash."
+    assert isinstance(sample, Sample) and sample.question == row["question"]
     assert sample.options == tuple(texts.values()) and sample.answer == "C" and len(sample.images) == 2
     assert sample.meta["medical_task"] == "Diagnosis" and sample.meta["question_type"] == "Reasoning"
     assert reasons(rest) == ["answer is none of the options", "no image", "answer is none of the options"]

@@ -12,18 +12,17 @@ from infimed_jax.evaluation.protocols import PROTOCOLS, ask, grade
 
 
 def by(protocol):
-    """The protocol as it grades a sample of its source."""
-    return lambda sample, reply, finished: grade(sample, reply, finished, protocol, benchmark_of(sample.source))
+    """The protocol as it grades a sample of its benchmark."""
+    return lambda sample, reply, finished: grade(sample, reply, finished, protocol, benchmark_of(sample))
 
 
 STRICT, FIXED, FIRST = (by(name) for name in ("strict", "medevalkit-fixed", "medevalkit-2025-06"))
 ORGANS = ("lung", "liver", "left kidney")
 
 
-def question(kind, answer, options=(), source="vqa_rad"):
-    return Question(
-        id="q", source=source, split="t", images=(), kind=kind, question="Q?", answer=answer, options=options
-    )
+def question(kind, answer, options=(), benchmark="vqa_rad", **meta):
+    meta |= {"benchmark": benchmark} if benchmark else {}
+    return Question("q", "mine", "t", (), kind, "Q?", answer, options, meta=meta)
 
 
 def test_the_protocols_are_three():
@@ -74,11 +73,11 @@ def test_yes_no(reply, gold, strict, fixed, first):
     ],
 )
 def test_slake_scores_yes_and_no_as_closed_text(reply, fixed):
-    assert FIXED(question("yes_no", "yes", source="slake"), reply, True).correct is fixed
+    assert FIXED(question("yes_no", "yes", benchmark="slake"), reply, True).correct is fixed
 
 
 def test_first_release_leaves_slake_to_the_judge_so_to_exact_match():
-    sample = question("yes_no", "yes", source="slake_en")
+    sample = question("yes_no", "yes", benchmark="slake")
     assert FIRST(sample, "Yes", True).correct
     assert not FIRST(sample, "yes.", True).correct
     assert "without a judge" in FIRST(sample, "Yes", True).rule
@@ -96,15 +95,15 @@ def test_first_release_leaves_slake_to_the_judge_so_to_exact_match():
         ("Answer: B", "B", "choice by letter"),
         ("<answer>B</answer>", "B", "choice by letter"),
         ("Answer: A. But: B", "A", "choice by letter"),  # before the first full stop, after the last colon
-        ("liver", "B", "choice by text"),
-        ("Liver.", "B", "choice by text"),
+        ("liver", "B", "choice by similarity"),  # the options are "A. lung", "B. liver", "C. left kidney"
+        ("B: liver", "B", "choice by similarity"),
         ("the liver", "B", "choice by similarity"),
-        ("(B)", "A", "choice by similarity"),  # no option has a character of it, so the first
-        ("B)", "A", "choice by similarity"),
-        ("F", "C", "choice by similarity"),  # no letter of this question; "left kidney" has an f
+        ("(B)", "B", "choice by similarity"),
+        ("B)", "B", "choice by similarity"),
+        ("D", "C", "choice by similarity"),  # no letter of this question; "left kidney" has a d
         ("", "A", "choice by similarity"),
+        ("?", "A", "choice by similarity"),  # no option has a character of it, so the first
         ("left kidneys", "C", "choice by similarity"),
-        ("lobe right", "A", "choice by similarity"),  # difflib's ratio of option and reply; the other way round B
     ],
 )
 def test_choice_is_never_unparsed(reply, letter, rule):
@@ -117,14 +116,44 @@ def test_choice_is_never_unparsed(reply, letter, rule):
 
 def test_choice_strict_reads_what_compat_does_not_and_the_other_way():
     sample = question("choice", "B", ORGANS)
-    assert STRICT(sample, "(B)", True).correct and not FIXED(sample, "(B)", True).correct
+    assert STRICT(sample, "Option B", True).correct and not FIXED(sample, "Option B", True).correct
     assert FIXED(sample, "livers", True).correct and not STRICT(sample, "livers", True).correct
     assert STRICT(sample, "", True).status == "unparsed"
 
 
-def test_an_option_that_reads_like_the_gold_letter_counts_under_compat():
-    assert FIXED(question("choice", "B", ("B", "A")), "A", True).correct
-    assert not STRICT(question("choice", "B", ("B", "A")), "A", True).correct
+def test_choices_are_compared_as_their_file_writes_them():
+    plain = question("choice", "B", ("B", "A"))
+    assert not FIXED(plain, "A", True).correct
+    bare = replace(plain, meta=plain.meta | {"options_shown": '["B", "A"]'})
+    assert FIXED(bare, "A", True).correct  # an option that reads like the gold letter counts
+    assert not STRICT(bare, "A", True).correct
+    cells = replace(bare, options=("lung", "liver"), meta=plain.meta | {"options_shown": '["liver", "lung"]'})
+    verdict = FIXED(cells, "lung", True)
+    assert (verdict.parsed, verdict.rule, verdict.correct) == ("B", "choice by text", True)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "letter"), [("omnimedvqa", "B"), ("medxpertqa", "B"), ("pmc_vqa", "A"), ("", "A")]
+)
+def test_two_benchmarks_take_the_tag_out_of_a_choice_first(benchmark, letter):
+    reply = "A\n\nNo: <answer>B</answer>"
+    assert FIXED(question("choice", "B", ORGANS, benchmark), reply, True).parsed == letter
+    assert FIRST(question("choice", "B", ORGANS, benchmark), reply, True).parsed == "B"
+
+
+@pytest.mark.parametrize(
+    ("reply", "fixed", "first"),
+    [
+        ("A\n\nWait: \\boxed{B}", "A", "B"),  # the first release takes the box, the later one the first paragraph
+        ("\\boxed{A}\n\nB", "B", "A"),
+        ("\\boxed{A} or \\boxed{B}", "B", "B"),
+        ("not boxed\n\nB", "B", "C"),  # without a box its helper says "None", which is most like "C. left kidney"
+    ],
+)
+def test_the_first_release_takes_a_choice_s_box_before_its_paragraphs(reply, fixed, first):
+    for benchmark in ("omnimedvqa", "pmc_vqa", ""):
+        sample = question("choice", "B", ORGANS, benchmark)
+        assert (FIXED(sample, reply, True).parsed, FIRST(sample, reply, True).parsed) == (fixed, first)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +193,7 @@ def test_open_questions_by_exact_match(reply, strict, fixed):
     ],
 )
 def test_closed_questions_by_equal_text(reply, fixed):
-    assert FIXED(question("closed", "Left lung", source="slake"), reply, True).correct is fixed
+    assert FIXED(question("closed", "Left lung", benchmark="slake"), reply, True).correct is fixed
 
 
 def test_answer_tags_are_joined_by_blanks():
@@ -175,7 +204,7 @@ def test_answer_tags_are_joined_by_blanks():
 
 
 @pytest.mark.parametrize(
-    ("source", "kind", "answer_type", "compat"),
+    ("benchmark", "kind", "answer_type", "compat"),
     [
         ("vqa_rad", "closed", "CLOSED", "open"),
         ("vqa_rad", "yes_no", "CLOSED", "yes_no"),
@@ -186,14 +215,14 @@ def test_answer_tags_are_joined_by_blanks():
         ("slake", "yes_no", "OPEN", "open"),
         ("slake", "yes_no", "", "closed"),
         ("path_vqa", "yes_no", "", "yes_no"),
+        ("path_vqa", "closed", "CLOSED", "open"),
     ],
 )
-def test_compat_asks_vqa_rad_by_its_answers_and_slake_by_its_types(source, kind, answer_type, compat):
-    sample = question(kind, "yes", source=source)
-    sample = replace(sample, meta={"answer_type": answer_type} if answer_type else {})
-    assert ask(sample, "strict", benchmark_of(source)) == sample
+def test_compat_asks_vqa_rad_by_its_answers_and_slake_by_its_types(benchmark, kind, answer_type, compat):
+    sample = question(kind, "yes", benchmark=benchmark, **({"answer_type": answer_type} if answer_type else {}))
+    assert ask(sample, "strict", benchmark_of(sample)) == sample
     for protocol in ("medevalkit-fixed", "medevalkit-2025-06"):
-        assert ask(sample, protocol, benchmark_of(source)) == replace(sample, kind=compat)
+        assert ask(sample, protocol, benchmark_of(sample)) == replace(sample, kind=compat)
     assert FIXED(sample, "yes.", True).correct is (compat != "open")  # there a full stop is an error
 
 
@@ -205,8 +234,9 @@ def test_cut_replies_are_counted_apart_and_only_strict_calls_them_wrong():
 
 SAMPLES = [
     question("yes_no", "no"),
-    question("yes_no", "no", source="slake"),
+    question("yes_no", "no", benchmark="slake"),
     question("choice", "C", ORGANS),
+    *(question("choice", "C", ORGANS, name) for name in ("pmc_vqa", "omnimedvqa", "mmmu_med", "")),
     question("closed", "lung"),
     question("open", "left lung"),
 ]
@@ -216,8 +246,9 @@ SAMPLES = [
 def test_any_reply_gets_a_verdict(reply, finished, sample, protocol):
     verdict = by(protocol)(sample, reply, finished)
     assert isinstance(verdict.correct, bool)
-    assert verdict.status in ("ok", "unparsed", "truncated")
-    assert not (verdict.correct and verdict.status == "unparsed")
+    assert verdict.status in ("ok", "unparsed", "truncated", "unread")
+    assert not (verdict.correct and verdict.status in ("unparsed", "unread"))
+    assert (verdict.parsed is None) >= (verdict.status == "unread")
 
 
 @given(st.sampled_from(SAMPLES), st.sampled_from(sorted(PROTOCOLS)))

@@ -182,12 +182,20 @@ def test_groups_add_up_to_the_whole(ask, script):
 
 def test_protocol_decides(ask, script):
     script(REPLIES)
-    assert [r.correct for r in ask(protocol="medevalkit-fixed").records] == [True, True, False, False, False, True]
+    assert [r.correct for r in ask(protocol="medevalkit-fixed").records] == [True, True, True, False, False, True]
+
+
+def test_replies_for_which_the_harness_draws_are_counted_and_never_right(ask, script):
+    samples = [question(n, "choice", "AB"[n], ("lung", "liver"), benchmark="mmmu_med") for n in range(2)]
+    script([("lung", "stop"), ("B", "stop")])
+    result = ask(samples, protocol="medevalkit-fixed")
+    assert [(r.correct, r.status) for r in result.records] == [(False, "unread"), (True, "ok")]
+    assert result.summary()["unread_rate"] == 0.5
 
 
 def test_a_question_is_asked_as_its_protocol_knows_it(ask, script, tokenizer):
     """MedEvalKit asks VQA-RAD's closed questions as open ones; the record keeps the question's own kind."""
-    sample = replace(question(7, "closed", "left"), source="vqa_rad")
+    sample = question(7, "closed", "left", benchmark="vqa_rad")
     for protocol, wording, correct in (("strict", "word or phrase", True), ("medevalkit-fixed", "concisely", False)):
         calls = script([("Left.", "stop")])
         (record,) = ask([sample], protocol=protocol).records
@@ -225,7 +233,7 @@ def test_a_benchmark_from_a_file_says_how_its_questions_are_asked_and_graded(ask
         compare_runs(other, ask([sample], protocol="medevalkit-fixed"))
     with pytest.raises(UserError, match=r"unknown protocol 'first-word'; there are strict, medevalkit-fixed"):
         ask([sample], protocol="first-word")
-    with pytest.raises(UserError, match="--benchmark must be one of slake, vqa_rad, not 'slakes'"):
+    with pytest.raises(UserError, match=r"--benchmark must be one of medxpertqa, .*, not 'slakes'"):
         ask([sample], benchmark="slakes")
 
 

@@ -15,7 +15,10 @@ def _kind(sample: Question) -> QuestionKind:
 
 BENCHMARK = Benchmark(
     "slake",
-    owns=lambda source: source.lower().startswith("slake"),
+    adapters=("slake",),
+    questions=2094,
     medevalkit_kind=_kind,
     medevalkit_strips=False,
+    groups=("language", "answer_type", "question_type", "modality", "organ"),
+    published={"medevalkit-fixed": {"InfiMed-Foundation-1.7B": 0.753, "InfiMed-Foundation-4B": 0.777}},
 )
