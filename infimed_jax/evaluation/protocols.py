@@ -34,13 +34,17 @@ def check_protocol(protocol: str, benchmark: Benchmark) -> None:
         raise UserError(f"unknown protocol {protocol!r}; there are {', '.join(known)}")
 
 
-def ask(sample: Question, protocol: str, benchmark: Benchmark) -> Question:
-    """The question as its file, the benchmark and the protocol's harness put it, with the images that are sent."""
+def ask(sample: Question, protocol: str, benchmark: Benchmark, all_images: bool = False) -> Question:
+    """The question as its file, the benchmark and the protocol's harness put it.
+
+    It has the images that the harness sends, or all of them.
+    """
     shown = sample.meta.get(QUESTION_SHOWN)
     asked = benchmark.ask(replace(sample, question=shown) if shown else sample)
     if not protocol.startswith("medevalkit"):
         return asked
-    return replace(asked, kind=benchmark.medevalkit_kind(asked), images=asked.images[: benchmark.medevalkit_images])
+    images = asked.images if all_images else asked.images[: benchmark.medevalkit_images]
+    return replace(asked, kind=benchmark.medevalkit_kind(asked), images=images)
 
 
 def grade(sample: Question, reply: str, finished: bool, protocol: str, benchmark: Benchmark) -> Verdict:

@@ -43,6 +43,8 @@ class Terms:
     """False: the blind control."""
     benchmark: str = ""
     """A name in `benchmarks/`, a module or a file; empty: the one whose adapter made each sample."""
+    all_images: bool = False
+    """All images of a question are sent, also where the protocol's harness sends fewer."""
 
 
 def ask_policy(

@@ -97,6 +97,7 @@ class Evaluation:
             "protocol": self.terms.protocol,
             "reasoning": self.terms.reasoning,
             "image": self.terms.image,
+            "all_images": self.terms.all_images,
             **_plain(self.accuracy),
             "unparsed_rate": self.rate("unparsed"),
             "truncated_rate": self.rate("truncated"),
@@ -135,7 +136,8 @@ def evaluate(
         make_folder(Path(folder))
     began = time.monotonic()
     benchmarks = [benchmark_of(sample, terms.benchmark) for sample in samples]
-    replies = respond([ask(sample, terms.protocol, of) for sample, of in zip(samples, benchmarks, strict=True)])
+    pairs = zip(samples, benchmarks, strict=True)
+    replies = respond([ask(sample, terms.protocol, of, terms.all_images) for sample, of in pairs])
     records = tuple(_grade(*each, terms.protocol) for each in zip(samples, replies, benchmarks, strict=True))
     groupings = (*GROUPS, *sorted({name for benchmark in benchmarks for name in benchmark.groups} - {*GROUPS}))
     result = Evaluation(name, terms, fingerprint(samples), time.monotonic() - began, records, groupings)
@@ -148,7 +150,7 @@ def read_evaluation(folder: Path) -> Evaluation:
     """What `Evaluation.write` left in a folder."""
     values = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     lines = (folder / "replies.jsonl").read_text(encoding="utf-8").splitlines()
-    asked = {name: values[name] for name in ("protocol", "reasoning", "image", "benchmark")}
+    asked = {name: values[name] for name in ("protocol", "reasoning", "image", "benchmark", "all_images")}
     return Evaluation(
         name=values["name"],
         terms=Terms(config.Sampling(**values["sampling"]), **asked),
@@ -164,7 +166,7 @@ def compare_runs(a: Evaluation, b: Evaluation) -> Comparison:
     if a.fingerprint != b.fingerprint:
         raise UserError(f"{a.name or 'a'} and {b.name or 'b'} answered different questions: evaluate both on one set")
     if (a.terms.protocol, a.terms.benchmark) != (b.terms.protocol, b.terms.benchmark):
-        rules = " and ".join(f"{x.terms.benchmark or 'by source'}/{x.terms.protocol}" for x in (a, b))
+        rules = " and ".join(f"{x.terms.benchmark or 'by mark'}/{x.terms.protocol}" for x in (a, b))
         raise UserError(f"scores of protocols {rules} are not comparable: grade both by one")
     return compare(a.records, b.records)
 

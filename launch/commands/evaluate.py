@@ -25,6 +25,9 @@ def add(commands: argparse._SubParsersAction) -> None:
                    help="how questions are asked and graded; see infimed_jax/evaluation/benchmarks "
                    "[the one whose adapter made each sample]")  # fmt: skip
     p.add_argument("--reasoning", action="store_true", help="ask for reasoning and a boxed answer")
+    p.add_argument("--all-images", action="store_true",
+                   help="send all images of a question, also where a medevalkit protocol's harness sends fewer: "
+                   "one of MMMU's")  # fmt: skip
     p.add_argument("--blind", action="store_true", help="the control: the same questions without their images")
     p.add_argument("--contamination", type=Path, action="append", default=[], metavar="REPORT",
                    help="a report of `data decontaminate` on the checkpoint's training data, repeatable: "
@@ -55,7 +58,9 @@ def evaluate(args: argparse.Namespace) -> None:
     if learnt := learnt_from(history_of(policy.metadata), dataset.manifest["origins"]):
         sources = ", ".join(learnt)
         print(f"warning: {args.checkpoint} learnt from {sources}, so it may answer by memory", file=sys.stderr)
-    terms = Terms(policy.config.sampling, args.protocol, args.reasoning, not args.blind, args.benchmark)
+    terms = Terms(
+        policy.config.sampling, args.protocol, args.reasoning, not args.blind, args.benchmark, args.all_images
+    )
     key = jax.random.key(policy.config.train.seed)
     with progress_bar("evaluate", "questions") as bar:
         respond = ask_policy(policy, terms, key, lambda done, total, _: bar(done, total, ""))

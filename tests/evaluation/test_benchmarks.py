@@ -115,6 +115,7 @@ def test_mmmu_has_its_own_layout_and_one_image(protocol):
     )
     sent = ask(sample, protocol, benchmark_of(sample)).images
     assert sent == ((b"1", b"2") if protocol == "strict" else (b"1",))
+    assert ask(sample, protocol, benchmark_of(sample), all_images=True).images == (b"1", b"2")
 
 
 def test_mmmu_asks_open_questions_for_a_word_or_phrase():
