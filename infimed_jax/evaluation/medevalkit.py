@@ -136,8 +136,8 @@ def _choice_text(reply: str, benchmark: Benchmark) -> str:
 
 def _judge_choice(sample: Question, text: str, finished: bool, benchmark: Benchmark) -> Verdict:
     """A bare letter, a letter before a full stop, an option as shown, else the most similar one of these."""
-    letters = LETTERS[: len(sample.options)].lower()
     options = [option.lower() for option in benchmark.shown(sample)]
+    letters = LETTERS[: len(options)].lower()
     gold = letters.index(sample.answer.lower())
     paragraphs = text.split("\n\n")
     ending = paragraphs[-1].partition(".")[0]

@@ -39,7 +39,7 @@ def ask(sample: Question, protocol: str, benchmark: Benchmark, all_images: bool 
 
     It has the images that the harness sends, or all of them.
     """
-    shown = sample.meta.get(QUESTION_SHOWN)
+    shown = sample.meta.get(QUESTION_SHOWN) if benchmark.adapters else None  # other data have no published prompt
     asked = benchmark.ask(replace(sample, question=shown) if shown else sample)
     if not protocol.startswith("medevalkit"):
         return asked

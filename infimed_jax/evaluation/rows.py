@@ -60,7 +60,7 @@ def read_row(text: str, benchmark: str = "") -> Row:
     if kind not in QUESTION_KINDS:
         raise UserError(f"`kind` must be one of {', '.join(QUESTION_KINDS)}, not {_short(kind)}")
     if shown := _texts(row, SHOWN):
-        if len(shown) != len(options):
+        if len(shown) < len(options):
             raise UserError(f"`{SHOWN}` has {len(shown)} texts for {len(options)} options")
         meta[SHOWN] = to_json(shown)
     answer, reply, source = _text(row, "answer"), _text(row, "reply"), _text(row, "source", "")

@@ -93,6 +93,9 @@ def test_pmc_vqa_shows_the_cells_of_its_table():
     own = question(benchmark="pmc_vqa", options_shown=json.dumps(cells))
     assert "\nOptions: \nA: lung\n B:liver\nleft kidney \nAnswer with" in prompt(own)
     assert "\nA. lung\nB. liver\nC. left kidney\n" in question_text(own)  # training's words
+    empty = replace(own, meta=own.meta | {"options_shown": json.dumps([*cells, " D: "])})
+    assert prompt(empty).count("\n") == prompt(own).count("\n") + 1
+    assert grade(empty, "D", True, "medevalkit-fixed", benchmark_of(empty)).parsed == "D"
     with pytest.raises(UserError, match="options_shown has 2 texts for 3 options"):
         prompt(question(benchmark="pmc_vqa", options_shown=json.dumps(cells[:2])))
 
@@ -127,13 +130,15 @@ def test_mmmu_asks_open_questions_for_a_word_or_phrase():
 def test_a_prompt_keeps_the_blanks_of_the_published_question():
     sample = question("yes_no", "yes", text="Is it?", benchmark="vqa_rad", question_shown=" Is it? ")
     assert prompt(sample).startswith(" Is it? \nPlease output") and question_text(sample).startswith("Is it?\n")
+    del sample.meta["benchmark"]
+    assert prompt(sample) == question_text(sample)
 
 
 # -------------------------------------------------------------------------------------------------------- MMMU's parser
 
 
 def brute_force(reply: str, options: tuple[str, ...]) -> str | None:
-    """MMMU's rules as they are told: at every place of the reply, from its end, is there one of what is looked for?"""
+    """MMMU's rules by search: at every place of the reply, from its end, is there one of what is looked for?"""
     for mark in (",", ".", "!", "?", ";", ":", "'"):
         while reply.startswith(mark):
             reply = reply[1:]

@@ -40,14 +40,14 @@ def test_a_line_for_each_row_in_order(tmp_path, capsys):
 def test_whose_rules_a_row_is_graded_by(tmp_path):
     """The option, else the row's own benchmark, else its mark, else its source if it is exactly an adapter's name."""
     row = {**CHOICE, "reply": "the answer is liver"}
-    told = [
+    rows = [
         {**row, "benchmark": "mmmu_med", "meta": {"benchmark": "slake"}, "source": "slake"},
         {**row, "meta": {"benchmark": "mmmu_med"}, "source": "pmc_vqa"},
         {**row, "source": "mmmu_med"},
         {**row, "source": "mmmu_med_of_mine"},
     ]
-    assert [s["status"] for s in run(tmp_path, told, "--protocol", "medevalkit-fixed")[1]] == [*["unread"] * 3, "ok"]
-    _, scores = run(tmp_path, told, "--protocol", "medevalkit-fixed", "--benchmark", "pmc_vqa")
+    assert [s["status"] for s in run(tmp_path, rows, "--protocol", "medevalkit-fixed")[1]] == [*["unread"] * 3, "ok"]
+    _, scores = run(tmp_path, rows, "--protocol", "medevalkit-fixed", "--benchmark", "pmc_vqa")
     assert {s["rule"] for s in scores} == {"choice by similarity"}
 
 
