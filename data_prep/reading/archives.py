@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from gzip import GzipFile
 from pathlib import Path, PurePosixPath
@@ -49,6 +49,11 @@ def safe_name(name: str) -> bool:
     return bool(name) and not (
         path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or (len(name) > 1 and name[1] == ":")
     )
+
+
+def is_resource_fork(name: str) -> bool:
+    """Whether it is what macOS writes beside a file, on foreign disks and into archives."""
+    return name.rpartition("/")[2].startswith("._")
 
 
 def is_bomb(unpacked: int, packed: int) -> bool:
@@ -153,6 +158,8 @@ def read_webdataset(file: Path, max_member: int = MAX_MEMBER) -> Iterator[dict[s
             yield member
             continue
         folder, _, base = member.name.rpartition("/")
+        if is_resource_fork(base):
+            continue
         stem, _, suffix = base.partition(".")
         if not stem or not suffix:
             yield Unusable(NOT_A_FILE, f"{file.name}: a member without key or suffix")
@@ -194,16 +201,26 @@ class ZipFiles:
         whole: dict[str, zipfile.ZipInfo | None] = {}
         ends: dict[str, zipfile.ZipInfo | None] = {}
         for info in self._zip.infolist():
-            if not info.is_dir():
+            if not info.is_dir() and not is_resource_fork(info.filename):
                 whole[info.filename] = None if info.filename in whole else info
                 end = info.filename.partition("/")[2]
                 while end:
                     ends[end] = None if end in ends else info
                     end = end.partition("/")[2]
         self._members = ends | whole
+        self._spelt: dict[str, str | None] | None = None
 
     def __contains__(self, name: str) -> bool:
         return name in self._members
+
+    def alike(self, name: str, spelling: Callable[[str], str]) -> str | None:
+        """The name of the one member that is spelt like it."""
+        if self._spelt is None:
+            self._spelt = {}
+            for member in self._members:
+                key = spelling(member)
+                self._spelt[key] = None if key in self._spelt else member
+        return self._spelt.get(spelling(name))
 
     def read(self, name: str) -> bytes:
         """The member's bytes. Raises Unusable if it is refused, KeyError if there is none."""

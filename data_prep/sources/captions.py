@@ -24,7 +24,7 @@ def _sample(images: Images, image: str, caption: str, source_id: str, id: str, r
     meta = filled(source_id=row.get(source_id), modality=row.get("modality"), organ=row.get("organ"), language="en")
     if isinstance(cell, str):
         meta["image_id"] = f"{id.split('/')[0]}/{cell}"
-    return caption_sample(id, (images.cell(cell),), words, meta)
+    return caption_sample(id, images.cells(cell), words, meta)
 
 
 def _sample_by_id(images: Images, caption: str, source_id: str, id: str, row: Row) -> Sample:

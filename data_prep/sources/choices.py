@@ -6,7 +6,6 @@ Letters that some files write before options (`A: …`) are removed: the prompt 
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,18 @@ from data_prep.reading.files import Images, find_files, shard_name
 from data_prep.reading.parquet import parquet_rows
 from data_prep.reading.parts import parts_of
 from data_prep.reading.rows import WHOLE, Part, Row, json_rows
-from data_prep.sources.source import Source, as_published, choice_sample, filled, need, qa_sample, records, text
+from data_prep.reading.words import without_letters
+from data_prep.sources.source import (
+    Source,
+    as_published,
+    choice_sample,
+    filled,
+    need,
+    qa_sample,
+    question_and_answers,
+    records,
+    text,
+)
 from infimed_jax.data.prompts import LETTERS, lettered
 from infimed_jax.data.sample import Sample, Skipped
 from infimed_jax.evaluation.benchmarks.mmmu_med import in_brackets
@@ -48,13 +58,11 @@ def read_pmc_vqa(folder: Path, split: str, part: Part = WHOLE) -> Iterator[Sampl
 
 def _pmc_sample(images: Images, answer: str, id: str, row: Row) -> Sample:
     question, letter = need(row, "Question", NO_QUESTION), need(row, answer, NO_ANSWER)
-    # only the option's own letter and a colon: "C. difficile" is an answer
     cells = [row[f"Choice {mark}"] for mark in "ABCD"]
-    options = [re.sub(rf"^\s*{mark}\s*:", "", cell).strip() for mark, cell in zip("ABCD", cells, strict=True)]
     name = text(row["Figure_path"])
     meta = filled(image_id=f"pmc_vqa/{name}", language="en", source_id=row.get("index"))
-    meta |= as_published(row, "Question", cells, usual_cells(options))
-    return choice_sample(id, (images.read(name),), question, options, letter.upper(), meta)
+    meta |= as_published(row, "Question", cells, usual_cells(without_letters(cells)))
+    return choice_sample(id, (images.read(name),), question, cells, letter.upper(), meta)
 
 
 def _omni_files(folder: Path, split: str) -> list[Path]:
@@ -84,7 +92,7 @@ def _omni_sample(images: Images, id: str, row: Row) -> Sample:
         modality=row.get("modality_type") or row.get("modality"),  # one file has the other name
         language="en",
     )
-    meta |= as_published(row, "question", lettered(cells), lettered(options))
+    meta |= as_published(row, "question", lettered(cells), lettered(without_letters(options)))
     return choice_sample(id, (images.read(name),), question, options, LETTERS[options.index(gold)], meta)
 
 
@@ -112,20 +120,20 @@ def read_mmmu(folder: Path, split: str, part: Part = WHOLE) -> Iterator[Sample |
 
 def _mmmu_sample(images: Images, subject: str, id: str, row: Row) -> Sample:
     """The question keeps its `<image 1>`, which says which image the text refers to."""
-    question, answer = need(row, "question", NO_QUESTION), need(row, "answer", NO_ANSWER)
+    question, gold = question_and_answers(row)
     encoded = tuple(images.cell(row[name]) for name in _MMMU_IMAGES if row[name] is not None)
     if not encoded:
         raise Unusable(NO_IMAGE)
-    if answer == "?":  # the test split's answers are secret
+    if gold == ("?",):  # the test split's answers are secret
         raise Unusable(NO_ANSWER)
     source_id = text(row["id"])
     meta = filled(source_id=source_id, image_id=f"mmmu_med/{source_id}", subject=subject, language="en")
     cells = _literal_list(text(row["options"]))
     options = [text(cell) for cell in cells]
-    meta |= as_published(row, "question", in_brackets(cells), in_brackets(options))
+    meta |= as_published(row, "question", in_brackets(cells), in_brackets(without_letters(options)))
     if text(row["question_type"]) == "multiple-choice" or options:
-        return choice_sample(id, encoded, question, options, answer, meta)
-    return qa_sample(id, encoded, question, answer, meta)
+        return choice_sample(id, encoded, question, options, gold[0], meta)
+    return qa_sample(id, encoded, question, gold, meta)
 
 
 def _literal_list(literal: str) -> list[Any]:
@@ -168,8 +176,8 @@ def _medxpert_sample(images: Images, id: str, row: Row) -> Sample:
     )
     cells = [given[letter] for letter in sorted(given)]
     options = [text(cell) for cell in cells]
-    meta |= as_published(row, "question", lettered(cells), lettered(options))
-    encoded = tuple(images.read(text(name)) for name in names)
+    meta |= as_published(row, "question", lettered(cells), lettered(without_letters(options)))
+    encoded = images.cells(names)
     return choice_sample(id, encoded, question, options, label, meta)
 
 

@@ -6,22 +6,32 @@ One reader serves MAmmoTH-VL, LLaVA-Med, PubMedVision and anyone's own files. Ea
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.reading.faults import BAD_TURNS, IMAGE_MARKS, NO_TEXT, VIDEO, Unusable
+from data_prep.reading.faults import IMAGE_MARKS, VIDEO, Unusable
 from data_prep.reading.files import Images, find_files
 from data_prep.reading.parts import json_parts
 from data_prep.reading.rows import WHOLE, Part, Row, json_rows
-from data_prep.sources.source import Option, Source, caption_sample, filled, records, text
-from infimed_jax.data.sample import Chat, Sample, Skipped, Turn
+from data_prep.sources.source import (
+    LANGUAGE_OPTION,
+    LANGUAGES,
+    LONGEST_NAME,
+    MISPLACED_MARKS,
+    Option,
+    Source,
+    caption_sample,
+    filled,
+    language_of,
+    records,
+    text,
+)
+from data_prep.sources.turns import conversation, turns_of
+from infimed_jax.data.sample import Chat, Sample, Skipped
 
-_MARK = re.compile(r"(<image>)")
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _COLUMNS = ("id", "image", "conversations[].from", "conversations[].value")
 
 
@@ -47,11 +57,12 @@ def read(
     part: Part = WHOLE,
     annotations: str | None = None,
     images: str | None = None,
+    language: str | None = None,
 ) -> Iterator[Sample | Skipped]:
     """The samples of a split; `annotations` and `images` replace the layout's own places."""
     places = (images,) if images else layout.places
     files = Images(*(folder / place for place in places), flat=layout.flat)
-    make = partial(_sample, files, split == "documents", layout.captioning)
+    make = partial(_sample, files, split == "documents", layout.captioning, language)
     rows = json_rows(_file(layout.file, folder, split, annotations), part=part)
     yield from records(f"{layout.name}/{split}", rows, make, part.first)
 
@@ -61,65 +72,50 @@ def _file(file: str, folder: Path, split: str, annotations: str | None) -> Path:
     return find_files(folder, *pattern.split("|"))[0]
 
 
-def parts(file: str, folder: Path, split: str, annotations: str | None = None, images: str | None = None) -> list[Part]:
-    """`Source.shards`, to which the place of the images does not matter."""
+def parts(
+    file: str,
+    folder: Path,
+    split: str,
+    annotations: str | None = None,
+    images: str | None = None,
+    language: str | None = None,
+) -> list[Part]:
+    """`Source.shards`, to which neither the place of the images nor the language matters."""
     return json_parts(_file(file, folder, split, annotations))
 
 
-def _sample(images: Images, document: bool, captioning: bool, id: str, row: Row) -> Sample:
+def _sample(images: Images, document: bool, captioning: bool, language: str | None, id: str, row: Row) -> Sample:
     source, split = id.split("/")[:2]
-    names = row.get("image") or row.get("images") or []
-    if not isinstance(names, list):
-        names = [names] if names == names else []  # NaN is how tables that became JSON say that there is none
-    if row.get("video"):
+    if row.get("video") or row.get("videos"):
         raise Unusable(VIDEO)
-    # the misspelt key is in published LLaVA-Med copies
-    turns = conversation(row.get("conversations") or row.get("conversatons"), len(names))
-    encoded = tuple(images.read(text(name)) for name in names)
+    names = _images_of(row)
+    spoken, named = turns_of(row)
+    if named and names:
+        raise Unusable(IMAGE_MARKS, "images beside the turns and within them")
+    names = names or named
+    turns, misplaced = conversation(spoken, len(names))
+    encoded = tuple(map(images.cell, names))
+    words = ["\n".join(filter(None, (turn.reasoning, turn.text.strip()))) for turn in turns]
+    own = row.get("language") if row.get("language") in LANGUAGES else None
+    one = names[0] if len(names) == 1 else None
+    name = one.get("path") if isinstance(one, dict) else one
     meta = filled(
         source_id=row.get("id"),
-        image_id=f"{source}/{names[0]}" if len(names) == 1 else "",
+        image_id=f"{source}/{name}" if isinstance(name, str) and len(name) < LONGEST_NAME else "",
         modality=row.get("modality"),
         organ=text(row.get("body_part")).lower(),
-        language="en",
-    )
+        language=language_of(language or own, " ".join(words)),
+    ) | ({MISPLACED_MARKS: str(misplaced)} if misplaced else {})
     if not document:
         return Chat(id, source, split, encoded, turns, meta=meta)
-    words = [turn.text.strip() for turn in (turns[-1:] if captioning else turns)]
-    return caption_sample(id, encoded, "\n".join(words), meta)
+    return caption_sample(id, encoded, "\n".join(words[-1:] if captioning else words), meta)
 
 
-def conversation(turns: Any, images: int) -> tuple[Turn, ...]:
-    """LLaVA's turns as ours: each `<image>` becomes the next image; without any mark, the images come first.
-
-    Raises Unusable: no such list, roles that do not alternate from user to assistant, an empty turn, or another
-    number of marks than of images.
-    """
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise Unusable(BAD_TURNS)
-    roles = [_ROLES.get(text(turn.get("from") or turn.get("role")).lower(), "") for turn in turns]
-    values = [turn.get("value", turn.get("content")) for turn in turns]
-    spoken = roles[1:] if roles[0] == "system" else roles
-    if not spoken or len(spoken) % 2 or spoken != ["user", "assistant"] * (len(spoken) // 2):
-        raise Unusable(BAD_TURNS)
-    if not all(isinstance(value, str) and _MARK.sub("", value).strip() for value in values):
-        raise Unusable(NO_TEXT)
-    marks = sum(value.count("<image>") for value in values)
-    if marks not in (0, images):
-        raise Unusable(IMAGE_MARKS)
-    made, number = [], 0
-    for role, value in zip(roles, values, strict=True):
-        pieces: list[str | int] = []
-        for piece in _MARK.split(value):
-            if piece == "<image>":
-                pieces.append(number)
-                number += 1
-            elif piece:
-                pieces.append(piece)
-        if role == "user" and images and not marks and not any(turn.role == "user" for turn in made):
-            pieces = [*range(images), f"\n{value}"]
-        made.append(Turn(role, tuple(pieces)))
-    return tuple(made)
+def _images_of(row: Row) -> list[Any]:
+    names = row.get("image") or row.get("images") or []
+    if isinstance(names, list):
+        return names
+    return [names] if names == names else []  # NaN is how tables that became JSON say that there is none
 
 
 def _source(
@@ -183,6 +179,7 @@ SOURCES = (
                 "the JSON file, relative to the input folder [SPLIT.json or SPLIT.jsonl]",
                 names_split=True,
             ),
+            LANGUAGE_OPTION,
             Option("images", "the folder that image names start from, or a zip file, relative to the input folder"),
         ),
     ),

@@ -7,8 +7,6 @@ or ten or more, it is skipped, as in the recipe.
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,11 +21,11 @@ from data_prep.reading.faults import (
     TOO_MANY_IMAGES,
     Unusable,
 )
-from data_prep.reading.files import Images, all_files, find_files, shard_name
+from data_prep.reading.files import Images, all_files, find_files, from_base64, shard_name
 from data_prep.reading.parquet import parquet_rows
 from data_prep.reading.parts import parts_of
 from data_prep.reading.rows import WHOLE, Part, Row, json_rows
-from data_prep.sources.source import Source, records, text
+from data_prep.sources.source import Source, filled, language_of, records, text
 from data_prep.sources.webdataset import json_member
 from infimed_jax.data.sample import Document, Sample, Skipped
 
@@ -68,7 +66,10 @@ def document(pieces_of: Callable[[Row], Iterable[Piece]], joint: str, id: str, r
         contents = tuple(
             (*numbers, *(["\n" * bool(numbers) + joint.join(words)] if words else [])) for numbers, words in chunks
         )
-        meta = {"language": "en"} | ({"images_missing": str(missing)} if missing else {})
+        language = language_of(
+            "", " ".join(piece for content in contents for piece in content if isinstance(piece, str))
+        )
+        meta = filled(language=language, images_missing=missing or "")
         yield Document(id, source, split, tuple(images), contents, meta=meta)
 
 
@@ -155,9 +156,9 @@ def _mmc4_image(info: Row, images: Images) -> bytes | Unusable:
     if encoded.startswith("b'"):  # OpenFlamingo's converter writes Python's spelling of the bytes
         encoded = encoded[2:-1]
     try:
-        return base64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError):
-        return Unusable(DAMAGED_FILE, "an image that is no Base64")
+        return from_base64(encoded)
+    except Unusable as fault:
+        return fault
 
 
 SOURCES: Sequence[Source] = (

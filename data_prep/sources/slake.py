@@ -9,14 +9,21 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.reading.faults import LANGUAGE, Unusable
 from data_prep.reading.files import Images
 from data_prep.reading.rows import Row, read_rows
-from data_prep.sources.source import Source, as_published, filled, qa_sample, question_and_answer, records, text
+from data_prep.sources.source import (
+    LANGUAGES,
+    Source,
+    as_published,
+    filled,
+    qa_sample,
+    question_and_answers,
+    records,
+    text,
+)
 from infimed_jax.data.sample import Sample, Skipped
 
 NAME = "slake"
-LANGUAGES = ("en", "zh")
 
 
 def read(folder: Path, split: str) -> Iterator[Sample | Skipped]:
@@ -33,10 +40,7 @@ def _file(folder: Path, split: str) -> Path:
 
 
 def _sample(images: Images, id: str, row: Row) -> Sample:
-    question, answer = question_and_answer(row)
-    language = text(row.get("q_lang")) or "en"
-    if language not in LANGUAGES:
-        raise Unusable(LANGUAGE)
+    question, gold = question_and_answers(row)
     image_name, answer_type = text(row.get("img_name")), text(row.get("answer_type")).upper()
     meta = filled(
         image_id=f"{NAME}/{image_name}",
@@ -45,10 +49,10 @@ def _sample(images: Images, id: str, row: Row) -> Sample:
         question_type=row.get("content_type"),
         answer_type=answer_type,
         qid=row.get("qid"),
-        language=language,
+        language=text(row.get("q_lang")) or "en",
     )
     meta |= as_published(row, "question")
-    return qa_sample(id, (images.read(image_name),), question, answer, meta, answer_type)
+    return qa_sample(id, (images.read(image_name),), question, gold, meta, answer_type)
 
 
 SOURCE = Source(

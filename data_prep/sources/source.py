@@ -2,23 +2,54 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import hashlib
 import hmac
-import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.reading.faults import DUPLICATE, NO_ANSWER, NO_QUESTION, NO_TEXT, NOT_AN_OPTION, Unusable
+import numpy as np
+
+from data_prep.reading.faults import (
+    ANSWERS_DIFFER,
+    DUPLICATE,
+    LANGUAGE,
+    NO_ANSWER,
+    NO_QUESTION,
+    NO_TEXT,
+    NOT_AN_OPTION,
+    Unusable,
+)
+from data_prep.reading.files import as_list
 from data_prep.reading.rows import Row
+from data_prep.reading.words import (
+    MARK,
+    number_marks,
+    script_language,
+    split_marks,
+    split_thoughts,
+    without_letters,
+    without_marks,
+)
 from infimed_jax.data.prompts import LETTERS
-from infimed_jax.data.sample import Document, Question, QuestionKind, Sample, Skipped
+from infimed_jax.data.sample import Content, Document, Question, QuestionKind, Sample, Skipped
 from infimed_jax.errors import UserError
-from infimed_jax.evaluation.benchmark import MARK, QUESTION_SHOWN, SHOWN
+from infimed_jax.evaluation.benchmark import MARK as BENCHMARK_MARK
+from infimed_jax.evaluation.benchmark import QUESTION_SHOWN, SHOWN
 from infimed_jax.files import to_json
+
+LANGUAGES = ("en", "zh")
+"""Languages in which questions can be asked."""
+LONGEST_NAME = 1000
+"""Characters of a file's name; longer text in the place of an image is one in Base64."""
+EQUAL_OPTIONS, MISPLACED_MARKS = "equal_options", "misplaced_marks"
+"""Metadata of a sample that is kept, by which `data ingest` counts what is odd about it."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +66,13 @@ class Option:
     required: bool = False
     names_split: bool = False
     """Whether it says which data a split consists of: then only one split is read, since all would be the same."""
+
+
+LANGUAGE_OPTION = Option(
+    "language", "language of the text, en or zh [zh where most of it is in Chinese signs, else none is recorded]",
+    choices=LANGUAGES,
+)  # fmt: skip
+"""For files of one's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +123,7 @@ class Source:
         """What `read` yields, marked by the benchmark."""
         for record in self.read(folder, split, *shard):
             if self.benchmark and isinstance(record, Sample):
-                record = replace(record, meta=record.meta | {MARK: self.benchmark})
+                record = replace(record, meta=record.meta | {BENCHMARK_MARK: self.benchmark})
             yield record
 
 
@@ -181,11 +219,42 @@ def once(rows: Iterable[Row | Unusable], field: str) -> Iterator[Row | Unusable]
 def text(value: Any) -> str:
     """An annotation's value as stripped text: numbers become text, absent and nested values the empty string.
 
-    NaN is how tables exported by pandas write an absent value.
+    NaN is how tables exported by pandas write an absent value, and 3.0 how they write 3 in a column with such a hole.
     """
-    if isinstance(value, float) and math.isnan(value):
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, np.generic):  # of a TFDS set; float32 2.3 is 2.3, not the next double
+        value = float(str(value)) if isinstance(value, np.floating) else value.item()
+    if isinstance(value, int):
+        return "" if isinstance(value, bool) else str(value)
+    number = Decimal(repr(value)) if isinstance(value, float) else value
+    if not isinstance(number, Decimal) or not number.is_finite():
         return ""
-    return str(value).strip() if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
+    return f"{number.normalize():f}" if number else "0"
+
+
+def answers(value: Any) -> tuple[str, ...]:
+    """The gold answers that an annotation gives, none twice: a list's values are alternatives, true is yes.
+
+    A list may be written as text, as MMMU has it: `['8.4', '8.40']`.
+    """
+    if isinstance(value, str) and _LIST.fullmatch(value.strip()):
+        value = _literal_list(value) or value
+    texts = [_YES_NO[bool(each)] if isinstance(each, bool | np.bool_) else text(each) for each in as_list(value)]
+    return tuple(dict.fromkeys(filter(None, texts)))
+
+
+_YES_NO = ("no", "yes")
+_LIST = re.compile(r"\[\s*['\"].*\]", re.DOTALL)
+
+
+def _literal_list(literal: str) -> list[str]:
+    """A Python list of strings: parsed as a literal, never evaluated. Empty for anything else."""
+    try:
+        value = ast.literal_eval(literal.strip()) if len(literal) < 20_000 else []
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return []
+    return value if isinstance(value, list) and all(isinstance(each, str) for each in value) else []
 
 
 def need(row: Row, field: str, reason: str) -> str:
@@ -196,45 +265,96 @@ def need(row: Row, field: str, reason: str) -> str:
     return value
 
 
-def question_and_answer(row: Row, question: str = "question", answer: str = "answer") -> tuple[str, str]:
-    """Both texts. Raises Unusable."""
-    return need(row, question, NO_QUESTION), need(row, answer, NO_ANSWER)
-
-
-def answer_kind(answer: str, answer_type: str = "") -> QuestionKind:
-    """The kind of a question of CLOSED or OPEN type: yes/no by its answer, otherwise closed or open."""
-    if answer.lower() in ("yes", "no"):
-        return "yes_no"
-    return "closed" if answer_type == "CLOSED" else "open"
+def question_and_answers(row: Row, question: str = "question", answer: str = "answer") -> tuple[str, tuple[str, ...]]:
+    """The question, and the answers that are right. Raises Unusable."""
+    asked, gold = need(row, question, NO_QUESTION), answers(row.get(answer))
+    if not gold:
+        raise Unusable(NO_ANSWER)
+    return asked, gold
 
 
 def qa_sample(
-    id: str, images: tuple[bytes, ...], question: str, answer: str, meta: Mapping[str, str], answer_type: str = ""
+    id: str,
+    images: tuple[bytes, ...],
+    question: str,
+    gold: Sequence[str],
+    meta: Mapping[str, str],
+    answer_type: str = "",
 ) -> Sample:
-    """A question with a gold answer in text. `id` is `source/split/…`."""
-    kind = answer_kind(answer, answer_type)
+    """A question with its gold answers in text, any of which is right. `id` is `source/split/…`.
+
+    It is yes/no by its answer, otherwise closed or open by its type; a think block before the first answer is its
+    reasoning. Raises Unusable: yes and no are both right, or what `split_thoughts` and `without_marks` refuse.
+    """
     source, split = id.split("/")[:2]
-    answer = answer.lower() if kind == "yes_no" else answer
-    return Question(id, source, split, images, kind, question, answer, meta=dict(meta))
+    reasoning, first = split_thoughts(gold[0])
+    if reasoning and (final := _FINAL.fullmatch(first)):
+        first = final[1] or final[2]
+    gold = tuple(dict.fromkeys((first.strip(), *(split_thoughts(answer)[1].strip() for answer in gold[1:]))))
+    if not all(gold):
+        raise Unusable(NO_ANSWER)
+    verdicts = {answer.lower() for answer in gold} & {*_YES_NO}
+    if len(verdicts) == 2:
+        raise Unusable(ANSWERS_DIFFER)
+    kind: QuestionKind = "closed" if answer_type == "CLOSED" else "open"
+    if verdicts and len({answer.lower() for answer in gold}) == 1:
+        kind, gold = "yes_no", tuple(verdicts)
+    asked = without_marks(question, len(images), _known_language(meta))
+    return Question(
+        id, source, split, images, kind, asked, gold[0], reasoning=reasoning, alternatives=gold[1:], meta=dict(meta)
+    )
+
+
+_FINAL = re.compile(r"\\boxed\{(.+)\}|<answer>(.+)</answer>", re.DOTALL)
+"""An answer alone, as it stands behind thoughts."""
+
+
+def _known_language(meta: Mapping[str, str]) -> str:
+    """The language of a question. Raises Unusable if there is no wording for it."""
+    language = meta.get("language", "en")
+    if language not in LANGUAGES:
+        raise Unusable(LANGUAGE, language[:20])
+    return language
 
 
 def choice_sample(
     id: str, images: tuple[bytes, ...], question: str, options: Iterable[str], letter: str, meta: Mapping[str, str]
 ) -> Sample:
-    """A multiple choice; options without letters. Raises Unusable if no option has the letter."""
+    """A multiple choice. Letters before the options go, the prompt writes them; empty ones at the end fall away.
+
+    Raises Unusable if no option has the letter, or as `without_marks`.
+    """
     source, split = id.split("/")[:2]
-    options = tuple(options)
+    options = without_letters(tuple(options))
     if not 2 <= len(options) <= len(LETTERS) or len(letter) != 1 or letter not in LETTERS[: len(options)]:
         raise Unusable(NOT_AN_OPTION)
-    return Question(id, source, split, images, "choice", question, letter, options, meta=dict(meta))
+    meta = dict(meta)
+    if len(set(options)) < len(options):
+        meta[EQUAL_OPTIONS] = "true"
+    question = without_marks(question, len(images), _known_language(meta))
+    return Question(id, source, split, images, "choice", question, letter, options, meta=meta)
 
 
 def caption_sample(id: str, images: tuple[bytes, ...], caption: str, meta: Mapping[str, str]) -> Sample:
-    """A pretraining document: the images, a newline, the caption. Raises Unusable if there is no caption."""
-    if not caption:
+    """A pretraining document: the images, a newline, the caption; images stand where the caption has their marks.
+
+    Raises Unusable if there is no caption, or another number of marks than of images.
+    """
+    pieces = split_marks(caption)
+    words = [piece for piece in pieces if piece != MARK]
+    if not "".join(words).strip():
         raise Unusable(NO_TEXT)
     source, split = id.split("/")[:2]
-    return Document(id, source, split, images, ((*range(len(images)), f"\n{caption}"),), meta=dict(meta))
+    if len(words) == len(pieces):
+        content: Content = (*range(len(images)), f"\n{caption}")
+    else:
+        content = number_marks(pieces, range(len(images)))
+    return Document(id, source, split, images, (content,), meta=dict(meta))
+
+
+def language_of(given: str | None, words: str) -> str:
+    """The language that was given, else `zh` where most of the words are in Chinese signs, else none."""
+    return given or ("zh" if script_language(words) == "zh" else "")
 
 
 def as_published(row: Row, question: str, lines: Sequence[str] = (), usual: Sequence[str] = ()) -> dict[str, str]:

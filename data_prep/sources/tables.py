@@ -8,20 +8,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.reading.faults import DAMAGED_FILE, NO_TEXT, NOT_UNICODE, Unusable
+from data_prep.reading.faults import DAMAGED_FILE, NO_IMAGE, NO_TEXT, NOT_UNICODE, Unusable
 from data_prep.reading.files import Images, NoFiles, find_files, shard_name
 from data_prep.reading.parquet import parquet_rows
 from data_prep.reading.parts import even_parts, parts_of
 from data_prep.reading.rows import WHOLE, Part, Row
 from data_prep.sources.source import (
+    LANGUAGE_OPTION,
+    LONGEST_NAME,
     Option,
     Source,
     as_published,
     caption_sample,
     filled,
+    language_of,
     need,
     qa_sample,
-    question_and_answer,
+    question_and_answers,
     records,
 )
 from infimed_jax.data.sample import Sample, Skipped
@@ -36,8 +39,7 @@ def files_of(folder: Path, split: str) -> list[Path]:
     )  # fmt: skip
 
 
-def read(
-    name: str,
+def read_parquet(
     folder: Path,
     split: str,
     part: Part = WHOLE,
@@ -45,24 +47,46 @@ def read(
     question: str = "question",
     answer: str = "answer",
     caption: str | None = None,
+    language: str | None = None,
 ) -> Iterator[Sample | Skipped]:
     """Questions and answers, or captions where `caption` names a column."""
     columns = (image, caption) if caption else (image, question, answer)
-    make = partial(_sample, Images(folder), columns)
+    yield from read("parquet", folder, split, part, columns, language)
+
+
+def read(
+    name: str,
+    folder: Path,
+    split: str,
+    part: Part = WHOLE,
+    columns: tuple[str, ...] = ("image", "question", "answer"),
+    language: str | None = "en",
+) -> Iterator[Sample | Skipped]:
+    """As `_sample` says of the columns; the files are the Hub's."""
+    make = partial(_sample, Images(folder), columns, language)
     for file in [folder / part.file] if part.file else files_of(folder, split):
         rows = parquet_rows(file, columns, part)
         yield from records(f"{name}/{split}/{shard_name(folder, file)}", rows, make, part.first)
 
 
-def _sample(images: Images, columns: tuple[str, ...], id: str, row: Row) -> Sample:
-    """Two columns are an image and its caption, three an image, a question and its answer."""
+def _sample(images: Images, columns: tuple[str, ...], language: str | None, id: str, row: Row) -> Sample:
+    """Two columns are images and their caption, three images, a question and its answer."""
     cell = row[columns[0]]
-    meta = filled(image_id=f"{id.split('/')[0]}/{cell}" if isinstance(cell, str) else "", language="en")
     if len(columns) == 2:
-        return caption_sample(id, (images.cell(cell),), need(row, columns[1], NO_TEXT), meta)
-    question, answer = question_and_answer(row, *columns[1:])
-    meta |= as_published(row, columns[1])
-    return qa_sample(id, (images.cell(cell),), question, answer, meta)
+        question, gold = "", (need(row, columns[1], NO_TEXT),)
+    else:
+        question, gold = question_and_answers(row, *columns[1:])
+    encoded = images.cells(cell)
+    if not encoded:
+        raise Unusable(NO_IMAGE)
+    name = cell[0] if len(encoded) == 1 and isinstance(cell, list) else cell
+    meta = filled(
+        image_id=f"{id.split('/')[0]}/{name}" if isinstance(name, str) and len(name) < LONGEST_NAME else "",
+        language=language_of(language, f"{question} {gold[0]}"),
+    )
+    if not question:
+        return caption_sample(id, encoded, gold[0], meta)
+    return qa_sample(id, encoded, question, gold, meta | as_published(row, columns[1]))
 
 
 def read_tfds(
@@ -81,7 +105,7 @@ def read_tfds(
     """
     columns = (image, caption) if caption else (image, question, answer)
     rows = _tfds_rows(_tfds_source(folder, split, columns, tfds_split), image, part)
-    yield from records(f"tfds/{split}", rows, partial(_sample, Images(folder), columns), part.first)
+    yield from records(f"tfds/{split}", rows, partial(_sample, Images(folder), columns, None), part.first)
 
 
 def tfds_parts(folder: Path, split: str, tfds_split: str | None = None, **columns: Any) -> list[Part]:
@@ -142,13 +166,13 @@ SOURCES = (
     Source(
         name="parquet",
         title="Any Parquet files with images",
-        layout="data/SPLIT-*.parquet, SPLIT-*.parquet, SPLIT/*.parquet or SPLIT.parquet; an image is bytes, "
-        '{"bytes", "path"} or a file name',
+        layout="data/SPLIT-*.parquet, SPLIT-*.parquet, SPLIT/*.parquet or SPLIT.parquet; images are bytes, "
+        '{"bytes", "path"}, a file name, or a list of these',
         columns=("as the options say",),
         obtain="your own files, or most image sets of the Hugging Face Hub",
-        read=partial(read, "parquet"),
+        read=read_parquet,
         shards=parts_of(files_of),
-        options=_QA_OPTIONS,
+        options=(*_QA_OPTIONS, LANGUAGE_OPTION),
         **_DOOR,
     ),
     Source(

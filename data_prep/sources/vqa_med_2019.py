@@ -9,7 +9,7 @@ from pathlib import Path
 from data_prep.reading.csv_rows import Table, csv_rows
 from data_prep.reading.files import Images
 from data_prep.reading.rows import Row
-from data_prep.sources.source import Source, filled, qa_sample, question_and_answer, records, text
+from data_prep.sources.source import Source, answers, filled, qa_sample, question_and_answers, records, text
 from infimed_jax.data.sample import Sample, Skipped
 
 NAME = "vqa_med_2019"
@@ -35,14 +35,11 @@ def read(folder: Path, split: str) -> Iterator[Sample | Skipped]:
 
 
 def _sample(images: Images, id: str, row: Row) -> Sample:
-    """The test set separates several right answers by `#`: the first is the gold answer, all are in the metadata."""
-    question, answer = question_and_answer(row)
+    """The test set separates several right answers by `#`."""
+    question, (answer, *_) = question_and_answers(row)
     name = f"{text(row['image'])}.jpg"
-    alternatives = answer if "#" in answer else ""
-    meta = filled(
-        image_id=f"{NAME}/{name}", question_type=row.get("category"), alternatives=alternatives, language="en"
-    )
-    return qa_sample(id, (images.read(name),), question, answer.partition("#")[0].strip(), meta)
+    meta = filled(image_id=f"{NAME}/{name}", question_type=row.get("category"), language="en")
+    return qa_sample(id, (images.read(name),), question, answers(answer.split("#")), meta)
 
 
 SOURCE = Source(

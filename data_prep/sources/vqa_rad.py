@@ -17,7 +17,7 @@ from data_prep.sources.source import (
     caption_sample,
     filled,
     qa_sample,
-    question_and_answer,
+    question_and_answers,
     records,
     text,
 )
@@ -65,7 +65,7 @@ def _key(row: Row) -> tuple[str, ...]:
 
 
 def _sample(images: Images, document: bool, id: str, row: Row) -> Sample:
-    question, answer = question_and_answer(row)
+    question, gold = question_and_answers(row)
     image_name, organ = text(row.get("image_name")), text(row.get("image_organ"))
     answer_type = text(row.get("answer_type")).upper()  # two rows have a trailing blank
     meta = filled(
@@ -80,8 +80,8 @@ def _sample(images: Images, document: bool, id: str, row: Row) -> Sample:
     meta |= as_published(row, "question")
     image = images.read(image_name)
     if document:
-        return caption_sample(id, (image,), f"{question} {answer}", meta)
-    return qa_sample(id, (image,), question, answer, meta, answer_type)
+        return caption_sample(id, (image,), f"{question} {gold[0]}", meta)
+    return qa_sample(id, (image,), question, gold, meta, answer_type)
 
 
 SOURCE = Source(

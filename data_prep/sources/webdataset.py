@@ -13,7 +13,7 @@ from data_prep.reading.faults import NO_IMAGE, NO_TEXT, NOT_JSON, NOT_UNICODE, U
 from data_prep.reading.files import all_files, shard_name
 from data_prep.reading.parts import parts_of
 from data_prep.reading.rows import WHOLE, Part
-from data_prep.sources.source import Source, caption_sample, filled, records
+from data_prep.sources.source import Source, caption_sample, filled, language_of, records
 from infimed_jax.data.sample import Sample, Skipped
 from infimed_jax.files import to_json
 
@@ -48,7 +48,8 @@ def _pair(id: str, group: dict[str, bytes]) -> Sample:
         raise Unusable(NOT_UNICODE) from error
     if not isinstance(caption, str):
         raise Unusable(NO_TEXT)
-    return caption_sample(id, (image,), caption.strip(), filled(source_id=info.get("uid") or key, language="en"))
+    meta = filled(source_id=info.get("uid") or key, language=language_of("", caption))
+    return caption_sample(id, (image,), caption.strip(), meta)
 
 
 def json_member(group: dict[str, bytes]) -> dict[str, Any]:

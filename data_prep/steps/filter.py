@@ -17,6 +17,7 @@ from PIL import Image
 
 from data_prep.engine import HERE, Engine
 from data_prep.reading.rows import read_json
+from data_prep.reading.words import script_language
 from data_prep.steps.step import (
     MAX_BAD_RECORDS,
     Slice,
@@ -107,14 +108,6 @@ _RUN = re.compile(r"(.{1,60}?)\1{9,}", re.DOTALL)
 _SHORT, _LONG, _PLAIN = 80, 400, 1.9
 """Bytes below which text is not compressed, bytes from which its compression counts, and prose's own compression."""
 _REPLACED = "\ufffd"
-_SCRIPTS = {
-    "zh": re.compile(r"[\u4e00-\u9fff]"),
-    "ja": re.compile(r"[\u3040-\u30ff]"),
-    "ko": re.compile(r"[\uac00-\ud7af]"),
-    "ru": re.compile(r"[\u0400-\u04ff]"),
-    "ar": re.compile(r"[\u0600-\u06ff]"),
-}
-_LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]")
 
 
 @dataclass(frozen=True)
@@ -209,14 +202,7 @@ def is_repeating(part: str, max_compression: float) -> bool:
 
 def language(sample: Sample, whole: str) -> str:
     """`meta["language"]`, or the script that most letters have; "" where there are none."""
-    if given := sample.meta.get("language"):
-        return given
-    counts = {code: len(script.findall(whole)) for code, script in _SCRIPTS.items()}
-    counts["en"] = len(_LATIN.findall(whole)) // 4  # a letter says less than a Chinese sign
-    best = max(counts, key=counts.__getitem__)
-    if best == "zh" and counts["ja"]:  # Japanese is written with Chinese signs, too
-        best = "ja"
-    return best if counts[best] else ""
+    return sample.meta.get("language") or script_language(whole)
 
 
 def shorter_side(image: bytes) -> int:

@@ -19,7 +19,7 @@ from data_prep.reading.faults import NOT_JSON, Unusable
 from data_prep.reading.rows import json_rows, read_json
 from data_prep.steps.step import MAX_BAD_RECORDS, Step, make_dataset, readable, refuse_damage, write_stream
 from infimed_jax.data.packing import PackingIndex
-from infimed_jax.data.records import TEXT_FIELDS, from_values
+from infimed_jax.data.records import LIST_FIELDS, TEXT_FIELDS, from_values
 from infimed_jax.data.sample import Chat, Kind, Sample
 from infimed_jax.data.storage import Samples
 from infimed_jax.errors import UserError
@@ -134,7 +134,8 @@ def _from_json(value: dict[str, Any]) -> Sample:
     if value["kind"] not in get_args(Kind):
         raise TypeError(f"a kind that is none of {', '.join(get_args(Kind))}")
     contents = value.get("chunks", []) + [turn["content"] for turn in value.get("turns", [])]
-    if not all(isinstance(part, list) for part in (value["images"], value.get("options", []), *contents)):
+    lists = [value["images"], *(value.get(field, []) for field in LIST_FIELDS), *contents]
+    if not all(isinstance(part, list) for part in lists):
         raise TypeError("a value that must be a list is none")
     if not all(type(piece) in (str, int) for content in contents for piece in content):
         raise TypeError("content that is neither text nor the number of an image")
@@ -143,7 +144,8 @@ def _from_json(value: dict[str, Any]) -> Sample:
         raise TypeError(f"unknown {', '.join(sorted(unknown))}")
     # Another type than the field's would be found by whoever reads it, long after.
     texts = [getattr(sample, field, "") for field in TEXT_FIELDS]
-    texts += [*getattr(sample, "options", ()), *(text for pair in sample.meta.items() for text in pair)]
+    texts += [text for field in LIST_FIELDS for text in getattr(sample, field, ())]
+    texts += [*(text for pair in sample.meta.items() for text in pair)]
     texts += [text for turn in getattr(sample, "turns", ()) for text in (turn.role, turn.reasoning)]
     if not all(isinstance(text, str) for text in texts):
         raise TypeError("a value that must be text is none")

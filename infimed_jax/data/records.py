@@ -20,6 +20,7 @@ from infimed_jax.errors import UserError
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=vars).encode
 TEXT_FIELDS = ("id", "source", "split", "kind", "question", "answer", "reasoning", "system")
 JSON_FIELDS = ("chunks", "turns", "meta")
+LIST_FIELDS = ("options", "alternatives")
 FORMAT = 2
 """Layout of a prepared dataset; another number in a manifest is refused."""
 
@@ -53,7 +54,9 @@ def _check_question(sample: Question) -> None:
         raise UserError(
             f"sample {sample.id}: a choice's answer must be the letter of one of its options, not {answer!r}"
         )
-    if not answer.strip():
+    if sample.alternatives and kind not in ("closed", "open"):
+        raise UserError(f"sample {sample.id}: a {kind} question has one answer, no alternatives")
+    if not all(text.strip() for text in (answer, *sample.alternatives)):
         raise UserError(f"sample {sample.id}: a {kind} question needs a gold answer")
     question_text(sample)  # raises where there is no wording for it
 
@@ -68,6 +71,8 @@ def to_record(sample: Sample) -> bytes:
         for field in JSON_FIELDS:
             features[field].bytes_list.value.append(_to_json(getattr(sample, field, ())).encode())
         features["options"].bytes_list.value.extend([option.encode() for option in getattr(sample, "options", ())])
+        if alternatives := getattr(sample, "alternatives", ()):  # without any, the bytes are those of earlier versions
+            features["alternatives"].bytes_list.value.extend([text.encode() for text in alternatives])
     except UnicodeEncodeError as error:
         raise UserError(f"sample {sample.id!r} holds text that is not Unicode: {error.reason}") from error
     features["images"].bytes_list.value.extend(sample.images)
@@ -83,7 +88,7 @@ def from_record(record: bytes) -> Sample:
 
     values: dict[str, Any] = {field: one(field) for field in TEXT_FIELDS}
     values |= {field: json.loads(one(field)) for field in JSON_FIELDS}
-    values["options"] = [option.decode() for option in features["options"].bytes_list.value]
+    values |= {field: [text.decode() for text in features[field].bytes_list.value] for field in LIST_FIELDS}
     return from_values(values | {"images": features["images"].bytes_list.value})
 
 
@@ -96,7 +101,8 @@ def from_values(values: dict[str, Any]) -> Sample:
         turns = tuple(Turn(t["role"], tuple(t["content"]), t.get("reasoning", "")) for t in values["turns"])
         return Chat(**common, turns=turns)
     texts = {field: values[field] for field in ("kind", "question", "answer", "reasoning", "system")}
-    return Question(**common, **texts, options=tuple(values["options"]))
+    lists = {field: tuple(values.get(field, ())) for field in LIST_FIELDS}
+    return Question(**common, **texts, **lists)
 
 
 class Tally:

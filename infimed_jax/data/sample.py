@@ -71,6 +71,8 @@ class Question(_Common):
     """Thoughts that lead to the answer; with them, training asks for a boxed answer."""
     system: str = ""
     """The system turn before the question, if any."""
+    alternatives: tuple[str, ...] = ()
+    """Other texts that are as right as the answer, which alone is trained on; of closed and open questions only."""
 
 
 Sample = Document | Chat | Question

@@ -163,7 +163,7 @@ def _write_tfds_metadata(
     text = tfds.features.Text()
     features = tfds.features.FeaturesDict(
         {field: text for field in (*TEXT_FIELDS, *JSON_FIELDS)}
-        | {"options": tfds.features.Sequence(text), "images": tfds.features.Sequence(text)}
+        | {field: tfds.features.Sequence(text) for field in ("options", "images")}  # no alternatives: few have any
     )
     split = tfds.core.SplitInfo(name=TFDS_SPLIT, shard_lengths=lengths, num_bytes=size, filename_template=template)
     tfds.folder_dataset.write_metadata(

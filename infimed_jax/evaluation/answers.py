@@ -80,8 +80,10 @@ def answer_of(sample: Question, reply: str, finished: bool = True) -> Parsed:
 
 
 def matches(parsed: Parsed, sample: Question) -> bool:
-    """Whether the reply answers as the gold answer does."""
-    return parsed.status == "ok" and parsed.value == gold_value(sample)
+    """Whether the reply answers as the gold answer does, or one of its alternatives."""
+    if parsed.status != "ok":
+        return False
+    return parsed.value == gold_value(sample) or parsed.value in map(normalize, sample.alternatives)
 
 
 def gold_value(sample: Question) -> str:

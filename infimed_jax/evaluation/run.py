@@ -181,7 +181,8 @@ def image_gain(seeing: Evaluation, blind: Evaluation) -> Comparison:
 def fingerprint(samples: Sequence[Question]) -> str:
     """16 hexadecimal digits of what is asked, whatever the order of the samples."""
     rows = sorted(
-        (s.id, s.kind, s.question, list(s.options), s.answer, [_digest(image) for image in s.images]) for s in samples
+        (s.id, s.kind, s.question, list(s.options), [s.answer, *s.alternatives], [_digest(image) for image in s.images])
+        for s in samples
     )
     return hashlib.sha256(to_json(rows).encode()).hexdigest()[:16]
 

@@ -17,7 +17,8 @@ def normalize(text: str) -> str:
 
     Unicode NFKC and case; LaTeX and Markdown dress; punctuation as a blank, except where it changes the meaning
     (1.5, -5, 1/2, 80%, T2*, Crohn's); thousands commas; numbers up to twenty as digits; one article at the start
-    (only there: "hepatitis A" is not "hepatitis"); runs of blanks, and any before a unit (5 cm).
+    (only there: "hepatitis A" is not "hepatitis"); runs of blanks, and any before a unit (5 cm); zeros at the end of
+    decimals in a number, or in a text that begins with one (2.50 cm is 2.5 cm, but version 1.10 is not version 1.1).
     """
     text = plain(visible(text)).casefold()
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
@@ -25,11 +26,23 @@ def normalize(text: str) -> str:
     words = [_NUMBERS.get(word, word) for word in text.split()]
     if len(words) > 1 and words[0] in ("a", "an", "the"):
         words = words[1:]
+    if words and _DECIMAL.fullmatch(words[0]):
+        words = [_shortest(word) for word in words]
     return _BEFORE_UNIT.sub("", " ".join(words))
 
 
 _UNITS = "% mm cm dm m km µm um nm ml dl l mg µg ug g kg hu kv kvp ma mas hz khz mhz t mmhg bpm s ms"
 _BEFORE_UNIT = re.compile(rf"(?<=\d) (?=(?:{'|'.join(_UNITS.split())})(?!\w))")
+_DECIMAL = re.compile(rf"(-?)([0-9]+|(?=\.))(\.[0-9]+)?((?:{'|'.join(_UNITS.split())})?)")
+
+
+def _shortest(word: str) -> str:
+    """A decimal without the zeros at its end; any other word as it is (007, 1e3, 1.2.3)."""
+    match = _DECIMAL.fullmatch(word)
+    if match is None or not match[3]:
+        return word
+    number = (match[2] or "0") + match[3].rstrip("0").removesuffix(".")
+    return (match[1] if number.strip("0.") else "") + number + match[4]
 
 
 def _has_meaning(text: str, i: int) -> bool:

@@ -52,13 +52,16 @@ common = {
     "source": texts,
     "split": texts,
     "images": st.lists(st.binary(max_size=9), min_size=1, max_size=3).map(tuple),
-    "meta": st.dictionaries(texts, texts, max_size=3),
+    "meta": st.dictionaries(texts.filter(lambda key: key != "language"), texts, max_size=3),
 }
 asked = common | {"question": texts.map("Q{}".format), "reasoning": texts, "system": texts}
 samples = st.one_of(
     st.builds(Chat, **common, turns=st.lists(turns, min_size=1, max_size=3).map(tuple)),
     st.builds(Document, **common, chunks=st.lists(turns.map(lambda t: t.content), min_size=1, max_size=3).map(tuple)),
-    st.builds(Question, **asked, kind=st.sampled_from(["open", "closed"]), answer=texts.map("A{}".format)),
+    st.builds(
+        Question, **asked, kind=st.sampled_from(["open", "closed"]), answer=texts.map("A{}".format),
+        alternatives=st.lists(texts.map("B{}".format), max_size=2).map(tuple),
+    ),
     st.builds(
         Question, **asked, kind=st.just("choice"), answer=st.sampled_from("AB"),
         options=st.lists(texts, min_size=2, max_size=3).map(tuple),

@@ -51,7 +51,7 @@ def test_pmc_vqa_in_both_layouts(tmp_path, split, file, place, header):
     assert reasons(records) == ["B", "answer is none of the options", "no answer", "image missing", "B", "no question"]
     sample = records[0]
     assert sample.kind == "choice" and sample.question == "What uptake?" and sample.images == (b"A",)
-    assert sample.options == ("Diffuse uptake", "Focal uptake", "C. difficile", "")
+    assert sample.options == ("Diffuse uptake", "Focal uptake", "C. difficile")
     assert json.loads(sample.meta["options_shown"]) == CHOICES and sample.meta["question_shown"] == " What uptake? "
 
 

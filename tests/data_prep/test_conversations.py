@@ -10,8 +10,8 @@ import pytest
 
 from data_prep.reading.faults import Unusable
 from data_prep.sources import SOURCES
-from data_prep.sources.conversations import conversation
 from data_prep.sources.source import with_options
+from data_prep.sources.turns import conversation, turns_of
 from infimed_jax.data.sample import Sample, Skipped, Turn
 
 
@@ -19,36 +19,97 @@ def spoken(*values: str, roles: tuple[str, ...] = ("human", "gpt")) -> list[dict
     return [{"from": roles[number % len(roles)], "value": value} for number, value in enumerate(values)]
 
 
+def made(turns, images: int, **row) -> tuple[Turn, ...]:
+    said, _ = turns_of({"conversations": turns} | row)
+    return conversation(said, images)[0]
+
+
 def test_marks_become_images_where_they_stand():
-    assert conversation(spoken("<image>\nWhat?", "Gas."), 1) == (
+    assert made(spoken("<image>\nWhat?", "Gas."), 1) == (
         Turn("user", (0, "\nWhat?")),
         Turn("assistant", ("Gas.",)),
     )
-    assert conversation(spoken("What?\n<image>", "Gas.", "And <image>?", "Air."), 2) == (
+    assert made(spoken("What?\n<image>", "Gas.", "And <image>?", "Air."), 2) == (
         Turn("user", ("What?\n", 0)),
         Turn("assistant", ("Gas.",)),
         Turn("user", ("And ", 1, "?")),
         Turn("assistant", ("Air.",)),
     )
-    assert conversation(spoken("Both?", "Yes."), 2)[0] == Turn("user", (0, 1, "\nBoth?"))  # PubMedVision has no marks
-    assert conversation(spoken("Hi", "Hello."), 0) == (Turn("user", ("Hi",)), Turn("assistant", ("Hello.",)))
+    assert made(spoken("Both?", "Yes."), 2)[0] == Turn("user", (0, 1, "\nBoth?"))  # PubMedVision has no marks
+    assert made(spoken("Hi", "Hello."), 0) == (Turn("user", ("Hi",)), Turn("assistant", ("Hello.",)))
     system = [{"role": "system", "content": "Be brief."}, *spoken("<image>Q", "A")]
-    assert conversation(system, 1)[0] == Turn("system", ("Be brief.",))
+    assert made(system, 1)[0] == Turn("system", ("Be brief.",))
+
+
+def test_a_mark_in_a_reply_is_the_image_of_the_turn_before():
+    alone = made(spoken("What?", "<image>\nGas."), 1)
+    assert alone == (Turn("user", (0, "\nWhat?")), Turn("assistant", ("Gas.",)))
+    beside = made(spoken("<image>\nWhat?", "In <image>: gas."), 1)  # the image has its place: the reply's is none
+    assert beside == (Turn("user", (0, "\nWhat?")), Turn("assistant", ("In : gas.",)))
+    later = made(spoken("<image>What?", "Gas.", "And here?", "<image>Air."), 2)
+    assert [turn.content for turn in later] == [(0, "What?"), ("Gas.",), (1, "\nAnd here?"), ("Air.",)]
+    system = [{"role": "system", "content": "<image>Be brief."}, *spoken("Q", "A")]
+    assert [turn.content for turn in made(system, 1)] == [("Be brief.",), (0, "\nQ"), ("A",)]
+    with pytest.raises(Unusable, match="image marks do not match images"):
+        made(spoken("What?", "<image><image>Gas."), 1)
+
+
+def test_a_closed_think_block_before_a_reply_is_its_reasoning():
+    turns = made(spoken("Q", "<think>\nThe edge is visible.\n</think>\n\nPneumothorax.", "And?", "No <b>."), 0)
+    assert turns[1] == Turn("assistant", ("Pneumothorax.",), "The edge is visible.")
+    assert turns[3] == Turn("assistant", ("No <b>.",))
+    assert made(spoken("Q", "<think></think>A"), 0)[1] == Turn("assistant", ("A",))
+    for reply in ("<think>The edge", "The edge.</think>A", "A <think>b</think>", "<think>a</think>b<think>c</think>"):
+        with pytest.raises(Unusable, match="think block that is not closed, or not at the start"):
+            made(spoken("Q", reply), 0)
+    with pytest.raises(Unusable, match="no text"):
+        made(spoken("Q", "<think>The edge</think>"), 0)
+
+
+def test_other_keys_roles_and_parts_of_turns():
+    usual = (Turn("system", ("Be brief.",)), Turn("user", (0, "\nQ")), Turn("assistant", ("A",)))
+    assert made(spoken("<image>\nQ", "A", roles=("user", "model")), 1, system="Be brief.") == usual
+    both = [{"role": "system", "content": "In English."}, *spoken("Q", "A")]
+    assert made(both, 0, system="Be brief.")[0] == Turn("system", ("Be brief.\n\nIn English.",))
+    assert made(both, 0, system="In English.")[0] == Turn("system", ("In English.",))
+    parts = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nQ"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A"}]},
+    ]
+    said, named = turns_of({"messages": parts, "system": "Be brief."})
+    assert conversation(said, 1) == (usual, 0) and named == []
+    parts[0]["content"][0] = {"type": "image_url", "image_url": {"url": "a.jpg"}}
+    assert turns_of({"messages": parts})[1] == [{"url": "a.jpg"}]
+
+
+def test_an_image_that_a_turn_names_is_read(tmp_path):
+    content = [{"type": "text", "text": "Q: "}, {"type": "image", "image": "a.jpg"}]
+    row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "A"}]}
+    folder = write(tmp_path, "train.json", [row, row | {"image": "a.jpg"}], {"images/a.jpg": b"x"})
+    sample, bad = SOURCES["llava_json"].read(folder, "train")
+    assert sample.images == (b"x",) and sample.turns[0].content == ("Q: ", 0)
+    assert bad.reason == "image marks do not match images"
 
 
 @pytest.mark.parametrize(
     ("turns", "images", "reason"),
     [
-        (None, 0, "out of order"),
-        ([], 0, "out of order"),
-        (["text"], 0, "out of order"),
-        (spoken("only a question"), 0, "out of order"),
-        (spoken("A", "Q", roles=("gpt", "human")), 0, "out of order"),
-        (spoken("Q", "Q2", "A", "A2", roles=("human", "human", "gpt", "gpt")), 0, "out of order"),
-        (spoken("Q", "A", roles=("robot", "gpt")), 0, "out of order"),
+        (None, 0, "no list of turns"),
+        ([], 0, "no list of turns"),
+        (["text"], 0, "no list of turns"),
+        ([{"from": "system", "value": "Be brief."}], 0, "no list of turns"),
+        (spoken("only a question"), 0, "ends with the user"),
+        (spoken("Q", "A", "Q"), 0, "ends with the user"),
+        (spoken("A", "Q", roles=("gpt", "human")), 0, "begins with a reply"),
+        (spoken("Q", "Q2", "A", "A2", roles=("human", "human", "gpt", "gpt")), 0, "two turns of one role"),
+        (spoken("Q", "A", "S", roles=("user", "gpt", "system")), 0, "system turn after"),
+        (spoken("Q", "A", roles=("robot", "gpt")), 0, "unknown role.*robot"),
+        (spoken("Q", "A", roles=("user", "tool")), 0, "unknown role.*tool"),
         (spoken("<image>\n", "A"), 1, "no text"),
         (spoken("Q", "  "), 0, "no text"),
         ([{"from": "human", "value": None}, {"from": "gpt", "value": "A"}], 0, "no text"),
+        ([{"from": "human", "value": [{"type": "video"}]}, {"from": "gpt", "value": "A"}], 0, "video"),
+        ([{"from": "human", "value": [{"type": "audio"}]}, {"from": "gpt", "value": "A"}], 0, "neither text nor image"),
         (spoken("<image>Q", "A"), 0, "marks"),
         (spoken("<image><image>Q", "A"), 1, "marks"),
         (spoken("<image>Q", "A"), 2, "marks"),
@@ -56,7 +117,23 @@ def test_marks_become_images_where_they_stand():
 )
 def test_conversations_that_contradict_themselves_are_named(turns, images, reason):
     with pytest.raises(Unusable, match=reason):
-        conversation(turns, images)
+        made(turns, images)
+
+
+def test_the_key_that_was_expected_is_named():
+    with pytest.raises(Unusable, match="under conversations or messages; it has id, dialog"):
+        turns_of({"id": 1, "dialog": spoken("Q", "A")})
+
+
+def test_a_rows_language_is_found_by_its_script_and_never_claimed(tmp_path):
+    def row(*values: str, **keys) -> dict:
+        return {"conversations": spoken(*values)} | keys
+
+    rows = [row("图中有什么？", "左侧气胸。"), row("What?", "Gas."), row("Was?", "Luft.", language="zh")]
+    folder = write(tmp_path, "train.json", rows, {})
+    assert [s.meta.get("language") for s in SOURCES["llava_json"].read(folder, "train")] == ["zh", None, "zh"]
+    source, _ = with_options(SOURCES["llava_json"], {"language": "en"})
+    assert {sample.meta["language"] for sample in source.read(folder, "train")} == {"en"}
 
 
 ROW = {"id": "7", "image": "a.jpg", "conversations": spoken("<image>\nDescribe.", "A small effusion.")}
@@ -137,7 +214,7 @@ def test_ones_own_files_by_option_with_bad_lines_named(tmp_path):
         (None, "sample"),
         (5, "image missing"),
         (True, "image missing"),
-        ({"path": "a.jpg"}, "image missing"),
+        ({"path": "b.jpg"}, "image missing"),
         ([["a.jpg"]], "image missing"),
     ],
 )

@@ -122,6 +122,6 @@ def test_mmc4_in_tars_with_images_as_base64(tmp_path: Path):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     lost, sample, *bad = SOURCES["mmc4"].read(tmp_path, "train")
-    assert lost.reason == "file is damaged" and sample.images == (b"A", b"B")
+    assert lost.reason == "image that is no Base64" and sample.images == (b"A", b"B")
     assert list(sample.chunks) == [(0, "\nFirst."), (1, "\nSecond. Third.")]
     assert [record.reason for record in bad] == ["not valid JSON", "not valid JSON"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 from data_prep.reading import parts
 from data_prep.sources import SOURCES
 from data_prep.sources.source import with_options
+from infimed_jax.data.prompts import question_text
 from infimed_jax.data.sample import Skipped
 from infimed_jax.errors import UserError
 
@@ -59,6 +61,34 @@ def test_own_columns_by_option(tmp_path):
     assert document.kind == "document" and document.chunks[0] == (0, "\nA")
     with pytest.raises(UserError, match=r"train\.parquet lacks image, question, answer: its columns are file"):
         list(SOURCES["parquet"].read(tmp_path, "train"))
+
+
+def test_values_marks_and_languages_of_ones_own_tables(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"A")
+    images = [["a.png", "A.png"], ["a.png"], ["a.png"], [], ["a.png"], ["https://example.org/a.png"]]
+    asked = ["<image><image>Same?", "<image>\nHow many?", "<image> <image>?", "Q", "左肺怎么样？", "Q"]
+    gold = pa.array([1.0, 3.0, 3.0, 4.0, 2.3, 1.0], pa.float32())
+    pq.write_table(pa.table({"image": images, "question": asked, "answer": gold}), tmp_path / "train.parquet")
+    two, one, marks, none, chinese, address = SOURCES["parquet"].read(tmp_path, "train")
+    assert (two.images, two.question, two.answer) == ((b"A", b"A"), "Same?", "1")
+    assert (one.question, one.answer, one.meta) == ("How many?", "3", {"image_id": "parquet/a.png"})
+    assert (marks.reason, none.reason) == ("image marks do not match images", "no image")
+    assert (chinese.answer, chinese.meta["language"]) == ("2.3", "zh") and "请简要回答" in question_text(chinese)
+    assert address == Skipped(
+        "parquet/train/train.parquet/00005", "image missing: an address, which is not downloaded", images[-1][0]
+    )
+    source, _ = with_options(SOURCES["parquet"], {"language": "en"})
+    assert {row.meta["language"] for row in source.read(tmp_path, "train") if not isinstance(row, Skipped)} == {"en"}
+    for column, shown in (
+        (pa.array([True, False, None]), ["yes", "no", "no answer"]),
+        (pa.array([["left", "the left"], ["yes"], []]), ["left", "yes", "no answer"]),
+        (pa.array([1, None, 3], pa.float64()), ["1", "no answer", "3"]),
+        (pa.array([Decimal("2.50"), Decimal("3.00"), None]), ["2.5", "3", "no answer"]),
+    ):
+        rows = pa.table({"image": ["a.png"] * 3, "question": ["Q"] * 3, "answer": column})
+        pq.write_table(rows, tmp_path / "train.parquet")
+        records = list(SOURCES["parquet"].read(tmp_path, "train"))
+        assert [r.reason if isinstance(r, Skipped) else r.answer for r in records] == shown
 
 
 @pytest.fixture

@@ -38,5 +38,5 @@ def test_each_split_in_its_layout(tmp_path, split, file, images, line):
         ("open", "a b"),
         "wrong number of columns",
     ]
-    assert records[4].meta["alternatives"] == "a b#c d" and records[0].images == (b"A",)
+    assert records[4].alternatives == ("c d",) and records[0].images == (b"A",)
     assert records[0].meta.get("question_type") == ("modality" if split == "test" else None)

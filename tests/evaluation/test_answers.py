@@ -1,5 +1,6 @@
 """The answer grammar as tables of what is and what is no answer, and properties on arbitrary text."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -226,6 +227,15 @@ SAME_TEXT = [
     ("80\\%", "80%"),
     ("80 %", "80%"),
     ("5cm", "5 cm"),
+    ("2.50", "2.5"),
+    ("3.0", "3"),
+    ("-0.0", "0"),
+    (".5", "0.50"),
+    ("1,500.0", "1500"),
+    ("80.0%", "80 %"),
+    ("2.50cm", "2.5 cm"),
+    ("5.0 x 3.0 cm", "5 x 3 cm"),
+    ("two", "2.0"),
 ]
 OTHER_TEXT = [
     ("hepatitis A", "hepatitis"),
@@ -248,6 +258,18 @@ OTHER_TEXT = [
     ("A", "the"),  # an article alone is the answer
     ("T 2", "T2"),
     ("5 classes", "5c lasses"),
+    ("150", "15"),
+    ("1.50", "15"),
+    ("10", "1"),
+    ("007", "7"),
+    ("1e3", "1000"),
+    ("1.2.0", "1.2"),
+    ("version 1.10", "version 1.1"),
+    ("12.10.2020", "12.1.2020"),
+    ("T2.0", "T2"),
+    ("2.5e0", "2.5"),
+    ("-2.50", "2.5"),
+    ("Th10.0", "Th10"),
 ]
 
 
@@ -359,6 +381,19 @@ GOLDS = st.one_of(
 @given(GOLDS, st.sampled_from(FORMS))
 def test_gold_in_any_accepted_form_matches(sample, form):
     assert matches(parse_answer(form.format(sample.answer), sample.kind, sample.options), sample)
+
+
+def test_any_alternative_is_right():
+    sample = dataclasses.replace(question("open", "8.4"), alternatives=("about 8", "8.50"))
+    for reply, right in (
+        ("8.40", True),
+        ("About 8.", True),
+        ("8.5", True),
+        ("8.4, 8.5", False),
+        ("85", False),
+        ("", False),
+    ):
+        assert matches(parse_answer(reply, "open"), sample) is right
 
 
 @given(st.sampled_from("ABCD"), st.sampled_from(FORMS))
