@@ -145,7 +145,7 @@ def test_one_list_is_the_same_dataset_in_parts_by_one_worker_or_two_and_whole(tm
     monkeypatch.setattr(parts, "LEAST", 1024)
     whole = made("whole")
     assert one == two == whole and one[0]["samples"] == 18
-    assert one[0]["skipped"] == {"image missing": 2, "turns of a conversation out of order": 3}
+    assert one[0]["skipped"] == {"image missing": 2, "no list of turns": 3}
     assert [s.id for s in one[1]] == [f"llava_json/train/{n:05d}" for n in range(23) if n % 5]
     assert len(os.listdir(tmp_path / "one" / "train")) == len(os.listdir(tmp_path / "two" / "train"))
     for file in (tmp_path / "one" / "train").glob("*.array_record*"):
