@@ -19,7 +19,6 @@ from data_prep.reading.archives import MAX_MEMBER, ZipFiles, is_resource_fork
 from data_prep.reading.faults import (
     IMAGE_ADDRESS,
     IMAGE_LEAVES,
-    IMAGE_LINK,
     IMAGE_MISSING,
     IMAGE_NOT_BASE64,
     IMAGE_TOO_LARGE,
@@ -108,7 +107,7 @@ class Images:
             if self.folders and all(_inside(folder, local) is None for folder in self.folders):
                 raise Unusable(IMAGE_LEAVES, name[:200])
             if any(_is_link(folder, local) for folder in self.folders):
-                raise Unusable(IMAGE_LINK, name[:200])
+                raise Unusable(IMAGE_MISSING, f"{name[:200]}, a link to a file that does not exist")
         raise Unusable(IMAGE_MISSING, name[:200])
 
     def _exact(self, name: str) -> bytes | None:
