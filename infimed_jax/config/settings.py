@@ -187,6 +187,9 @@ class Train(Group, path="train"):
     """Weights & Biases project that also receives the metrics; needs the `wandb` package."""
     step_timeout: NotNegative = 600.0
     """Seconds after which a step that has not ended is reported as hung, with the host's name; 0: never."""
+    image_check: bool = True
+    """Measure by how much the loss of held rows rises when each image is replaced by another's, at about 1 % of the
+    run's computation, and warn where it does not."""
     max_skipped_updates: CountOrZero = 5
     """Consecutive non-finite updates that end the run; 0: no number does."""
     seed: Seed = 0

@@ -215,6 +215,15 @@ class Loader:
             bad = np.array([len(row.bad) for row in loaded], np.int32)
             yield *place_batch((batch, bad), self._mesh), [name for row in loaded for name in row.ids]
 
+    def last_rows(self) -> Iterator[Batch]:
+        """Rows of the shape with most places for images, of the first epoch, the last one first; on every process."""
+        plan, shapes = self._plan(0), self.shapes
+        bucket = max(range(len(shapes)), key=lambda number: shapes[number][1])
+        for step in reversed(range(self.steps_per_epoch)):
+            for row in plan.rows[step][::-1] if plan.buckets[step] == bucket else ():
+                if row != EMPTY:
+                    yield self._reader(int(row), bucket).batch
+
     def _count(self, loaded: list[LoadedRow]) -> None:
         bad = [entry for row in loaded for entry in row.bad]
         for name, reason in bad:

@@ -93,12 +93,14 @@ def _context(report: Report) -> dict[str, Any]:
 
 def _stage_row(stage: Stage) -> dict[str, str]:
     summary = stage.summary
+    *_, gain = (None, *(row["image_gain"] for row in stage.history if "image_gain" in row))
     return {
         "title": stage.title,
         "steps": f"{stage.steps:,}",
         "tokens": f"{stage.tokens:,}",
         "seconds": f"{stage.seconds:.0f}",
         "curve": "–" if stage.first is None or stage.last is None else f"{stage.first:.3f} → {stage.last:.3f}",
+        "images": "–" if gain is None else f"{gain:+.3f}",
         "accuracy": f"{summary['accuracy']:.1%}" if summary else "–",
         "interval": f"{summary['interval'][0]:.1%} – {summary['interval'][1]:.1%}" if summary else "–",
         "unparsed": f"{summary['unparsed_rate']:.1%}" if summary else "–",

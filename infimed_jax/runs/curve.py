@@ -14,6 +14,7 @@ CURVE = "curve.png"
 
 _PANELS = (
     ("loss", "loss, nats a token"),
+    ("image_gain", "loss with another's image, minus with its own"),
     ("reward", "reward"),
     ("grad_norm", "gradient norm"),
     ("learning_rate", "learning rate"),

@@ -15,7 +15,7 @@ RESUME_MAY_CHANGE = frozenset(
         *("data.dataset", "data.tokenizer", "data.prefetch", "data.threads", "data.max_bad_records"),
         *("train.init_from", "train.output", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints"),
         *("train.max_skipped_updates", "train.remat", "train.attention", "train.logit_chunk", "train.micro_batches"),
-        *("train.rows_per_device", "train.wandb", "train.step_timeout"),
+        *("train.rows_per_device", "train.wandb", "train.step_timeout", "train.image_check"),
     }
 )
 """Settings, and groups of them, that may change on resume; everything else is bound. They alter how a step is computed,

@@ -33,10 +33,11 @@ from infimed_jax.runs.loop import Beat, OnStep, Run, Stepped, few, open_run, rea
 from infimed_jax.runs.meter import Meter, Trace, batch_counts
 from infimed_jax.runs.metrics import Row
 from infimed_jax.sharding import row_shards
+from infimed_jax.train.image_check import ImageCheck
 from infimed_jax.train.optimizer import learning_rate, make_optimizer
 from infimed_jax.train.start import bound_content, check_start, first_params, open_state
 from infimed_jax.train.state import TrainState
-from infimed_jax.train.step import Metrics, TrainStep, make_train_step, next_token_loss
+from infimed_jax.train.step import Metrics, make_train_step, next_token_loss
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,8 @@ def train(
             return _result(run, state, read_result(run)["data"])
         _announce(run, state, loader)
         with Trace(run.folder, min(run.start + 3, loader.steps), profile_steps) as trace:
-            stage = _Stage(run, loader, _compiled_step(run, state, loader), metadata.get("bad_records", {}), trace)
+            compute = _compute(run, state, loader)
+            stage = _Stage(run, loader, compute, metadata.get("bad_records", {}), trace)
             state = run_steps(
                 run, state, stage.step, loader.steps, lambda: metadata | {"bad_records": stage.bad_records()}
             )
@@ -102,10 +104,13 @@ def train(
 class _Stage:
     """What a step is: the next batch, the compiled step, and the row read from it."""
 
-    def __init__(self, run: Run, loader: Loader, step: TrainStep, bad_before: Mapping[str, str], trace: Trace) -> None:
-        self._run, self._loader, self._step, self._trace = run, loader, step, trace
+    def __init__(self, run: Run, loader: Loader, compute: Compute, bad_before: Mapping[str, str], trace: Trace) -> None:
+        cfg = run.cfg
+        self._run, self._loader, self._trace = run, loader, trace
+        self._step = make_train_step(next_token_loss(cfg.model, compute), make_optimizer(cfg.optimizer), run.pieces)
+        self._images = ImageCheck(run, loader, compute)
         self._batches = iter(loader)
-        self._meter = Meter(run.cfg, run.mesh, loader.steps)
+        self._meter = Meter(cfg, run.mesh, loader.steps)
         self._bad_before = bad_before
 
     def step(self, state: TrainState, number: int, beat: Beat) -> tuple[TrainState, Stepped]:
@@ -124,7 +129,8 @@ class _Stage:
         metrics |= batch_counts(batch, cfg.model.visual_tokens)
         metrics["bad_records"] = jnp.sum(bad)
         self._trace.after(number, metrics)
-        return state, Stepped(lambda: self._row(number, metrics, rate, waited, ids), on_devices=True)
+        gain = self._images.measure(state, number)
+        return state, Stepped(lambda: self._row(number, metrics, rate, waited, ids) | gain(), on_devices=True)
 
     def _row(self, number: int, metrics: Metrics, rate: float, waited: float, ids: list[str]) -> Row:
         """The step's row; UserError where too many records are bad, or no token carried loss."""
@@ -158,12 +164,11 @@ class _Stage:
         return report | {"records_read": read, "bad_records": counts, "bad_record_ids": bad}
 
 
-def _compiled_step(run: Run, state: TrainState, loader: Loader) -> TrainStep:
+def _compute(run: Run, state: TrainState, loader: Loader) -> Compute:
     cfg = run.cfg
     largest = tuple(max(sizes) for sizes in zip(*loader.shapes, strict=True))
     remat = choose_remat(cfg, state, run.mesh, cfg.train.global_batch // run.pieces, largest)
-    loss_fn = next_token_loss(cfg.model, replace(Compute.of(cfg.train), remat=remat))
-    return make_train_step(loss_fn, make_optimizer(cfg.optimizer), run.pieces)
+    return replace(Compute.of(cfg.train), remat=remat)
 
 
 def _announce(run: Run, state: TrainState, loader: Loader) -> None:
