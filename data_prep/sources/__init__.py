@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import importlib
 import pkgutil
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,19 @@ _MODULES = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgut
 SOURCES: dict[str, Source] = dict(sorted(item for module in _MODULES for item in _declared(module).items()))
 COMMERCIAL_USE: dict[str, bool] = {name: source.commercial_use for name, source in SOURCES.items()}
 """Whether each source allows commercial use, for model cards."""
+
+
+def named(source: Source, label: str) -> Source:
+    """The source whose samples bear the label, so that several inputs of one source can be mixed.
+
+    Licence and terms stay the source's, but nothing under a label is sent to outside services, since these are cleared
+    by name. UserError: no label can be so, or it is the name of another source of this project.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", label):
+        raise UserError(f"--name {label!r}: use lower-case letters, digits and underscores, a letter first")
+    if label in SOURCES and label != source.name:
+        raise UserError(f"--name {label}: that is another data source, with terms of its own; choose another name")
+    return replace(source, label=label, allow_external_api=False) if label != source.name else source
 
 
 def find_source(name: str) -> Source:

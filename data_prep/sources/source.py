@@ -48,8 +48,9 @@ LANGUAGES = ("en", "zh")
 """Languages in which questions can be asked."""
 LONGEST_NAME = 1000
 """Characters of a file's name; longer text in the place of an image is one in Base64."""
-EQUAL_OPTIONS, MISPLACED_MARKS = "equal_options", "misplaced_marks"
-"""Metadata of a sample that is kept, by which `data ingest` counts what is odd about it."""
+EQUAL_OPTIONS, MISPLACED_MARKS, IMAGES_MISSING = "equal_options", "misplaced_marks", "images_missing"
+ODDITIES = {EQUAL_OPTIONS, MISPLACED_MARKS, IMAGES_MISSING}
+"""Metadata of samples that are kept, by which `data ingest` counts what is odd about them."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,8 @@ class Source:
     """The user's module or .py file that declares it; empty for a source of this project. Set by `find_source`."""
     code: str = ""
     """SHA-256 of that module: datasets are prepared again when it changes."""
+    label: str = ""
+    """What its samples name as their source, if not its own name. Set by `named`."""
 
     @property
     def address(self) -> str:
@@ -120,11 +123,20 @@ class Source:
         return f"{self.module}:{self.name}" if self.module else self.name
 
     def samples(self, folder: Path, split: str, *shard: Any) -> Iterator[Sample | Skipped]:
-        """What `read` yields, marked by the benchmark."""
+        """What `read` yields, marked by the benchmark and under the label."""
         for record in self.read(folder, split, *shard):
             if self.benchmark and isinstance(record, Sample):
                 record = replace(record, meta=record.meta | {BENCHMARK_MARK: self.benchmark})
-            yield record
+            yield self._labelled(record) if self.label else record
+
+    def _labelled(self, record: Sample | Skipped) -> Sample | Skipped:
+        id = f"{self.label}/{record.id.partition('/')[2]}"
+        if isinstance(record, Skipped):
+            return replace(record, id=id)
+        meta = dict(record.meta)
+        if (image := meta.get("image_id", "")).startswith(f"{self.name}/"):
+            meta["image_id"] = self.label + image[len(self.name) :]
+        return replace(record, id=id, source=self.label, meta=meta)
 
 
 def with_options(source: Source, given: Mapping[str, str]) -> tuple[Source, dict[str, str]]:

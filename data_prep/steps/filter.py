@@ -35,7 +35,7 @@ from infimed_jax.data.storage import open_samples
 from infimed_jax.errors import UserError
 from infimed_jax.progress import Report
 
-VERSION = 2
+VERSION = 3
 """Version of the rules; raise it when they change, so that datasets are filtered again."""
 SOURCE_EXCLUDED = "source excluded by the assessment"
 REFUSAL = "refusal"
@@ -70,7 +70,11 @@ _FINDING = (
     r"(?! (?:rule out|exclude|confirm|appreciate|detect|find|"
     rf"(?:see|identify|recogni[sz]e|make out) (?!(?:directly )?{_OBJECT})))"
 )
-_AI = r"(?:[\w-]+ ){0,2}(?:ai|artificial intelligence|language model)\b"
+_AI = r"(?:[\w-]+ ){0,2}(?:ai|artificial intelligence|language model)\b(?!-)"
+"""One who speaks; an AI-detected finding is a finding."""
+_OF_ONESELF = (
+    r"(?: [\w-]+){0,6}?[,;:]? (?:(?:i|we|my)\b|[^.!?]{0,80}\b(?:cannot|can't|unable|not (?:able|possible)|beyond my)\b)"
+)
 _REFUSALS = re.compile(
     "|".join(
         (
@@ -80,11 +84,12 @@ _REFUSALS = re.compile(
             rf"^{_CANNOT} {_DEED}",
             r"^it is not possible for me to\b",
             r"^(?:i|we) (?:must|have to) (?:respectfully )?decline\b",
-            rf"^as an? {_AI}",
+            rf"^as an? {_AI}{_OF_ONESELF}",
             rf"^i(?:'m| am) (?:just |only |merely )?an? {_AI}",
             r"^(?:很|非常|十分)?(?:抱歉|对不起|對不起|遗憾)[,，。!！:： ]*(?:但|我|作为|由于|无法|不能)",
             r"^(?:我|作为(?:一个|一名)?(?:ai|人工智能)[^。]{0,20})(?:无法|不能|無法)(?:回答|提供|协助|帮助|查看|处理|识别|看到)",
-            r"^作为(?:一个|一名)?(?:ai|人工智能|语言模型)",
+            r"^作为(?:一个|一名|一款)?(?:ai|人工智能|语言模型|大模型)(?:语言模型|模型|助手|系统|程序)?[,，、。:： ]*"
+            r"(?:我|本|无法|不能|没有)",
             rf"^(?:lo siento|lo lamento|perdón)\b{_THEN}no (?:puedo|podemos)\b",
             rf"^(?:désolée?|je suis désolée?|je regrette)\b{_THEN}je ne (?:peux|puis|suis pas en mesure)\b",
             rf"^(?:es tut mir leid|tut mir leid|entschuldigung|leider)\b{_THEN}(?:kann ich|ich kann)\b"
@@ -101,10 +106,22 @@ _REFUSALS = re.compile(
     ),
     re.IGNORECASE,
 )
+_ANSWERS_YET = re.compile(
+    r"\b(?:but|however|although|though|nevertheless|nonetheless|yet)\b,? "
+    r"(?!(?:please|you|if)\b|(?:i|we) (?!(?:can |do |would )?(?:see|note|observe|favou?r|suspect)\b))[^.!?]{0,200}?"
+    r"\b(?:suggest(?:s|ive)?|shows?|appears?|indicates?|demonstrates?|reveals?|favou?rs?|looks?|likely|measures?|"
+    r"represents?|(?:consistent|compatible) with|there (?:is|are) (?:an?|no|some|multiple|several)|see|note|observe|"
+    r"suspect)\b"
+    r"|(?:但|不过|然而)[^。！？]{0,60}(?:提示|显示|可见|考虑|符合|表现为|倾向)",
+    re.IGNORECASE,
+)
+"""The turn from what cannot be done to a finding."""
 _WORDS = re.compile(r"\w+")
 _REPEATS = 5
 """Times that a run of words comes back to back before the text counts as repeating."""
 _RUN = re.compile(r"(.{1,60}?)\1{9,}", re.DOTALL)
+_CODE, _LONGEST_CODE = re.compile(r"[A-Za-z0-9._:/-]+"), 64
+"""Numbers, identifiers and sequences, which repeat by chance or by nature; a DICOM UID has 64 characters."""
 _SHORT, _LONG, _PLAIN = 80, 400, 1.9
 """Bytes below which text is not compressed, bytes from which its compression counts, and prose's own compression."""
 _REPLACED = "\ufffd"
@@ -169,9 +186,10 @@ def why_left_out(sample: Sample, rules: Rules) -> str:
 
 
 def is_refusal(reply: str) -> bool:
-    """Whether a reply begins as a refusal; one that only mentions that something cannot be seen is none."""
+    """Whether a reply begins as a refusal and gives no finding after it; that something cannot be seen is none."""
     plain = reply.strip().lstrip("\"'*# ").replace("\u2019", "'")
-    return _REFUSALS.match(plain) is not None
+    found = _REFUSALS.match(plain)
+    return found is not None and _ANSWERS_YET.search(plain, found.end()) is None
 
 
 def is_degenerate(reply: str) -> bool:
@@ -194,10 +212,12 @@ def is_repeating(part: str, max_compression: float) -> bool:
         same = 0
         for at in range(size, len(words)):
             same = same + 1 if words[at] == words[at - size] else 0
-            if same >= size * (_REPEATS - 1):
+            if same >= size * (_REPEATS - 1) and not all(word.isdigit() for word in words[at - size + 1 : at + 1]):
                 return True
-    found = _RUN.search(part[:4000])
-    return found is not None and any(c.isalnum() for c in found.group(1))
+    return any(
+        any(c.isalnum() for c in found[1]) and (len(found[0]) > _LONGEST_CODE or not _CODE.fullmatch(found[0]))
+        for found in _RUN.finditer(part[:4000])
+    )
 
 
 def language(sample: Sample, whole: str) -> str:

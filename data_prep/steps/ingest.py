@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.engine import HERE, Engine
-from data_prep.reading.files import NoFiles
+from data_prep.reading.files import NoFiles, walk
 from data_prep.reading.image_bytes import Kept, keep_image
 from data_prep.reading.rows import read_json
-from data_prep.sources import find_source
-from data_prep.sources.source import Source, check_split, with_options
+from data_prep.sources import find_source, named
+from data_prep.sources.source import ODDITIES, Source, check_split, with_options
 from data_prep.steps.step import NoSamples, Step, finished_report, forget, make_dataset
 from infimed_jax.data.sample import Sample, Skipped
 from infimed_jax.data.storage import SHARD_SIZE, write_shard
@@ -46,11 +46,12 @@ def ingest(
     that `input` has files of.
 
     A split whose inputs have not changed is left as it is; `limit` keeps the first samples only; `options` are the
-    source's own, as text; `source` is a name for `find_source`. Returns the reports by split. UserError: no such
+    source's own, as text, and `name`, by which the samples call their source (`sources.named`); `source` is a name for
+    `find_source`. Returns the reports by split. UserError: no such
     source, split or option, an unusable input folder, or not one usable record.
     """
     options = dict(options or {})
-    adapter, _ = with_options(find_source(source), options)
+    adapter, _ = _open(source, options)
     for split in splits:
         check_split(adapter, split)
     for option in adapter.options:
@@ -85,16 +86,13 @@ def _fingerprint(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     prefix = len(os.path.join(folder, ""))
-    for parent, folders, files in os.walk(folder):
-        folders.sort()
-        for name in sorted(files):
-            file = os.path.join(parent, name)
-            try:
-                state = os.stat(file)
-                line = f"{file[prefix:]}\0{state.st_size}\0{state.st_mtime_ns}\n"
-            except OSError:
-                line = f"{file[prefix:]}\n"
-            digest.update(line.encode(errors="surrogateescape"))
+    for file in walk(folder):
+        try:
+            state = os.stat(file)
+            line = f"{file[prefix:]}\0{state.st_size}\0{state.st_mtime_ns}\n"
+        except OSError:
+            line = f"{file[prefix:]}\n"
+        digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -109,7 +107,18 @@ class _Files:
 
     def open(self) -> tuple[Source, dict[str, str]]:
         """The source with its options bound, and what to record of them."""
-        return with_options(find_source(self.source), self.options)
+        return _open(self.source, self.options)
+
+
+NAME = "name"
+"""An option of every source."""
+
+
+def _open(source: str, options: Mapping[str, str]) -> tuple[Source, dict[str, str]]:
+    adapter, recorded = with_options(find_source(source), {key: v for key, v in options.items() if key != NAME})
+    if NAME in options:
+        return named(adapter, options[NAME]), recorded | {NAME: options[NAME]}
+    return adapter, recorded
 
 
 def _ingest_split(
@@ -118,7 +127,13 @@ def _ingest_split(
     """Prepare the split `output.name`; `inputs` is the fingerprint of the files."""
     adapter, recorded = files.open()
     split, limit = output.name, files.limit
-    recipe = {"version": VERSION, "source": adapter.name, "split": split, "inputs": inputs, "limit": limit}
+    recipe = {
+        "version": VERSION,
+        "source": adapter.label or adapter.name,
+        "split": split,
+        "inputs": inputs,
+        "limit": limit,
+    }
     recipe |= {"options": recorded} | ({"code": adapter.code} if adapter.code else {})
     if (finished := finished_report(output, recipe)) is not None:
         return finished  # before a long file is cut
@@ -128,9 +143,14 @@ def _ingest_split(
     alone = len(pieces) == 1
     step = Step(
         output,
-        name=adapter.name,
+        name=adapter.label or adapter.name,
         recipe=recipe,
-        info={"licence": adapter.licence, "training_allowed": adapter.training_allowed},
+        info={
+            "adapter": adapter.name,
+            "licence": adapter.licence,
+            "commercial_use": adapter.commercial_use,
+            "training_allowed": adapter.training_allowed,
+        },
         work=partial(_ingest_piece, files, split, on_progress if alone else None),
         pieces=pieces,
         report=partial(_report, adapter, recorded, split, limit),
@@ -140,7 +160,8 @@ def _ingest_split(
         return make_dataset(step, HERE if alone else engine, None if alone else on_progress)
     except NoSamples as error:
         skipped = [record for facts in error.facts for record in facts["skipped"]]
-        counted = ", ".join(f"{reason}: {n:,}" for reason, n in _by_reason(skipped).items())
+        first = _first(skipped)
+        counted = ", ".join(f"{reason}: {n:,} ({first[reason]} first)" for reason, n in _by_reason(skipped).items())
         raise UserError(
             f"{adapter.name}/{split}: no record of {files.folder} can be used ({counted or 'it has none'}); "
             f"{output.with_name(f'{split}.json')} lists them"
@@ -157,10 +178,13 @@ def _report(
 ) -> dict[str, Any]:
     skipped = [record for piece in facts for record in piece["skipped"]]
     kept_metadata: Counter[str] = Counter()
+    oddities: Counter[str] = Counter()
     for piece in facts:
         kept_metadata.update(piece["images_with_metadata"])
+        oddities.update(piece["kept_although"])
     return {
-        "source": adapter.name,
+        "source": adapter.label or adapter.name,
+        "adapter": adapter.name,
         "split": split,
         "title": adapter.title,
         "licence": adapter.licence,
@@ -171,6 +195,8 @@ def _report(
         "limit": limit,
         "kinds": manifest["kinds"],
         "skipped": _by_reason(skipped),
+        "skipped_first": _first(skipped),
+        "kept_although": dict(sorted(oddities.items())),
         "images_with_metadata": dict(sorted(kept_metadata.items())),
         "skipped_records": skipped,
     }
@@ -181,6 +207,14 @@ def _by_reason(skipped: Iterable[dict[str, Any]]) -> dict[str, int]:
     for fault in skipped:
         counts[fault["reason"]] += fault["records"]
     return dict(sorted(counts.items()))
+
+
+def _first(skipped: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """For each reason, where it struck first: a path, a row, or the record's id."""
+    first: dict[str, str] = {}
+    for fault in skipped:
+        first.setdefault(fault["reason"], fault["detail"] or fault["id"])
+    return first
 
 
 def _ingest_piece(
@@ -197,7 +231,7 @@ def _ingest_piece(
     kept = sum(place["kept"] for place in places)
     seen: dict[bytes, Kept] = {}
     while not places or places[-1]["kept"] == SHARD_SIZE:
-        place: dict[str, Any] = {"read": read, "skipped": [], "images_with_metadata": {}}
+        place: dict[str, Any] = {"read": read, "skipped": [], "images_with_metadata": {}, "kept_although": {}}
         room = SHARD_SIZE if files.limit is None else min(SHARD_SIZE, files.limit - kept)
         samples = itertools.islice(_kept(records, place, seen, split, on_progress), room)
         shard = f"{name}-{len(places):06d}"
@@ -205,10 +239,11 @@ def _ingest_piece(
         read, kept = place["read"], kept + place["kept"]
         write_json(folder / f"at-{shard}.json", place)
         places.append(place)
-    metadata: Counter[str] = Counter()
+    counts: dict[str, Counter[str]] = {"images_with_metadata": Counter(), "kept_although": Counter()}
     for place in places:
-        metadata.update(place["images_with_metadata"])
-    return {"skipped": [record for place in places for record in place["skipped"]], "images_with_metadata": metadata}
+        for key, count in counts.items():
+            count.update(place[key])
+    return {"skipped": [record for place in places for record in place["skipped"]]} | counts
 
 
 def _kept(
@@ -238,6 +273,8 @@ def _kept(
         if isinstance(record, Skipped):
             place["skipped"].append(vars(record))
         else:
+            for oddity in ODDITIES & record.meta.keys():
+                place["kept_although"][oddity] = place["kept_although"].get(oddity, 0) + 1
             yield record
 
 

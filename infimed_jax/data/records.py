@@ -118,7 +118,7 @@ class Tally:
     def add(self, sample: Sample, record: bytes) -> None:
         """UserError: the id occurred before."""
         if sample.id in self.ids:
-            raise UserError(f"sample id {sample.id!r} occurs twice: ids must be unique in a dataset")
+            raise _repeated(sample.id)
         self.ids[sample.id] = None
         # Not in a thread of its own: what that gained on two free cores, changes of threads cost.
         self._digests.append(hashlib.sha256(record).digest())
@@ -186,8 +186,15 @@ def _refuse_repeated_ids(folder: Path, shards: Sequence[str], hashed: np.ndarray
             if _short_hash(id) not in repeated:
                 continue
             if id in seen:
-                raise UserError(f"sample id {id!r} occurs twice: ids must be unique in a dataset")
+                raise _repeated(id)
             seen.add(id)
+
+
+def _repeated(id: str) -> UserError:
+    return UserError(
+        f"sample id {id!r} occurs twice, but is unique in a dataset: give each of several inputs of one source a name "
+        "of its own by `data ingest --name`"
+    )
 
 
 def _short_hash(text: str) -> int:

@@ -66,6 +66,13 @@ REFUSALS = [
     "Desculpe. Não consigo ver a imagem.",
     "申し訳ございません。画像を見ることができません。",
     "죄송합니다. 도와드릴 수 없습니다.",
+    "As an AI assistant developed to help doctors, I'm unable to diagnose.",
+    "As an AI model, providing a diagnosis is beyond my capabilities.",
+    "作为AI助手，无法提供诊断。",
+    "I cannot provide a diagnosis, but please consult a radiologist.",
+    "I cannot provide medical advice, but I can recommend a doctor.",
+    "I cannot see the image, but if you describe it, there is a chance.",
+    "I'm sorry, but I cannot help. However, you can show it to a doctor.",
 ]
 ANSWERS = [
     "The fracture cannot be seen in this view.",
@@ -90,6 +97,20 @@ ANSWERS = [
     "I don't have access to the prior study, but the nodule is 4 mm.",
     "As an air-filled structure, the lung is dark.",
     "죄송합니다. 결절이 없습니다.",
+    "As an AI-detected finding, the nodule measures 8 mm.",
+    "As an AI-assisted second reading shows, no fracture is present.",
+    "As an AI tool flagged before, the nodule measures 8 mm.",
+    "作为AI检测到的病灶，结节直径为8毫米。",
+    "We cannot provide a diagnosis from a single slice, but the appearance suggests a meningioma.",
+    "I cannot make a diagnosis from one view; however, the opacity is consistent with pneumonia.",
+    "I can't provide a definite answer. However, there is a mass in the left lobe.",
+    "I cannot give a medical diagnosis, but I see a fracture of the clavicle.",
+    "我无法提供诊断，但影像提示脑膜瘤。",
+    "Accession 11111111111",
+    "ATATATAT",
+    "The primer is ATATATATATATATATATATATAT.",
+    "The UID is 1.2.1.2.1.2.1.2.1.2.1.2.1.2.1.2.1.2.1.2.1.2.1.2.",
+    "Scores: 0, 0, 0, 0, 0, 0.",
 ]
 
 
@@ -124,6 +145,8 @@ def test_answers_are_none(reply):
         (chat("lung lung lung lung lung"), "repeating text"),
         (chat("the left lung is clear. " * 5), "repeating text"),
         (chat("-- no finding; " + "abcabcabc" * 12), "repeating text"),
+        (chat("左肺" * 12), "repeating text"),
+        (chat("yes!" * 12), "repeating text"),
         (chat("ok", images=(image(40), image(27))), "image too small"),
         (chat("ok", source="poor"), "source excluded by the assessment"),
         (chat("肺部清晰，未见异常"), "language"),

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_prep.sources import SOURCES
+from data_prep.sources import SOURCES, named
+from data_prep.steps.ingest import ingest
 from data_prep.steps.mix import Part, load_mixture, mix
 from infimed_jax.data.sample import Document
 from infimed_jax.data.storage import open_samples, write_samples
@@ -42,6 +43,46 @@ def test_all_of_all_parts_once(parts, tmp_path):
     assert report["licences"] == {"mine": "unknown", "phantom": "Apache-2.0"}
     assert json.loads((tmp_path / "mix.json").read_text()) == report
     assert next(iter(open_samples(tmp_path / "mix"))) in [*open_samples(parts[0]), *open_samples(parts[1])]
+
+
+def own(folder: Path, replies: list[str]) -> Path:
+    folder.mkdir()
+    turns = [[{"from": "human", "value": "Q"}, {"from": "gpt", "value": reply}] for reply in replies]
+    (folder / "train.json").write_text(json.dumps([{"conversations": each} for each in turns]))
+    return folder
+
+
+def test_two_inputs_of_one_source_are_mixed_by_names_of_their_own(tmp_path):
+    def ingested(output: str, replies: list[str], **options: str) -> Part:
+        own(tmp_path / f"raw_{output}", replies)
+        ingest("llava_json", tmp_path / f"raw_{output}", tmp_path / output, ["train"], options=options)
+        return Part(tmp_path / output / "train")
+
+    one, other = ingested("one", ["A", "B"]), ingested("other", ["C", ""])
+    with pytest.raises(UserError, match=r"'llava_json/train/00000' occurs twice.*`data ingest --name`"):
+        mix([one, other], tmp_path / "mix", 0)
+    named = ingested("named", ["C", "<image>D", ""], name="clinic_b")
+    report = mix([one, named], tmp_path / "mix", 0)
+    assert sorted(ids(tmp_path / "mix"))[:2] == ["clinic_b/train/00000", "clinic_b/train/00001"]
+    assert report["licences"] == {"clinic_b": "unknown", "llava_json": "unknown"}
+    made = json.loads((tmp_path / "named" / "train.json").read_text())
+    assert (made["source"], made["adapter"], made["allow_external_api"]) == ("clinic_b", "llava_json", False)
+    assert made["skipped_first"] == {"no text": "clinic_b/train/00002"} and made["kept_although"] == {
+        "misplaced_marks": 1
+    }
+
+
+def test_a_chosen_name_gains_no_terms_and_loses_none(tmp_path):
+    folder = own(tmp_path / "raw", ["A"])
+    for name in ("vqa_rad", "Upper", "a/b", ""):
+        with pytest.raises(UserError, match="--name"):
+            ingest("llava_json", folder, tmp_path / "out", ["train"], options={"name": name})
+    assert named(SOURCES["llava_json"], "llava_json") == SOURCES["llava_json"]
+    source = named(SOURCES["vqa_rad"], "my_rad")
+    assert not source.allow_external_api  # services outside are cleared by the name of a source
+    assert (source.licence, source.commercial_use) == ("CC0-1.0", True)
+    exam = named(SOURCES["omnimedvqa"], "my_exam")
+    assert not exam.training_allowed and exam.benchmark == "omnimedvqa"
 
 
 def test_share_and_cap(parts, tmp_path):

@@ -24,6 +24,9 @@ def add(steps: argparse._SubParsersAction) -> None:
     p.add_argument("--output", type=Path, required=True, help="folder of the prepared datasets")
     p.add_argument("--split", action="append", help="a split, repeatable [all that have files]")
     p.add_argument(
+        "--name", help="how ids and samples name their source, for several inputs of one [the source's name]"
+    )
+    p.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the source, repeatable"
     )
     add_engine(p)
@@ -47,7 +50,7 @@ def sources(args: argparse.Namespace) -> None:
 
     def facts(source: Source) -> dict[str, Any]:
         """All but the functions, and where they stand."""
-        hidden = ("read", "shards", "options", "module", "code")
+        hidden = ("read", "shards", "options", "module", "code", "label")
         row = {key: value for key, value in vars(source).items() if key not in hidden}
         row["options"] = {option.name: option.help for option in source.options}
         return row
@@ -122,14 +125,16 @@ def ingest(args: argparse.Namespace) -> None:
             args.input,
             args.output,
             args.split or (),
-            options=_options(args.option),
+            options=_options(args.option) | ({"name": args.name} if args.name is not None else {}),
             engine=engine_of(args),
             on_progress=bar,
         )
     for split, report in reports.items():
         print(f"{split}: {report['samples']:,} samples, {report['licence']}")
         for reason, count in report["skipped"].items():
-            print(f"  skipped, {reason}: {count:,}")
+            print(f"  skipped, {reason}: {count:,} (first: {report['skipped_first'][reason]})")
+        for oddity, count in report["kept_although"].items():
+            print(f"  kept, with {oddity.replace('_', ' ')}: {count:,}")
     for split in () if args.split else source.splits:
         if split not in reports:
             print(f"{split}: no files in {args.input}, so it was left out")
