@@ -23,6 +23,7 @@ from data_prep.steps.step import (
     slices,
     unreadable_report,
 )
+from infimed_jax.data.records import LIST_FIELDS
 from infimed_jax.data.sample import Chat, Content, Document, Question, Sample, Turn
 from infimed_jax.data.storage import open_samples, write_shard
 from infimed_jax.errors import UserError
@@ -163,8 +164,8 @@ def _report(folder: str, mode: Mode, _: dict[str, Any], facts: list[dict[str, An
     }
 
 
-def _gold(question: Question) -> tuple[str, tuple[str, ...]]:
-    return question.answer, question.options
+def _gold(question: Question) -> tuple[str, ...]:
+    return (question.answer, *question.options, *question.alternatives)
 
 
 def scrub_sample(sample: Sample) -> tuple[Sample, Counter[str]]:
@@ -185,4 +186,5 @@ def scrub_sample(sample: Sample) -> tuple[Sample, Counter[str]]:
         turns = tuple(Turn(turn.role, pieces(turn.content), masked(turn.reasoning)) for turn in sample.turns)
         return replace(sample, turns=turns), counts
     texts = {field: masked(getattr(sample, field)) for field in ("question", "answer", "reasoning", "system")}
-    return replace(sample, **texts, options=tuple(map(masked, sample.options))), counts
+    lists = {field: tuple(map(masked, getattr(sample, field))) for field in LIST_FIELDS}
+    return replace(sample, **texts, **lists), counts

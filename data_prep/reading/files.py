@@ -139,9 +139,9 @@ class Images:
             value = value.get("bytes") or value.get("path") or value.get("url")
         if isinstance(value, bytes) and value:
             return value
-        if value and not isinstance(value, str):
-            raise Unusable(IMAGE_MISSING, f"no name or bytes, but {type(value).__name__}")
-        return self.read(value or "")
+        if value is None or isinstance(value, str | bytes):
+            return self.read(value or "")
+        raise Unusable(IMAGE_MISSING, f"no name or bytes, but {type(value).__name__}")
 
     def cells(self, value: Any) -> tuple[bytes, ...]:
         """The images of a cell that may hold a list of them."""

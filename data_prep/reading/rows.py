@@ -117,13 +117,22 @@ def _errors_name(file: Path) -> Iterator[None]:
 
 
 def read_json(file: Path, kind: type = list) -> Any:
-    """The file's JSON value, of type `kind`. UserError names the file where it is missing, broken, or another type."""
+    """The file's JSON value, of type `kind`; of several lists in one file all entries.
+
+    UserError names the file where it is missing, broken, or another type.
+    """
     with open_text(file) as stream:
         if os.fstat(stream.fileno()).st_size > _MAX_WHOLE:
             raise UserError(f"{file} is larger than {_MAX_WHOLE >> 20} MiB: it is no file of annotations")
         content = stream.read()
     try:
-        value = json.loads(content)
+        value, end = _parse(content, _blank_end(content, 0))
+        while (end := _blank_end(content, end)) < len(content):
+            if not isinstance(value, list) or content[end] != "[":
+                place = len(content[:end].encode(errors="surrogateescape"))
+                raise ValueError(f"text from byte {place:,} on, after the {type(value).__name__} has ended")
+            more, end = _parse(content, end)
+            value += more
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON ({error}): download it again") from error
     if not _is_unicode(content, value):
@@ -131,6 +140,11 @@ def read_json(file: Path, kind: type = list) -> Any:
     if not isinstance(value, kind):
         raise UserError(f"{file} must hold a JSON {kind.__name__}, not {type(value).__name__}")
     return value
+
+
+def _blank_end(content: str, start: int) -> int:
+    blank = _BETWEEN_LISTS.match(content, start)
+    return blank.end() if blank else start
 
 
 def read_rows(file: Path) -> list[Row]:
@@ -284,7 +298,7 @@ class Entries:
             self.number += 1
             where = f"{self.where}{self.number}"
             if not self.inside:
-                yield Unusable(NOT_JSON, f"{where}, after the list")
+                yield Unusable(NOT_JSON, f"{where}, after the list: the file is not read from byte {self.place:,} on")
                 return
             yield self._entry(where)
         if self.inside:

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_prep.reading.faults import DAMAGED_FILE, NO_IMAGE, NO_TEXT, NOT_UNICODE, Unusable
 from data_prep.reading.files import Images, NoFiles, find_files, shard_name
 from data_prep.reading.parquet import parquet_rows
@@ -123,9 +125,15 @@ def _tfds_source(folder: Path, split: str, columns: tuple[str, ...], tfds_split:
     features = builder.info.features
     if missing := [column for column in columns if column not in features]:
         raise UserError(f"{folder} lacks {', '.join(missing)}: its features are {', '.join(features)}")
-    decoders = {
-        column: tfds.decode.SkipDecoding() for column in columns if isinstance(features[column], tfds.features.Image)
-    }
+
+    class Encoded(tfds.decode.SkipDecoding):
+        """Images as they are, in a list as well."""
+
+        def decode_batch_example_np(self, examples: Any) -> list[bytes]:
+            return list(examples)
+
+    images = [c for c in columns if isinstance(getattr(features[c], "feature", features[c]), tfds.features.Image)]
+    decoders = {column: Encoded() for column in images}
     if not tfds_split and split not in builder.info.splits:
         raise NoFiles(f"{folder} has no split {split}: its splits are {', '.join(builder.info.splits)}")
     try:
@@ -135,9 +143,12 @@ def _tfds_source(folder: Path, split: str, columns: tuple[str, ...], tfds_split:
 
 
 def _tfds_rows(source: Any, image: str, part: Part) -> Iterator[Row | Unusable]:
+    features = source.dataset_info.features
+    short = {name for name in features if getattr(features[name], "np_dtype", None) in (np.float16, np.float32)}
     for number in range(part.first, len(source) if part.stop is None else part.stop):
         try:
             row = source[number]
+            row |= {name: np.float32(row[name]) for name in short if isinstance(row[name], float)}
             yield {
                 name: value.decode() if isinstance(value, bytes) and name != image else value
                 for name, value in row.items()

@@ -53,7 +53,7 @@ def questions(samples: Iterable[Sample], tokenizer: Tokenizer, cfg: config.Confi
             continue
         numbers.append(number)
         longest, images = max(longest, len(prompt)), max(images, len(sample.images))
-        graded = repr((sample.id, sample.kind, sample.options, sample.answer)).encode()
+        graded = repr((sample.id, sample.kind, sample.options, sample.answer, *sample.alternatives)).encode()
         content.update(b"".join([graded, prompt.tobytes(), *digests]))
     if not numbers:
         why = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "the dataset is empty"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from data_prep.reading import rows as module
 from data_prep.reading.csv_rows import Table, csv_rows
 from data_prep.reading.faults import Unusable
-from data_prep.reading.rows import json_rows, read_json
+from data_prep.reading.rows import json_rows, read_json, read_rows
 from infimed_jax.errors import UserError
 
 TABLE = Table(("id", "text"))
@@ -55,7 +55,10 @@ def test_several_lists_in_a_file_are_one_and_what_follows_them_is_reported(tmp_p
     monkeypatch.setattr(module, "_CHUNK", chunk)
     for text, rows in {
         ' [{"a": 1}, {"a": 2}]\n[]\n[ {"a": 3} ][{"a": 4},]\n': [{"a": n} for n in (1, 2, 3, 4)],
-        '[{"a": 1}]\n{"a": 2}, {"a": 3}]': [{"a": 1}, ("not valid JSON", "x.json entry 2, after the list")],
+        '[{"a": 1}]\n{"a": 2}, {"a": 3}]': [
+            {"a": 1},
+            ("not valid JSON", "x.json entry 2, after the list: the file is not read from byte 11 on"),
+        ],
         '[{"a": 1} {"a": 2}, {"a": 3}]': [("not valid JSON", "x.json entry 1"), {"a": 3}],
         '[,{"a": 1},, {"a": 2}}, {"a": 3},]': [{"a": 1}, ("not valid JSON", "x.json entry 2"), {"a": 3}],
         "[12345, true, {}, null]": [
@@ -66,6 +69,22 @@ def test_several_lists_in_a_file_are_one_and_what_follows_them_is_reported(tmp_p
     }.items():
         (tmp_path / "x.json").write_text(text)
         assert shown(json_rows(tmp_path / "x.json")) == rows
+
+
+def test_a_small_file_read_whole_has_its_lists_joined_or_names_the_byte(tmp_path):
+    file = tmp_path / "x.json"
+    file.write_text(' [{"a": "\u00e9"}]\n\n[{"a": 2}]\n')
+    assert read_rows(file) == [{"a": "\u00e9"}, {"a": 2}]
+    for text, byte in (('[{"a": "\u00e9"}]\n{"a": 2}', 14), ("[]\n[1] x", 7), ("[],[]", 2)):
+        file.write_text(text)
+        with pytest.raises(UserError, match=rf"x\.json is not valid JSON \(text from byte {byte} on, after the list"):
+            read_rows(file)
+    file.write_text("{} []")
+    with pytest.raises(UserError, match="from byte 3 on, after the dict has ended"):
+        read_json(file, dict)
+    file.write_text(" ")
+    with pytest.raises(UserError, match="is not valid JSON"):
+        read_rows(file)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 2**20])

@@ -20,6 +20,7 @@ from data_prep.sources.source import with_options
 from infimed_jax.data.prompts import question_text
 from infimed_jax.data.sample import Skipped
 from infimed_jax.errors import UserError
+from tests.data_prep.samples import picture
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -136,6 +137,36 @@ def test_tfds_sets_keep_their_encoded_images(prepared, monkeypatch):
     source, _ = with_options(SOURCES["tfds"], {"image": "image", "caption": "q", "tfds_split": "train[2:]"})
     (document,) = source.read(prepared, "validation")
     assert document.id == "tfds/validation/00000" and document.chunks[0] == (0, "\nWhat?")
+
+
+def test_tfds_values_of_any_type_and_lists_of_images(tmp_path):
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    pictures = (picture(1), picture(2))
+
+    images = tfds.features.Sequence(tfds.features.Image())
+    features = tfds.features.FeaturesDict(
+        {"image": images, "question": tfds.features.Text(), "answer": tfds.features.Scalar(np.float32)}
+    )
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=tmp_path, dataset_name="my_set", split="train", filetype_suffix="array_record"
+    )
+    writer = ArrayRecordWriter(str(template.sharded_filepath(shard_index=0, num_shards=1)), "group_size:1")
+    for answer in (3.0, 2.3):
+        example = tf_example_pb2.Example()
+        example.features.feature["image"].bytes_list.value.extend(pictures)
+        example.features.feature["question"].bytes_list.value.append(b"Q")
+        example.features.feature["answer"].float_list.value.append(answer)
+        writer.write(example.SerializeToString())
+    writer.close()
+    split = tfds.core.SplitInfo(name="train", shard_lengths=[2], num_bytes=1, filename_template=template)
+    tfds.folder_dataset.write_metadata(
+        data_dir=tmp_path, features=features, split_infos=[split], filename_template=template, check_data=False
+    )
+    whole, tenths = SOURCES["tfds"].read(tmp_path, "train")
+    assert (whole.answer, tenths.answer) == ("3", "2.3") and whole.images == tenths.images == pictures
 
 
 def test_tfds_errors_name_the_thing(prepared, tmp_path):

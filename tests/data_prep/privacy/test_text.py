@@ -265,12 +265,13 @@ def test_flag_counts_the_same_and_changes_no_text(tmp_path):
 def test_a_question_about_an_identifier_cannot_be_masked_and_is_left_out_by_name(tmp_path):
     dates = ("2019-03-05", "2018-03-05")
     samples = [question(0), question(1, answer="Dr. Smith"), question(2, kind="choice", answer="A", options=dates)]
+    samples.append(question(3, alternatives=("Dr. Smith",)))
     folder = dataset(tmp_path, samples)
     report = scrub(folder, tmp_path / "out")
-    assert report["left_out"] == {"answer or option is an identifier": 2}
-    assert report["left_out_ids"] == ["vqa_rad/train/1", "vqa_rad/train/2"]
+    assert report["left_out"] == {"answer or option is an identifier": 3}
+    assert report["left_out_ids"] == ["vqa_rad/train/1", "vqa_rad/train/2", "vqa_rad/train/3"]
     assert [sample.id for sample in open_samples(tmp_path / "out")] == ["vqa_rad/train/0"]
-    with pytest.raises(UserError, match=r"no sample .* is left: .*: 2"):
+    with pytest.raises(UserError, match=r"no sample .* is left: .*: 3"):
         scrub(dataset(tmp_path / "b", samples[1:]), tmp_path / "b/out")
 
 
