@@ -13,7 +13,7 @@ from data_prep.reading.files import Images, all_files, find_files, shard_name
 from data_prep.reading.parquet import parquet_rows
 from data_prep.reading.parts import csv_parts, parts_of
 from data_prep.reading.rows import WHOLE, Part, Row, json_rows, read_json
-from data_prep.sources.source import Source, caption_sample, filled, need, once, records, text
+from data_prep.sources.source import Source, caption_sample, filled, image_name, need, once, records, text
 from infimed_jax.data.sample import Sample, Skipped
 
 
@@ -22,8 +22,8 @@ def _sample(images: Images, image: str, caption: str, source_id: str, id: str, r
     words = need(row, caption, NO_TEXT)
     cell = row.get(image)
     meta = filled(source_id=row.get(source_id), modality=row.get("modality"), organ=row.get("organ"), language="en")
-    if isinstance(cell, str):
-        meta["image_id"] = f"{id.split('/')[0]}/{cell}"
+    if name := image_name(cell):
+        meta["image_id"] = f"{id.split('/')[0]}/{name}"
     return caption_sample(id, images.cells(cell), words, meta)
 
 

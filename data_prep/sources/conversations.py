@@ -19,12 +19,12 @@ from data_prep.reading.rows import WHOLE, Part, Row, json_rows
 from data_prep.sources.source import (
     LANGUAGE_OPTION,
     LANGUAGES,
-    LONGEST_NAME,
     MISPLACED_MARKS,
     Option,
     Source,
     caption_sample,
     filled,
+    image_name,
     language_of,
     records,
     text,
@@ -97,11 +97,9 @@ def _sample(images: Images, document: bool, captioning: bool, language: str | No
     encoded = tuple(map(images.cell, names))
     words = ["\n".join(filter(None, (turn.reasoning, turn.text.strip()))) for turn in turns]
     own = row.get("language") if row.get("language") in LANGUAGES else None
-    one = names[0] if len(names) == 1 else None
-    name = one.get("path") if isinstance(one, dict) else one
     meta = filled(
         source_id=row.get("id"),
-        image_id=f"{source}/{name}" if isinstance(name, str) and len(name) < LONGEST_NAME else "",
+        image_id=(name := image_name(names)) and f"{source}/{name}",
         modality=row.get("modality"),
         organ=text(row.get("body_part")).lower(),
         language=language_of(language or own, " ".join(words)),

@@ -46,8 +46,6 @@ from infimed_jax.files import to_json
 
 LANGUAGES = ("en", "zh")
 """Languages in which questions can be asked."""
-LONGEST_NAME = 1000
-"""Characters of a file's name; longer text in the place of an image is one in Base64."""
 EQUAL_OPTIONS, MISPLACED_MARKS, IMAGES_MISSING = "equal_options", "misplaced_marks", "images_missing"
 ODDITIES = {EQUAL_OPTIONS, MISPLACED_MARKS, IMAGES_MISSING}
 """Metadata of samples that are kept, by which `data ingest` counts what is odd about them."""
@@ -377,6 +375,14 @@ def as_published(row: Row, question: str, lines: Sequence[str] = (), usual: Sequ
     asked = row[question]
     kept = {QUESTION_SHOWN: asked} if isinstance(asked, str) and asked != asked.strip() else {}
     return kept | ({SHOWN: to_json(list(lines), ensure_ascii=False)} if list(lines) != list(usual) else {})
+
+
+def image_name(cell: Any) -> str:
+    """The name of the one image of a cell as `Images.cells` takes it; empty for several, and for one without a name."""
+    cells = as_list(cell)
+    name = cells[0] if len(cells) == 1 else ""
+    name = name.get("path") if isinstance(name, dict) and not name.get("bytes") else name
+    return name if isinstance(name, str) and len(name) < 1000 and not re.match(r"[\w+.-]+:", name) else ""
 
 
 def filled(**meta: Any) -> dict[str, str]:

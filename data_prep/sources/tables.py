@@ -17,12 +17,12 @@ from data_prep.reading.parts import even_parts, parts_of
 from data_prep.reading.rows import WHOLE, Part, Row
 from data_prep.sources.source import (
     LANGUAGE_OPTION,
-    LONGEST_NAME,
     Option,
     Source,
     as_published,
     caption_sample,
     filled,
+    image_name,
     language_of,
     need,
     qa_sample,
@@ -81,9 +81,8 @@ def _sample(images: Images, columns: tuple[str, ...], language: str | None, id: 
     encoded = images.cells(cell)
     if not encoded:
         raise Unusable(NO_IMAGE)
-    name = cell[0] if len(encoded) == 1 and isinstance(cell, list) else cell
     meta = filled(
-        image_id=f"{id.split('/')[0]}/{name}" if isinstance(name, str) and len(name) < LONGEST_NAME else "",
+        image_id=(name := image_name(cell)) and f"{id.split('/')[0]}/{name}",
         language=language_of(language, f"{question} {gold[0]}"),
     )
     if not question:

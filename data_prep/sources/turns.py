@@ -20,7 +20,7 @@ from data_prep.reading.faults import (
 )
 from data_prep.reading.rows import Row
 from data_prep.reading.words import MARK, split_marks, split_thoughts
-from data_prep.sources.source import text
+from data_prep.sources.source import answers, text
 from infimed_jax.data.sample import Content, Turn
 
 KEYS = ("conversations", "messages", "conversation", "conversatons")
@@ -62,6 +62,8 @@ def turns_of(row: Row) -> tuple[list[tuple[str, list[str]]], list[Any]]:
 
 def _pieces(value: Any, images: list[Any]) -> list[str]:
     """What one turn says; the images that its parts name join `images`."""
+    if isinstance(value, bool | int | float):
+        value = "".join(answers(value))
     if isinstance(value, str):
         return split_marks(value)
     if not isinstance(value, list):

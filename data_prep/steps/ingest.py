@@ -161,7 +161,7 @@ def _ingest_split(
     except NoSamples as error:
         skipped = [record for facts in error.facts for record in facts["skipped"]]
         first = _first(skipped)
-        counted = ", ".join(f"{reason}: {n:,} ({first[reason]} first)" for reason, n in _by_reason(skipped).items())
+        counted = ", ".join(f"{reason}: {n:,} (first: {first[reason]})" for reason, n in _by_reason(skipped).items())
         raise UserError(
             f"{adapter.name}/{split}: no record of {files.folder} can be used ({counted or 'it has none'}); "
             f"{output.with_name(f'{split}.json')} lists them"
@@ -210,10 +210,10 @@ def _by_reason(skipped: Iterable[dict[str, Any]]) -> dict[str, int]:
 
 
 def _first(skipped: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """For each reason, where it struck first: a path, a row, or the record's id."""
+    """For each reason, the record that it struck first, and what is known of it, such as a path."""
     first: dict[str, str] = {}
     for fault in skipped:
-        first.setdefault(fault["reason"], fault["detail"] or fault["id"])
+        first.setdefault(fault["reason"], ", ".join(filter(None, (fault["id"], fault["detail"]))))
     return first
 
 

@@ -69,6 +69,7 @@ def test_a_closed_think_block_before_a_reply_is_its_reasoning():
 def test_other_keys_roles_and_parts_of_turns():
     usual = (Turn("system", ("Be brief.",)), Turn("user", (0, "\nQ")), Turn("assistant", ("A",)))
     assert made(spoken("<image>\nQ", "A", roles=("user", "model")), 1, system="Be brief.") == usual
+    assert made([{"from": "human", "value": 7}, {"from": "gpt", "value": True}], 0)[1] == Turn("assistant", ("yes",))
     both = [{"role": "system", "content": "In English."}, *spoken("Q", "A")]
     assert made(both, 0, system="Be brief.")[0] == Turn("system", ("Be brief.\n\nIn English.",))
     assert made(both, 0, system="In English.")[0] == Turn("system", ("In English.",))

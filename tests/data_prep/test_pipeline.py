@@ -127,14 +127,16 @@ def test_a_link_to_nothing_is_a_missing_image_and_done_work_is_kept(hostile, tmp
 def test_nothing_usable_is_an_error_that_counts_the_reasons_and_leaves_the_list(hostile, tmp_path):
     for name in USABLE:
         (hostile / "images" / name).unlink()
-    with pytest.raises(UserError, match=r"no record .* \(.*image missing: 7 \(\S+ first\).*too many pixels: 2"):
+    with pytest.raises(
+        UserError, match=r"no record .* \(.*image missing: 7 \(first: vqa_rad/train/\d+, \S+\).*too many pixels: 2"
+    ):
         ingest("vqa_rad", hostile, tmp_path / "out", ["train"])
     with pytest.raises(UserError, match="it has none"):
         ingest("vqa_rad", hostile, tmp_path / "out", ["test"])
     assert sorted(path.name for path in tmp_path.glob("out/*")) == ["test.json", "train.json"]
     report = json.loads((tmp_path / "out" / "train.json").read_text())
     assert report["samples"] == 0 and report["skipped"]["image missing"] == 7
-    assert report["skipped_first"]["image missing"] == next(iter(USABLE))
+    assert report["skipped_first"]["image missing"].endswith(", " + next(iter(USABLE)))
     missing = [record["detail"] for record in report["skipped_records"] if record["reason"] == "image missing"]
     assert missing == [*USABLE, "missing"]
     for name, data in USABLE.items():
