@@ -160,10 +160,10 @@ def _ingest_split(
         return make_dataset(step, HERE if alone else engine, None if alone else on_progress)
     except NoSamples as error:
         skipped = [record for facts in error.facts for record in facts["skipped"]]
-        first = _first(skipped)
-        counted = ", ".join(f"{reason}: {n:,} (first: {first[reason]})" for reason, n in _by_reason(skipped).items())
+        counted = ", ".join(f"{reason}: {n:,}" for reason, n in _by_reason(skipped).items())
+        first = "".join(f"{reason} first at {place}; " for reason, place in _first(skipped).items())
         raise UserError(
-            f"{adapter.name}/{split}: no record of {files.folder} can be used ({counted or 'it has none'}); "
+            f"{adapter.name}/{split}: no record of {files.folder} can be used ({counted or 'it has none'}); {first}"
             f"{output.with_name(f'{split}.json')} lists them"
         ) from error
 
