@@ -215,12 +215,15 @@ class ZipFiles:
 
     def alike(self, name: str, spelling: Callable[[str], str]) -> str | None:
         """The name of the one member that is spelt like it."""
-        if self._spelt is None:
+        if self._spelt is None:  # the others only: as a rule names are spelt as they are compared, and there are many
             self._spelt = {}
             for member in self._members:
-                key = spelling(member)
-                self._spelt[key] = None if key in self._spelt else member
-        return self._spelt.get(spelling(name))
+                if (key := spelling(member)) != member:
+                    self._spelt[key] = None if key in self._spelt else member
+        key = spelling(name)
+        if key in self._members:
+            return None if key in self._spelt else key
+        return self._spelt.get(key)
 
     def read(self, name: str) -> bytes:
         """The member's bytes. Raises Unusable if it is refused, KeyError if there is none."""

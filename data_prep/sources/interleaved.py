@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from data_prep.reading.archives import read_webdataset
+from data_prep.reading.archives import is_resource_fork, read_webdataset
 from data_prep.reading.faults import (
     DAMAGED_FILE,
     IMAGE_MISSING,
@@ -88,7 +88,7 @@ def read_obelics(folder: Path, split: str, part: Part = WHOLE) -> Iterator[Sampl
 def _fetched(folder: Path) -> dict[str, str]:
     """URL → file, from the tables that img2dataset writes beside its folders. One shard's, so it fits in memory."""
     names = {}
-    for table in sorted(folder.glob("*.parquet")):
+    for table in sorted(table for table in folder.glob("*.parquet") if not is_resource_fork(table.name)):
         for row in parquet_rows(table, ("url", "key", "status"), batch=1024):
             if isinstance(row, dict) and row["status"] == "success":
                 names[row["url"]] = f"{table.stem}/{row['key']}.jpg"

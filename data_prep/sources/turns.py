@@ -18,6 +18,7 @@ from data_prep.reading.faults import (
     VIDEO,
     Unusable,
 )
+from data_prep.reading.files import as_list
 from data_prep.reading.rows import Row
 from data_prep.reading.words import MARK, split_marks, split_thoughts
 from data_prep.sources.source import answers, text
@@ -66,13 +67,14 @@ def _pieces(value: Any, images: list[Any]) -> list[str]:
         value = "".join(answers(value))
     if isinstance(value, str):
         return split_marks(value)
-    if not isinstance(value, list):
+    if not isinstance(value, list | dict):
         raise Unusable(NO_TEXT)
     pieces: list[str] = []
-    for part in value:
+    for part in as_list(value):
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(part, str) or kind == "text":
-            pieces += split_marks(part if isinstance(part, str) else part.get("text") or "")
+            words = part if isinstance(part, str) else part.get("text")
+            pieces += split_marks(words if isinstance(words, str) else text(words))
         elif kind in ("image", "image_url"):
             pieces.append(MARK)
             image = next((part[key] for key in ("image", "image_url", "path", "url") if part.get(key)), None)

@@ -87,6 +87,7 @@ def read_row(text: str, benchmark: str = "") -> Row:
         _text(row, "question", ""),
         answer,
         tuple(options),
+        alternatives=tuple(_texts(row, "alternatives")),
         meta=meta,
     )
     if benchmark:

@@ -7,11 +7,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_prep.reading.faults import Unusable
 from data_prep.sources import SOURCES
 from data_prep.sources.source import with_options
 from data_prep.sources.turns import conversation, turns_of
+from infimed_jax.data.prompts import as_turns
+from infimed_jax.data.records import check_sample
 from infimed_jax.data.sample import Sample, Skipped, Turn
 
 
@@ -119,6 +123,40 @@ def test_an_image_that_a_turn_names_is_read(tmp_path):
 def test_conversations_that_contradict_themselves_are_named(turns, images, reason):
     with pytest.raises(Unusable, match=reason):
         made(turns, images)
+
+
+WORDS = st.sampled_from(
+    ["Q", "<image>", "<image>\n肺?", "A <image> <image>", "<think>a</think>b", "<think>a", "", "\0"]
+)
+NAMES = st.sampled_from(["a.jpg", "A.JPG", "https://x/a.jpg", "\0", ".", ".."])
+VALUES = st.none() | st.booleans() | st.floats() | WORDS
+PARTS = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "image", "image_url"]), "text": VALUES},
+    optional={key: NAMES | VALUES | st.dictionaries(st.just("url"), NAMES) for key in ("image", "image_url", "url")},
+)
+SAID = WORDS | VALUES | st.lists(PARTS, min_size=1, max_size=3) | PARTS
+
+
+@given(
+    st.lists(st.tuples(SAID, WORDS), min_size=1, max_size=2),
+    NAMES | st.lists(NAMES | st.just("a.jpg"), max_size=3) | VALUES | st.dictionaries(st.just("path"), NAMES),
+    st.fixed_dictionaries({}, optional={"system": VALUES, "language": VALUES | st.lists(VALUES)}),
+    st.lists(PARTS | VALUES | st.dictionaries(st.just("from"), VALUES), max_size=2),
+    st.sampled_from(["train", "documents"]),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_row_is_a_sample_or_has_a_reason(tmp_path_factory, talk, images, more, odd, split):
+    folder = tmp_path_factory.getbasetemp() / "any"
+    turns = [*spoken(*(said for pair in talk for said in pair)), *(odd if len(odd) > 1 else [])]
+    write(folder, f"{split}.json", [{"conversations": turns, "image": images} | more], {"images/a.jpg": b"x"})
+    (record,) = SOURCES["llava_json"].read(folder, split)
+    if isinstance(record, Skipped):
+        assert record.reason
+        return
+    check_sample(record)
+    turns = as_turns(record)
+    assert [piece for turn in turns for piece in turn.content if isinstance(piece, int)] == [*range(len(record.images))]
+    assert not any("<image>" in turn.text or (turn.role == "assistant" and "<think>" in turn.text) for turn in turns)
 
 
 def test_the_key_that_was_expected_is_named():
