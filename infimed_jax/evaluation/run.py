@@ -6,11 +6,12 @@ No question is ever left out: an image that cannot be decoded ends the run by na
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,16 +23,26 @@ from infimed_jax import config
 from infimed_jax.data.sample import Kind, Question, Sample
 from infimed_jax.errors import UserError
 from infimed_jax.evaluation.answers import Status
-from infimed_jax.evaluation.benchmark import GENERAL, Benchmark, benchmark_of, load_benchmark
+from infimed_jax.evaluation.benchmark import GENERAL, MARK, benchmark_of, load_benchmark
 from infimed_jax.evaluation.contamination import GROUPING
+from infimed_jax.evaluation.journal import REPLIES, Journal
 from infimed_jax.evaluation.protocols import ask, check_protocol, grade
 from infimed_jax.evaluation.respondents import Reply, Respondent, Terms
 from infimed_jax.evaluation.statistics import Accuracy, Comparison, accuracy, compare
-from infimed_jax.files import make_folder, to_json, write_json, write_text
+from infimed_jax.files import to_json, write_json, write_text
 
 GROUPS = ("kind", "source", "modality", "organ", "template", "question_type", "answer_type", "language", GROUPING)
 """What accuracy is broken down by, where the questions have it."""
 NO_GROUP = "(none)"
+SCORES = "scores.jsonl"
+SCORE = ("id", "kind", "correct", "status", "parsed", "rule", "prompt_sha256")
+"""What `scores.jsonl` takes of a record."""
+_HOW_ONLY = ("slots", "burst", "share_images")
+"""Settings of decoding that change how a reply is computed, not the reply."""
+CHUNK = 2048
+"""Questions in memory at once, with their decoded images: 0.9 GB at 384 pixels."""
+Outcome = Status | Literal["unread", "unanswered"]
+"""How a reply was read; `unanswered`: there is none."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +55,13 @@ class Record:
     source: str
     kind: Kind
     question: str
+    options: tuple[str, ...]
     answer: str
     """Gold."""
+    alternatives: tuple[str, ...]
+    """Further answers that are right."""
     correct: bool
-    status: Status | Literal["unread"]
+    status: Outcome
     parsed: str | None
     rule: str
     """How it was scored, in the protocol's words."""
@@ -55,7 +69,16 @@ class Record:
     finish: Literal["stop", "length"]
     tokens: int
     """Generated, without the stop token."""
+    prompt_sha256: str
+    """Of the text of the user's turn, without blanks around it."""
     meta: dict[str, str] = field(default_factory=dict)
+
+    def asked(self) -> Question:
+        """The question, without its images."""
+        return Question(
+            self.id, self.source, "", (), self.kind, self.question, self.answer, self.options,
+            alternatives=self.alternatives, meta=self.meta,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,7 +108,7 @@ class Evaluation:
                 tables[grouping] = {value: accuracy(members[value]) for value in sorted(members)}
         return tables
 
-    def rate(self, status: Status | Literal["unread"]) -> float:
+    def rate(self, status: Outcome) -> float:
         """Share of the questions whose reply has this status."""
         return sum(record.status == status for record in self.records) / len(self.records)
 
@@ -102,6 +125,8 @@ class Evaluation:
             "unparsed_rate": self.rate("unparsed"),
             "truncated_rate": self.rate("truncated"),
             "unread_rate": self.rate("unread"),
+            "unanswered_rate": self.rate("unanswered"),
+            "empty_rate": sum(not record.reply.strip() for record in self.records) / len(self.records),
             "length_limit_rate": sum(record.finish == "length" for record in self.records) / len(self.records),
             "max_tokens": self.terms.sampling.max_tokens,
             "mean_tokens": sum(record.tokens for record in self.records) / len(self.records),
@@ -116,49 +141,108 @@ class Evaluation:
         }
 
     def write(self, folder: Path) -> None:
-        """`replies.jsonl`, a record a line, and `summary.json` in an existing folder; each whole or not at all."""
-        lines = [to_json(asdict(record), ensure_ascii=False) for record in self.records]
-        write_text(folder / "replies.jsonl", "\n".join(lines) + "\n")
+        """`replies.jsonl`, a record a line, `scores.jsonl`, its verdicts alone, and `summary.json`, in an existing
+        folder; each whole or not at all."""
+        rows = [asdict(record) for record in self.records]
+        scores = [{"benchmark": row["meta"].get(MARK, "")} | {name: row[name] for name in SCORE} for row in rows]
+        for file, values in ((REPLIES, rows), (SCORES, scores)):
+            write_text(folder / file, "".join(to_json(row, ensure_ascii=False) + "\n" for row in values))
         write_json(folder / "summary.json", self.summary())
 
 
 def evaluate(
-    samples: Sequence[Sample], respond: Respondent, terms: Terms, *, folder: str | Path | None = None, name: str = ""
+    samples: Iterable[Sample],
+    respondent: Respondent,
+    terms: Terms,
+    *,
+    folder: str | Path | None = None,
+    name: str = "",
 ) -> Evaluation:
-    """Have every sample answered and grade the replies; `respond` asks as `terms` says.
+    """Have every sample answered, as `terms` says, and grade the replies.
 
-    With a `folder`, `replies.jsonl` and `summary.json` are written there. Raises UserError for an unknown protocol,
-    samples without a gold answer, equal ids, and a folder that cannot be written.
+    `samples` is iterated twice, and CHUNK of them are in memory at once. With a `folder`, replies are kept there as
+    they come, the same call goes on after a stop, and at the end it has `replies.jsonl`, `scores.jsonl` and
+    `summary.json`. `name` says in it who answers. Raises UserError for an unknown protocol, samples
+    without a gold answer, equal ids, and a folder that holds another evaluation or cannot be written.
     """
     check_protocol(terms.protocol, load_benchmark(terms.benchmark) if terms.benchmark else GENERAL)
-    _check(samples)
-    if folder is not None and jax.process_index() == 0:
-        make_folder(Path(folder))
     began = time.monotonic()
-    benchmarks = [benchmark_of(sample, terms.benchmark) for sample in samples]
-    pairs = zip(samples, benchmarks, strict=True)
-    replies = respond([ask(sample, terms.protocol, of, terms.all_images) for sample, of in pairs])
-    records = tuple(_grade(*each, terms.protocol) for each in zip(samples, replies, benchmarks, strict=True))
-    groupings = (*GROUPS, *sorted({name for benchmark in benchmarks for name in benchmark.groups} - {*GROUPS}))
-    result = Evaluation(name, terms, fingerprint(samples), time.monotonic() - began, records, groupings)
-    if folder is not None and jax.process_index() == 0:
-        result.write(Path(folder))
+    survey = _survey(samples, respondent, terms)
+    asked = {"model": respondent.identity, **asdict(terms), "questions": survey.fingerprint}
+    asked["sampling"] = {name: value for name, value in asked["sampling"].items() if name not in _HOW_ONLY}
+    records: list[Record] = []
+    with Journal(Path(folder) if folder is not None else None, asked) as journal:
+        for chunk in _chunks(samples):
+            first = len(records)
+            todo = [place for place in range(len(chunk)) if first + place not in journal.replies]
+            if todo:
+                questions = [_asked(sample, terms) for sample in chunk]
+                respondent.answer(questions, first, todo, journal.put)
+            for place, sample in enumerate(chunk):
+                records.append(_grade(sample, journal.replies[first + place], terms))
+        groupings = (*GROUPS, *sorted(survey.groups - {*GROUPS}))
+        result = Evaluation(name, terms, survey.fingerprint, time.monotonic() - began, tuple(records), groupings)
+        if folder is not None and jax.process_index() == 0:
+            result.write(Path(folder))
+        journal.finish()
     return result
+
+
+def _asked(sample: Question, terms: Terms) -> Question:
+    return ask(sample, terms.protocol, benchmark_of(sample, terms.benchmark), terms.all_images)
+
+
+def _chunks(samples: Iterable[Sample]) -> Iterator[list[Any]]:
+    rest = iter(samples)
+    while chunk := list(itertools.islice(rest, CHUNK)):
+        yield chunk
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What is known of the questions before any is asked."""
+
+    fingerprint: str
+    groups: frozenset[str]
+    """Entries of `meta` by which their benchmarks break accuracy down."""
+
+
+def _survey(samples: Iterable[Sample], respondent: Respondent, terms: Terms) -> _Survey:
+    """The first pass. UserError as `evaluate`."""
+    rows: list[Any] = []
+    groups: set[str] = set()
+    for chunk in _chunks(samples):
+        for sample in chunk:
+            if not isinstance(sample, Question):
+                raise UserError(f"sample {sample.id} is a {sample.kind} without a gold answer: evaluate questions only")
+            rows.append(_row(sample))
+            groups.update(benchmark_of(sample, terms.benchmark).groups)
+        respondent.survey([_asked(sample, terms) for sample in chunk])
+    if not rows:
+        raise UserError("the test set is empty: there is nothing to evaluate")
+    if repeated := len(rows) - len({id for id, *_ in rows}):
+        raise UserError(f"{repeated} of {len(rows)} questions repeat an id: each must be its own")
+    return _Survey(_digest_rows(rows), frozenset(groups))
 
 
 def read_evaluation(folder: Path) -> Evaluation:
     """What `Evaluation.write` left in a folder."""
     values = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    lines = (folder / "replies.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / REPLIES).read_text(encoding="utf-8").splitlines()
     asked = {name: values[name] for name in ("protocol", "reasoning", "image", "benchmark", "all_images")}
     return Evaluation(
         name=values["name"],
         terms=Terms(config.Sampling(**values["sampling"]), **asked),
         fingerprint=values["fingerprint"],
         seconds=values["seconds"],
-        records=tuple(Record(**json.loads(line)) for line in lines),
+        records=tuple(map(_record, lines)),
         groupings=tuple(values["groups"]),
     )
+
+
+def _record(line: str) -> Record:
+    row = json.loads(line)
+    return Record(**row | {name: tuple(row[name]) for name in ("options", "alternatives")})
 
 
 def compare_runs(a: Evaluation, b: Evaluation) -> Comparison:
@@ -178,13 +262,18 @@ def image_gain(seeing: Evaluation, blind: Evaluation) -> Comparison:
     return compare_runs(seeing, blind)
 
 
-def fingerprint(samples: Sequence[Question]) -> str:
+def fingerprint(samples: Iterable[Question]) -> str:
     """16 hexadecimal digits of what is asked, whatever the order of the samples."""
-    rows = sorted(
-        (s.id, s.kind, s.question, list(s.options), [s.answer, *s.alternatives], [_digest(image) for image in s.images])
-        for s in samples
-    )
-    return hashlib.sha256(to_json(rows).encode()).hexdigest()[:16]
+    return _digest_rows([_row(sample) for sample in samples])
+
+
+def _row(sample: Question) -> tuple[Any, ...]:
+    images, golds = [_digest(image) for image in sample.images], [sample.answer, *sample.alternatives]
+    return sample.id, sample.kind, sample.question, list(sample.options), golds, images
+
+
+def _digest_rows(rows: list[Any]) -> str:
+    return hashlib.sha256(to_json(sorted(rows)).encode()).hexdigest()[:16]
 
 
 def image_id(sample: Sample) -> str:
@@ -193,33 +282,31 @@ def image_id(sample: Sample) -> str:
     return f"{sample.source}/{own}" if own else sample.id
 
 
-def _check(samples: Sequence[Sample]) -> None:
-    if not samples:
-        raise UserError("the test set is empty: there is nothing to evaluate")
-    for sample in samples:
-        if not isinstance(sample, Question):
-            raise UserError(f"sample {sample.id} is a {sample.kind} without a gold answer: evaluate questions only")
-    ids = {sample.id for sample in samples}
-    if len(ids) < len(samples):
-        raise UserError(f"{len(samples) - len(ids)} of {len(samples)} questions repeat an id: each must be its own")
-
-
-def _grade(sample: Question, reply: Reply, benchmark: Benchmark, protocol: str) -> Record:
-    verdict = grade(sample, reply.text, reply.finish == "stop", protocol, benchmark)
+def _grade(sample: Question, reply: Reply, terms: Terms) -> Record:
+    benchmark = benchmark_of(sample, terms.benchmark)
+    if reply.given:
+        verdict = grade(sample, reply.text, reply.finish == "stop", terms.protocol, benchmark)
+        status, parsed, rule = verdict.status, verdict.parsed, verdict.rule
+    else:
+        verdict, status, parsed, rule = None, "unanswered", None, "no reply"
+    prompt = terms.wording(_asked(sample, terms), terms.reasoning)
     return Record(
         id=sample.id,
         image_id=image_id(sample),
         source=sample.source,
         kind=sample.kind,
         question=sample.question,
+        options=sample.options,
         answer=sample.answer,
-        correct=verdict.correct,
-        status=verdict.status,
-        parsed=verdict.parsed,
-        rule=verdict.rule,
+        alternatives=sample.alternatives,
+        correct=verdict is not None and verdict.correct,
+        status=status,
+        parsed=parsed,
+        rule=rule,
         reply=reply.text,
         finish=reply.finish,
         tokens=reply.tokens,
+        prompt_sha256=hashlib.sha256(prompt.strip().encode()).hexdigest(),
         meta=dict(sample.meta),
     )
 

@@ -137,6 +137,8 @@ def macro_mean(shares: Sequence[Accuracy]) -> tuple[float, float, float]:
 
     NaN bounds where one of them has a single image.
     """
+    if len(shares) == 1:
+        return shares[0].accuracy, shares[0].low, shares[0].high
     mean = sum(share.accuracy for share in shares) / len(shares)
     half = Z95 * math.sqrt(sum(share.standard_error**2 for share in shares)) / len(shares)
     return mean, max(mean - half, 0.0), min(mean + half, 1.0)

@@ -104,8 +104,10 @@ class Engine:
         """Whether any request is not answered yet."""
         return bool(self._arrived or self._queue or self._running)
 
-    def submit(self, prompt: Segment, sampling: config.Sampling) -> int:
-        """Queue a prompt, and return the request's number: 0, 1, …; of `sampling` all but slots and burst is used.
+    def submit(self, prompt: Segment, sampling: config.Sampling, number: int | None = None) -> int:
+        """Queue a prompt, and return the request's number; of `sampling` all but slots and burst is used.
+
+        A reply depends on the number, by which it draws: one of the caller's own, each once, else 0, 1, …
 
         Within a prefill, prompts that are the same object (a GRPO group) are computed once, images that are the same
         array are encoded once, and prompts that are equal up to the end of an image share that beginning, where
@@ -113,7 +115,7 @@ class Engine:
 
         Raises UserError for a prompt or settings that cannot be decoded.
         """
-        number = self._submitted
+        number = self._submitted if number is None else number
         problem = _problem(prompt, self._decoder.model) or self._misfit(prompt, sampling)
         if problem:
             raise UserError(f"prompt {number} {problem}")
@@ -177,28 +179,30 @@ def complete(
     engine: Engine,
     prompts: Sequence[Segment],
     sampling: config.Sampling,
+    numbers: Sequence[int] | None = None,
     on_progress: Report | None = None,
-    on_tokens: Callable[[int, np.ndarray], None] | None = None,
+    on_delta: Callable[[Delta], None] | None = None,
 ) -> list[Completion]:
-    """Answer every prompt on a new engine; the replies come in the prompts' order.
+    """Answer every prompt on a new engine, under the `numbers` given or 0, 1, …; replies come in the prompts' order.
 
-    After each burst `on_tokens(number, tokens)` is called for every running request, and `on_progress` with the
-    replies that are finished, all prompts, and a note on the tokens.
+    After each burst `on_delta` is called for every running request, and `on_progress` with the replies that are
+    finished, all prompts, and a note on the tokens.
     """
-    pieces: list[list[Delta]] = [[] for _ in prompts]
-    for prompt in prompts:
-        engine.submit(prompt, sampling)
+    numbers = range(len(prompts)) if numbers is None else numbers
+    pieces: dict[int, list[Delta]] = {number: [] for number in numbers}
+    for number, prompt in zip(numbers, prompts, strict=True):
+        engine.submit(prompt, sampling, number)
     replies = generated = 0
     while engine.busy:
         for delta in engine.step():
             pieces[delta.request].append(delta)
             replies += delta.finish is not None
             generated += len(delta.tokens)
-            if on_tokens:
-                on_tokens(delta.request, delta.tokens)
+            if on_delta:
+                on_delta(delta)
         if on_progress:
             on_progress(replies, len(prompts), f"{generated:,} tokens")
-    return [_join(deltas) for deltas in pieces]
+    return [_join(deltas) for deltas in pieces.values()]
 
 
 def _join(deltas: Sequence[Delta]) -> Completion:

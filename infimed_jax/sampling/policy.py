@@ -5,13 +5,13 @@ Evaluation, generation, difficulty, the demo and GRPO all ask through it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from infimed_jax import config
 from infimed_jax.data.batch import Segment
@@ -31,7 +31,7 @@ from infimed_jax.progress import Report
 from infimed_jax.runs.checkpoint import Metadata
 from infimed_jax.runs.history import history_of
 from infimed_jax.runs.parameters import open_params
-from infimed_jax.sampling.engine import Completion, Engine, complete
+from infimed_jax.sampling.engine import Completion, Delta, Engine, complete
 from infimed_jax.sampling.sampler import penalizes
 from infimed_jax.sampling.weights import Decoder, sampler_weights
 from infimed_jax.sharding import make_mesh, on_mesh, place_params
@@ -55,6 +55,8 @@ class Policy:
     """The checkpoint's; empty for an export and for a trainer's parameters."""
     context: int = MAX_POSITIONS
     """Most tokens of a prompt and its reply."""
+    fingerprint: str = ""
+    """Digest of the stored parameters; empty for a trainer's own."""
 
     @classmethod
     def open(
@@ -89,7 +91,8 @@ class Policy:
         with jax.set_mesh(mesh):
             placed = place_params(params, on_mesh(abstract_params(cfg.model)))
             del params
-            return cls(cfg, _decoder(placed, cfg), loaded, mesh, metadata=metadata, context=context)
+            sha256 = metadata["leaves_sha256"] if metadata else _digest(folder)
+            return cls(cfg, _decoder(placed, cfg), loaded, mesh, metadata=metadata, context=context, fingerprint=sha256)
 
     @classmethod
     def of(cls, params: Params, cfg: config.Config, tokenizer: Tokenizer, images: ImageCache) -> Policy:
@@ -141,14 +144,15 @@ class Policy:
         key: jax.Array,
         *,
         longest: int = 0,
+        numbers: Sequence[int] | None = None,
         on_progress: Report | None = None,
-        on_tokens: Callable[[int, np.ndarray], None] | None = None,
+        on_delta: Callable[[Delta], None] | None = None,
     ) -> list[Completion]:
         """Complete every prompt; the replies come in the prompts' order.
 
         `longest` (tokens) keeps the cache's shape, so the compilation, from call to call; 0 takes the longest prompt's.
-        For the callbacks see `engine.complete`. Raises UserError for prompts and settings that cannot be decoded, and
-        where the model's logits are not finite.
+        For `numbers` and the callbacks see `engine.complete`. Raises UserError for prompts and settings that cannot be
+        decoded, and where the model's logits are not finite.
         """
         if not prompts:
             return []
@@ -162,12 +166,21 @@ class Policy:
                 longest=longest or max(map(len, prompts)),
                 penalties=penalizes(sampling),
             )
-            return complete(engine, prompts, sampling, on_progress, on_tokens)
+            return complete(engine, prompts, sampling, numbers, on_progress, on_delta)
 
 
 def _decoder(params: Params, cfg: config.Config) -> Decoder:
     compute = Compute.of(cfg.train)
     return Decoder(sampler_weights(params, cfg.model, compute.dtype), cfg.model, compute)
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 of an export's parameters."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _open_checkpoint(folder: Path) -> tuple[Params, dict[str, Any], Metadata, int]:

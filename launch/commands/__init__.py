@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 
-from launch.commands import convert, data, doctor, evaluate, generate, grade, plan, quickstart, settings, train
+from launch.commands import compare, convert, data, doctor, evaluate, generate, grade, plan, quickstart, settings, train
 
-MODULES = (quickstart, train, evaluate, grade, generate, data, convert, plan, settings, doctor)
+MODULES = (quickstart, train, evaluate, grade, compare, generate, data, convert, plan, settings, doctor)
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:

@@ -1,78 +1,223 @@
-"""`evaluate`: grade a checkpoint's replies to a prepared test set."""
+"""`evaluate`: grade a model's replies, or a file of them, to prepared test sets and benchmarks as published."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from infimed_jax.errors import UserError
 from launch.cli.arguments import add_command, add_settings
 from launch.cli.progress import progress_bar
 
 if TYPE_CHECKING:
-    from infimed_jax.evaluation.statistics import Accuracy
+    from data_prep.sources.source import Source
+    from infimed_jax.data.sample import Sample
+    from infimed_jax.evaluation.respondents import Respondent, Terms
+    from infimed_jax.evaluation.run import Evaluation
+    from infimed_jax.sampling.policy import Policy
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    p = add_command(commands, "evaluate", evaluate, "Answer and grade a prepared test set with a checkpoint.")
-    p.add_argument("--checkpoint", type=Path, required=True, help="a run's folder, or one checkpoint")
-    p.add_argument("--dataset", type=Path, required=True, help="a prepared dataset, as `data ingest` writes it")
-    p.add_argument("--output", type=Path, required=True, help="folder for replies.jsonl and summary.json")
+    p = add_command(commands, "evaluate", evaluate, "Answer and grade test sets with a model.")
+    who = p.add_mutually_exclusive_group(required=True)
+    who.add_argument("--checkpoint", type=Path, help="a run's folder, or one checkpoint")
+    who.add_argument("--hf", type=Path, help="a folder in Hugging Face format")
+    who.add_argument("--predictions", type=Path, metavar="FILE.jsonl",
+                     help='replies of any model, {"id": …, "response": …} a line')  # fmt: skip
+    p.add_argument("--lenient", action="store_true",
+                   help="pass over unknown ids, repeated ids and null responses of --predictions")  # fmt: skip
+    p.add_argument("--dataset", type=Path, action="append", default=[],
+                   help="a prepared dataset, as `data ingest` writes it; repeatable")  # fmt: skip
+    p.add_argument("--benchmark", action="append", default=[], metavar="NAME=FOLDER",
+                   help="a benchmark's published files, read in place; repeatable. NAME, or MODULE or FILE.py, alone: "
+                   "how the questions of --dataset are asked and graded [by the mark of each question's adapter]; see "
+                   "infimed_jax/evaluation/benchmarks")  # fmt: skip
+    p.add_argument("--output", type=Path, required=True,
+                   help="folder for results.json, results.csv and, of each set, replies.jsonl, scores.jsonl and "
+                   "summary.json; the same command goes on after a stop")  # fmt: skip
     p.add_argument("--protocol", default="strict", help="strict, medevalkit-fixed or medevalkit-2025-06 [%(default)s]")
-    p.add_argument("--benchmark", default="", metavar="NAME|MODULE|FILE.py",
-                   help="how questions are asked and graded; see infimed_jax/evaluation/benchmarks "
-                   "[the one whose adapter made each sample]")  # fmt: skip
     p.add_argument("--reasoning", action="store_true", help="ask for reasoning and a boxed answer")
-    p.add_argument("--all-images", action="store_true",
-                   help="send all images of a question, also where a medevalkit protocol's harness sends fewer: "
-                   "one of MMMU's")  # fmt: skip
     p.add_argument("--blind", action="store_true", help="the control: the same questions without their images")
+    p.add_argument(
+        "--all-images",
+        action="store_true",
+        help="send all images of a question, also where the protocol's harness sends fewer (MMMU's first)",
+    )
     p.add_argument("--contamination", type=Path, action="append", default=[], metavar="REPORT",
                    help="a report of `data decontaminate` on the checkpoint's training data, repeatable: "
                    "also print the accuracy of the questions that it lists")  # fmt: skip
-    p.add_argument("--limit", type=int, default=0, help="ask only the first LIMIT questions [all]")
+    p.add_argument("--limit", type=int, default=0, help="ask only the first LIMIT questions of each set [all]")
     add_settings(p, files=False)
+
+
+@dataclass(frozen=True)
+class _Set:
+    """The questions of one test set, read anew in each pass."""
+
+    read: Callable[[], Iterator[Sample]]
+    origins: tuple[str, ...]
+    """`source/split`"""
+    limit: int
+
+    def __iter__(self) -> Iterator[Sample]:
+        return itertools.islice(self.read(), self.limit or None)
 
 
 def evaluate(args: argparse.Namespace) -> None:
     if args.limit < 0:
         raise UserError(f"--limit {args.limit} counts questions: it must not be negative")
+    if args.predictions and (args.settings or args.blind):
+        raise UserError("--predictions are replies that were given: settings and --blind change nothing of them")
     import jax
 
-    from infimed_jax.data.storage import open_samples
-    from infimed_jax.evaluation.benchmark import load_benchmark
-    from infimed_jax.evaluation.contamination import GROUPING, WORDS, mark
-    from infimed_jax.evaluation.respondents import Terms, ask_policy
+    from infimed_jax import config
+    from infimed_jax.evaluation.respondents import PolicyRespondent, Predictions, Terms
     from infimed_jax.evaluation.run import evaluate
-    from infimed_jax.evaluation.statistics import majority_baseline
-    from infimed_jax.runs.history import history_of, learnt_from
+    from infimed_jax.evaluation.table import macro_line, write_results
     from infimed_jax.sampling.policy import Policy
 
-    policy = Policy.open(args.checkpoint, args.settings)
-    dataset = open_samples(args.dataset)
-    samples = [dataset[i] for i in range(min(len(dataset), args.limit or len(dataset)))]
-    if args.contamination:
-        samples = mark(samples, dataset, args.contamination)
-    if learnt := learnt_from(history_of(policy.metadata), dataset.manifest["origins"]):
+    grading, sets = _sets(args)
+    folder = args.checkpoint or args.hf
+    policy = Policy.open(folder, args.settings, export=args.hf is not None) if folder else None
+    sampling = policy.config.sampling if policy else config.Sampling()
+    terms = Terms(sampling, args.protocol, args.reasoning, not args.blind, grading, args.all_images)
+    results: dict[str, Evaluation] = {}
+    for name, questions in sets.items():
+        if policy:
+            _warn_learnt(args, policy, questions)
+        with progress_bar("evaluate", "questions") as bar:
+            if policy:
+                key = jax.random.key(policy.config.train.seed)
+                respondent: Respondent = PolicyRespondent(
+                    policy, terms, key, lambda done, total, _, bar=bar: bar(done, total, "")
+                )
+            else:
+                respondent = Predictions(args.predictions, args.lenient)
+            results[name] = evaluate(
+                questions,
+                respondent,
+                terms,
+                folder=args.output / name if len(sets) > 1 else args.output,
+                name=str(folder or args.predictions),
+            )
+        if jax.process_index() == 0:
+            _print(results[name], f"{name}, " if len(sets) > 1 else "")
+    if jax.process_index() == 0:
+        if len(results) > 1:
+            print(macro_line(results))
+        write_results(args.output, results, _provenance(policy, terms))
+        print(f"Outputs: {args.output}")
+
+
+def _sets(args: argparse.Namespace) -> tuple[str, dict[str, _Set]]:
+    """How questions of prepared sets are graded, and all sets by name. UserError: there is none, or two of one name."""
+    from infimed_jax.data.storage import open_samples
+    from infimed_jax.evaluation.benchmark import load_benchmark
+    from infimed_jax.evaluation.contamination import mark
+
+    grading = [value for value in args.benchmark if "=" not in value]
+    if len(grading) > 1 or (grading and len(args.benchmark) > 1):
+        raise UserError("--benchmark names one set of rules for --dataset, or NAME=FOLDER for each set of files")
+    sets: list[tuple[str, _Set]] = []
+    for value in (value for value in args.benchmark if "=" in value):
+        name, _, folder = value.partition("=")
+        sets.append((load_benchmark(name).name, _published(name, Path(folder), args.limit)))
+    for folder in args.dataset:
+        samples = open_samples(folder)
+        marked = mark(samples, samples, args.contamination) if args.contamination else samples
+        sets.append((folder.resolve().name, _Set(lambda marked=marked: iter(marked), (*samples.manifest["origins"],),
+                                                 args.limit)))  # fmt: skip
+    if not sets:
+        raise UserError("nothing to evaluate: name --benchmark NAME=FOLDER or --dataset FOLDER")
+    if len(dict(sets)) < len(sets):
+        names = ", ".join(name for name, _ in sets)
+        raise UserError(f"two sets have one name ({names}): evaluate them apart")
+    return (grading or [""])[0], dict(sets)
+
+
+def _published(name: str, folder: Path, limit: int) -> _Set:
+    """A benchmark's published files. UserError: no adapter reads them, or a question cannot be read."""
+    from data_prep.sources import find_source
+    from data_prep.sources.source import with_options
+    from infimed_jax.data.sample import Skipped
+    from infimed_jax.evaluation.benchmark import load_benchmark
+
+    benchmark = load_benchmark(name)
+    if not benchmark.adapters:
+        raise UserError(f"--benchmark {name}: it names no adapter that reads its files: ingest them, and use --dataset")
+    source = _readable(
+        [with_options(find_source(adapter), {})[0] for adapter in benchmark.adapters], folder, benchmark.split
+    )
+
+    def read() -> Iterator[Sample]:
+        for record in source.samples(folder, benchmark.split):
+            if isinstance(record, Skipped):
+                detail = f" ({record.detail})" if record.detail else ""
+                raise UserError(
+                    f"{folder}: {record.id}: {record.reason}{detail}: no question of a benchmark is left out"
+                )
+            yield record
+
+    return _Set(read, (f"{source.name}/{benchmark.split}",), limit)
+
+
+def _readable(sources: Sequence[Source], folder: Path, split: str) -> Source:
+    """The first adapter that finds its files in the folder. UserError: none does, or they cannot be read."""
+    from data_prep.reading.files import NoFiles
+
+    absent = []
+    for source in sources:
+        try:
+            next(source.samples(folder, split), None)
+            return source
+        except NoFiles as error:
+            absent.append(str(error))
+    raise UserError("; ".join(absent))
+
+
+def _warn_learnt(args: argparse.Namespace, policy: Policy, questions: _Set) -> None:
+    from infimed_jax.runs.history import history_of, learnt_from
+
+    if learnt := learnt_from(history_of(policy.metadata), questions.origins):
         sources = ", ".join(learnt)
         print(f"warning: {args.checkpoint} learnt from {sources}, so it may answer by memory", file=sys.stderr)
-    terms = Terms(
-        policy.config.sampling, args.protocol, args.reasoning, not args.blind, args.benchmark, args.all_images
-    )
-    key = jax.random.key(policy.config.train.seed)
-    with progress_bar("evaluate", "questions") as bar:
-        respond = ask_policy(policy, terms, key, lambda done, total, _: bar(done, total, ""))
-        result = evaluate(samples, respond, terms, folder=args.output, name=str(args.checkpoint))
-    print(f"{args.protocol}: {_shown(result.accuracy)}; "
-          f"majority answer per template {majority_baseline(samples).accuracy:.1%}")  # fmt: skip
-    if args.benchmark and (published := load_benchmark(args.benchmark).published.get(args.protocol)):
-        print("published: " + ", ".join(f"{model} {score:.1%}" for model, score in published.items()))
+
+
+def _print(result: Evaluation, name: str) -> None:
+    from infimed_jax.evaluation.contamination import GROUPING, WORDS
+    from infimed_jax.evaluation.table import published_scores, score_line, shown, warnings
+
+    print(f"{name}{score_line(result)}")
+    for model, share in published_scores(result).items():
+        print(f"  published for {model}: {share:.1%}")
     for what, share in result.groups().get(GROUPING, {}).items():
-        print(f"  training data hold {WORDS[what]}: {_shown(share)}")
-    print(f"Outputs: {args.output}")
+        print(f"  training data hold {WORDS[what]}: {shown(share)}")
+    for words in warnings(result):
+        print(f"warning: {name}{words}", file=sys.stderr)
 
 
-def _shown(share: Accuracy) -> str:
-    return f"{share.accuracy:.1%} of {share.n:,} [{share.low:.1%}, {share.high:.1%}]"
+def _provenance(policy: Policy | None, terms: Terms) -> dict[str, Any]:
+    from datetime import UTC, datetime
+    from importlib.metadata import version
+
+    import jax
+
+    from infimed_jax.runs.history import history_of
+
+    packages = ("jax", "flax", "transformers", "numpy", "pillow")
+    device = jax.devices()[0]
+    facts = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in packages},
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "protocol": terms.protocol,
+    }
+    if policy is None:
+        return facts
+    stages = [entry.get("stage", "") for entry in history_of(policy.metadata)]
+    return facts | {"seed": policy.config.train.seed, "model_sha256": policy.fingerprint, "stages": stages}

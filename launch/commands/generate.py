@@ -64,7 +64,7 @@ def generate(args: argparse.Namespace) -> None:
         )
     stream = TextStream(policy.tokenizer, lambda piece: print(piece, end="", flush=True))
     key, began = jax.random.key(policy.config.train.seed), time.perf_counter()
-    (reply,) = policy.answer([segment], sampling, key, on_tokens=lambda _, tokens: stream.add(tokens))
+    (reply,) = policy.answer([segment], sampling, key, on_delta=lambda delta: stream.add(delta.tokens))
     seconds = time.perf_counter() - began
     text = stream.end()
     print()

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from infimed_jax.evaluation.respondents import Terms, ask_policy
+from infimed_jax.evaluation.respondents import PolicyRespondent, Terms
 from infimed_jax.evaluation.run import evaluate
 from infimed_jax.evaluation.statistics import majority_baseline
 from infimed_jax.models.params import param_count
@@ -122,7 +122,7 @@ def _score(chain: Chain, name: str, stage: str, samples: list[Any]) -> Scored:
         if name.endswith(SAMPLED):
             sampling = replace(sampling, temperature=chain.stage_config("grpo").grpo.temperature)
         terms = Terms(sampling, reasoning=stage in REASONING, image=name != BLIND)
-        respond = ask_policy(policy, terms, jax.random.key(chain.options.seed), chain.report)
+        respond = PolicyRespondent(policy, terms, jax.random.key(chain.options.seed), chain.report)
         folder = chain.folder / "evaluation" / name
         return Scored(evaluate(samples, respond, terms, folder=folder, name=name).summary())
 

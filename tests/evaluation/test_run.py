@@ -13,11 +13,11 @@ from infimed_jax.data.chat import load_tokenizer
 from infimed_jax.data.images import ImageCache
 from infimed_jax.data.sample import Chat, Question
 from infimed_jax.errors import UserError
-from infimed_jax.evaluation import respondents
-from infimed_jax.evaluation.respondents import Terms, ask_policy
+from infimed_jax.evaluation import run
+from infimed_jax.evaluation.respondents import PolicyRespondent, Predictions, Terms
 from infimed_jax.evaluation.run import compare_runs, evaluate, fingerprint, image_gain, image_id, read_evaluation
 from infimed_jax.models.params import init_params
-from infimed_jax.sampling.engine import Completion
+from infimed_jax.sampling.engine import Delta
 from infimed_jax.sampling.policy import Policy
 from infimed_jax.sharding import make_mesh
 from tests import tiny
@@ -68,7 +68,7 @@ def ask(tokenizer):
 
         def run_it(samples=SAMPLES, *, folder=None, name="", report=lambda *_: None, **terms):
             asked = Terms(**({"sampling": SAMPLING} | terms))
-            respond = ask_policy(policy, asked, jax.random.key(0), report)
+            respond = PolicyRespondent(policy, asked, jax.random.key(0), report)
             return evaluate(samples, respond, asked, folder=folder, name=name)
 
         yield run_it
@@ -81,15 +81,13 @@ def script(monkeypatch, tokenizer):
     def install(replies):
         calls = []
 
-        def answer(policy, prompts, sampling, key, *, longest, on_progress):
+        def answer(policy, prompts, sampling, key, *, longest, numbers, on_progress, on_delta):
             first = sum(len(call["prompts"]) for call in calls)
-            calls.append({"prompts": prompts, "longest": longest})
-            made = []
-            for reply, finish in replies[first : first + len(prompts)]:
+            calls.append({"prompts": prompts, "longest": longest, "numbers": list(numbers)})
+            for number, (reply, finish) in zip(numbers, replies[first : first + len(prompts)], strict=True):
                 ids = [*tokenizer.encode(reply), *([tokenizer.im_end] if finish == "stop" else [])]
-                made.append(Completion(np.array(ids, np.int32), np.zeros(len(ids), np.float32), finish))
-            on_progress(len(made), len(prompts), "")
-            return made
+                on_delta(Delta(number, np.array(ids, np.int32), np.zeros(len(ids), np.float32), finish))
+            on_progress(len(prompts), len(prompts), "")
 
         monkeypatch.setattr(Policy, "answer", answer)
         return calls
@@ -118,20 +116,26 @@ def test_tiny_model_answers_every_question_and_leaves_files(ask, tmp_path):
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary == json.loads(json.dumps(result.summary()))
     assert (summary["n"], summary["images"], summary["max_tokens"]) == (6, 3, 6)
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"replies.jsonl", "summary.json"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "asked.json", "replies.jsonl", "scores.jsonl", "summary.json"
+    }  # fmt: skip
+    scores = [json.loads(line) for line in (tmp_path / "out/scores.jsonl").read_text().splitlines()]
+    assert [(s["id"], s["correct"], s["status"]) for s in scores] == [
+        (r.id, r.correct, r.status) for r in result.records
+    ]
     again = read_evaluation(tmp_path / "out")
     assert (again.records, again.terms, again.summary()) == (result.records, result.terms, result.summary())
 
 
 def test_chunks_change_nothing(ask, monkeypatch):
     whole = ask()
-    monkeypatch.setattr(respondents, "CHUNK", 4)
+    monkeypatch.setattr(run, "CHUNK", 4)
     assert ask().records == whole.records
 
 
 def test_chunks_draw_differently(ask, monkeypatch):
     """Sampled replies to one question, asked in two chunks."""
-    monkeypatch.setattr(respondents, "CHUNK", 1)
+    monkeypatch.setattr(run, "CHUNK", 1)
     twice = [SAMPLES[0], replace(SAMPLES[0], id="again")]
     first, second = ask(twice, sampling=replace(SAMPLING, temperature=1.0)).records
     assert first.reply != second.reply
@@ -249,7 +253,7 @@ def test_a_benchmark_may_word_its_questions_itself(ask, script, tokenizer, tmp_p
 
 
 def test_progress_counts_over_chunks(ask, script, monkeypatch):
-    monkeypatch.setattr(respondents, "CHUNK", 4)
+    monkeypatch.setattr(run, "CHUNK", 4)
     calls, seen = script(REPLIES), []
     result = ask(report=lambda *state: seen.append(state))
     assert [len(call["prompts"]) for call in calls] == [4, 2]
@@ -313,3 +317,138 @@ def test_image_id_is_the_sources_else_the_files_else_the_questions():
 def test_what_cannot_be_evaluated_is_refused(ask, samples, options, message):
     with pytest.raises(UserError, match=message):
         ask(samples, **options)
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("replies", [0, 1, 3, 5])
+def test_a_stopped_evaluation_goes_on_to_the_same_files(ask, tmp_path, monkeypatch, replies, temperature):
+    """Stopped after any number of replies, in any chunk; what had come is not asked again."""
+    monkeypatch.setattr(run, "CHUNK", 4)
+    sampling = replace(SAMPLING, temperature=temperature)
+    ask(folder=tmp_path / "whole", sampling=sampling)
+    asked, answer, put = [], Policy.answer, run.Journal.put
+
+    def counted(policy, prompts, *args, numbers, **more):
+        asked.extend(numbers)
+        return answer(policy, prompts, *args, numbers=numbers, **more)
+
+    def stopping(journal, number, reply):
+        if len(journal.replies) == replies:
+            raise Stopped
+        put(journal, number, reply)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Journal, "put", stopping)
+        with pytest.raises(Stopped):
+            ask(folder=tmp_path / "stopped", sampling=sampling)
+    part = tmp_path / "stopped/replies.part.jsonl"
+    assert len(part.read_text().splitlines()) == replies
+    part.write_text(part.read_text() + '[5, {"text": "cut')  # by a kill
+    monkeypatch.setattr(Policy, "answer", counted)
+    ask(folder=tmp_path / "stopped", sampling=replace(sampling, slots=8))
+    assert len(asked) == len(SAMPLES) - replies
+    for file in ("replies.jsonl", "scores.jsonl", "asked.json"):
+        assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    one, other = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("stopped", "whole"))
+    for summary in (one, other):
+        del summary["seconds"], summary["sampling"]["slots"]
+    assert one == other
+    assert not part.exists()
+    ask(folder=tmp_path / "stopped", sampling=sampling)  # a finished one is graded again, not asked
+    assert len(asked) == len(SAMPLES) - replies
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"protocol": "medevalkit-fixed"}, "protocol was 'strict', is 'medevalkit-fixed'"),
+        ({"sampling": replace(SAMPLING, max_tokens=7)}, r"sampling was .*'max_tokens': 6.*, is .*'max_tokens': 7"),
+        ({"samples": SAMPLES[1:]}, "questions was"),
+        ({"image": False}, "image was True, is False"),
+    ],
+)
+def test_another_evaluation_is_refused_in_the_same_folder(ask, tmp_path, change, words):
+    ask(folder=tmp_path / "out")
+    before = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    with pytest.raises(UserError, match=f"holds another evaluation .*{words}.*choose another --output"):
+        ask(folder=tmp_path / "out", **change)
+    assert {file: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_folder_of_other_files_is_refused(ask, tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="holds other files: choose another --output"):
+        ask(folder=tmp_path)
+    (tmp_path / "asked.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"asked\.json is damaged"):
+        ask(folder=tmp_path)
+
+
+def predict(tmp_path, *lines, lenient=False, raw=b""):
+    file = tmp_path / "predictions.jsonl"
+    file.write_bytes(raw or "".join(f"{line}\n" for line in lines).encode())
+    return evaluate(SAMPLES, Predictions(file, lenient), Terms(SAMPLING))
+
+
+def said(number, response, **more):
+    return json.dumps({"id": f"s/test/{number}", "response": response} | more)
+
+
+def test_predictions_are_graded_and_questions_without_one_are_counted(tmp_path):
+    lines = [said(5, "Yes."), said(0, "yes"), said(2, "B"), "", said(3, "left lung", finish="length")]
+    result = predict(tmp_path, *lines)
+    assert [r.correct for r in result.records] == [True, False, True, False, False, True]
+    assert [r.status for r in result.records] == ["ok", "unanswered", "ok", "truncated", "unanswered", "ok"]
+    assert result.summary()["unanswered_rate"] == 2 / 6
+
+
+@pytest.mark.parametrize(
+    ("line", "words", "lenient"),
+    [
+        (said(9, "yes"), "has 1 ids of no question, such as s/test/9", {"unknown ids": 1}),
+        (said(0, "no"), "line 2: s/test/0 has a response already", {"repeated ids": 1}),
+        (said(1, None), "line 2: the response to s/test/1 is null", {"null responses": 1}),
+        (said(1, 7), "line 2: `id` and `response` must be texts", None),
+        ('{"id": "s/test/1"}', "line 2: each line must be an object", None),
+        ("no JSON", "line 2: each line must be an object", None),
+        ("[" * 100_000, "line 2: each line must be an object", None),
+    ],
+)
+def test_predictions_that_cannot_be_used_are_named(tmp_path, line, words, lenient):
+    with pytest.raises(UserError, match=words):
+        predict(tmp_path, said(0, "yes"), line)
+    if lenient is None:
+        with pytest.raises(UserError, match=words):
+            predict(tmp_path, said(0, "yes"), line, lenient=True)
+        return
+    file = tmp_path / "predictions.jsonl"
+    predictions = Predictions(file, lenient=True)
+    result = evaluate(SAMPLES, predictions, Terms(SAMPLING))
+    assert predictions.passed_over == lenient
+    assert [r.correct for r in result.records] == [True] + [False] * 5
+
+
+def test_predictions_in_another_encoding_are_named(tmp_path):
+    with pytest.raises(UserError, match="line 1: not UTF-8"):
+        predict(tmp_path, raw=said(0, "yes").encode("utf-16"))
+    assert predict(tmp_path, raw=b"\xef\xbb\xbf" + said(0, "yes").encode()).records[0].correct
+    with pytest.raises(UserError, match="cannot read the predictions"):
+        Predictions(tmp_path / "none.jsonl")
+
+
+def test_a_long_reply_is_one_reply(tmp_path):
+    assert predict(tmp_path, said(0, "so " * 40_000 + "\n\nThe answer is yes.")).records[0].correct
+
+
+def test_questions_that_are_read_in_each_pass_need_no_list(ask):
+    """`evaluate` takes what can be iterated twice, such as files that are read in place."""
+
+    class Files:
+        def __iter__(self):
+            return iter(SAMPLES)
+
+    assert ask(Files()).records == ask().records

@@ -99,8 +99,8 @@ def test_vqa_rad_ends_with_closed_and_open_beside_their_baselines_and_the_warnin
     ]  # fmt: skip
     monkeypatch.setattr(report, "test_samples", lambda chain: samples)
     chain = Chain(Options(Path(), source="vqa_rad"), load_plan(Options(Path(), "vqa_rad", Path())), None)
-    right = [Record(s.id, s.id, "s", "open", "?", s.answer, s.answer in ("yes", "air"), "ok", None, "", "", "stop", 1,
-                    s.meta) for s in samples]  # fmt: skip
+    right = [Record(s.id, s.id, "s", "open", "?", (), s.answer, (), s.answer in ("yes", "air"), "ok", None, "", "",
+                    "stop", 1, "", s.meta) for s in samples]  # fmt: skip
     same = report._comparison(compare(right, right))
     summary = dict.fromkeys(("grpo_gain", "control_gain", "grpo_gain_greedy", "image_gain"), same) | {
         "grpo": {"accuracy_before": 0.0, "accuracy_after": 0.0},

@@ -107,3 +107,97 @@ def test_a_report_about_other_questions_is_refused(folder, tmp_path, capsys):
     assert "is no report of `data decontaminate`" in capsys.readouterr().err
     assert evaluate(folder, "--contamination", tmp_path / "none.json") == 2
     assert "cannot read the report" in capsys.readouterr().err
+
+
+def slake(folder: Path, questions: int = 4) -> Path:
+    """SLAKE's published layout, with as many questions about as many images."""
+    rows = []
+    for number in range(questions):
+        image = folder / "imgs" / f"x{number}" / "source.jpg"
+        image.parent.mkdir(parents=True)
+        image.write_bytes(picture(number))
+        rows.append({"img_id": number, "img_name": f"x{number}/source.jpg", "question": f"Is it {number}?",
+                     "answer": "Yes", "q_lang": "en", "answer_type": "CLOSED", "qid": number, "location": "Lung", "modality": "CT",
+                     "base_type": "vqa", "content_type": "Presence", "triple": ["vhead"]})  # fmt: skip
+    (folder / "test.json").write_text(json.dumps(rows))
+    return folder
+
+
+def replies(file: Path, texts: dict[str, str]) -> Path:
+    file.write_text("".join(json.dumps({"id": id, "response": text}) + "\n" for id, text in texts.items()))
+    return file
+
+
+def test_several_sets_in_one_command_as_published_and_prepared(folder, tmp_path, capsys):
+    given = (
+        {f"slake/test/{number:05d}": "yes" for number in range(3)} | dict.fromkeys(TESTS, "no") | {"toy/test/0": "yes"}
+    )
+    file, output = replies(tmp_path / "p.jsonl", given), tmp_path / "out"
+    arguments = ("--benchmark", f"slake={slake(tmp_path / 'slake')}", "--dataset", folder / "test", "--output", output)
+    assert command("evaluate", "--predictions", file, *arguments) == 2  # each set sees the other one's ids as unknown
+    assert (
+        "ids of no question, such as toy/test/0: repair the file, or pass it over with --lenient"
+        in capsys.readouterr().err
+    )
+    assert command("evaluate", "--predictions", file, "--lenient", *arguments) == 0
+    printed, warned = capsys.readouterr()
+    assert "slake, strict: 75.0% of 4 [" in printed and "test, strict: 20.0% of 5 [" in printed
+    assert "mean of 2: 47.5% [" in printed
+    assert "25.0% of the replies are missing" in warned and "4 questions of slake, and 2,094 are published" in warned
+    assert "4 distinct images: with fewer than 30 an interval says little" in warned
+    results = json.loads((output / "results.json").read_text())
+    assert results["mean"]["accuracy"] == (0.75 + 0.2) / 2 and set(results["sets"]) == {"slake", "test"}
+    assert results["model_index"][0]["metrics"][0]["value"] == 0.75
+    rows = (output / "results.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["set", "slake", "test"]
+    for name in ("slake", "test"):
+        assert {f.name for f in (output / name).iterdir()} == {
+            "asked.json",
+            "replies.jsonl",
+            "scores.jsonl",
+            "summary.json",
+        }
+
+
+def test_runs_are_compared_set_by_set(folder, tmp_path, capsys):
+    for name, answer in (("a", "yes"), ("b", "no")):
+        file = replies(tmp_path / f"{name}.jsonl", dict.fromkeys(TESTS, answer) | {"toy/test/0": "yes"})
+        assert (
+            command("evaluate", "--predictions", file, "--dataset", folder / "test", "--output", tmp_path / name) == 0
+        )
+    capsys.readouterr()
+    assert command("compare", tmp_path / "a", tmp_path / "b") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("A - B = +80.0 points [") and "right only in A 4, only in B 0 of 5" in printed
+    assert command("compare", tmp_path / "a", tmp_path) == 2
+    assert "hold other sets" in capsys.readouterr().err
+    assert command("compare", tmp_path / "a", folder / "test") == 2
+    assert "holds no finished evaluation" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "nothing to evaluate: name --benchmark NAME=FOLDER or --dataset FOLDER"),
+        (("--benchmark", "slake={0}", "--benchmark", "slake={0}"), "two sets have one name (slake, slake)"),
+        (("--benchmark", "slakes={0}"), "not 'slakes'"),
+        (("--benchmark", "slake={0}/none"), "does not exist: check the input folder and its layout"),
+        (("--benchmark", "slake", "--benchmark", "slake={0}"), "one set of rules for --dataset, or NAME=FOLDER"),
+        (("--benchmark", "slake={0}", "sampling.max_tokens=3"), "settings and --blind change nothing of them"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(tmp_path, capsys, arguments, words):
+    published, file = slake(tmp_path / "slake"), replies(tmp_path / "p.jsonl", {"slake/test/00000": "yes"})
+    arguments = [argument.format(published) for argument in arguments]
+    assert command("evaluate", "--predictions", file, "--output", tmp_path / "out", *arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_question_of_a_benchmark_that_cannot_be_read_is_not_left_out(tmp_path, capsys):
+    published, file = slake(tmp_path / "slake"), replies(tmp_path / "p.jsonl", {})
+    (published / "imgs" / "x2" / "source.jpg").unlink()
+    assert (
+        command("evaluate", "--predictions", file, "--benchmark", f"slake={published}", "--output", tmp_path / "o") == 2
+    )
+    error = capsys.readouterr().err
+    assert "slake/test/00002: image missing" in error and "x2/source.jpg" in error and error.count("\n") == 1

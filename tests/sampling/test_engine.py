@@ -32,8 +32,8 @@ def _engine(tiny, sampling=GREEDY, *, stops=STOPS, banned=(IMAGE_TOKEN,), seed=0
     return Engine(decoder, sampling, stops=stops, banned=banned, key=key, longest=longest, penalties=penalties)
 
 
-def _run(tiny, prompts, sampling=GREEDY, on_progress=None, on_tokens=None, **options):
-    return complete(_engine(tiny, sampling, **options), prompts, sampling, on_progress, on_tokens)
+def _run(tiny, prompts, sampling=GREEDY, numbers=None, on_progress=None, on_delta=None, **options):
+    return complete(_engine(tiny, sampling, **options), prompts, sampling, numbers, on_progress, on_delta)
 
 
 def _mixed_prompts(tiny):
@@ -378,13 +378,23 @@ def test_callbacks_report_every_token_once(tiny):
         tiny,
         prompts,
         DRAWN,
-        on_tokens=lambda number, tokens: pieces[number].extend(tokens),
+        on_delta=lambda delta: pieces[delta.request].extend(delta.tokens),
         on_progress=lambda *state: progress.append(state),
     )
     assert [pieces[number] for number in range(len(prompts))] == [reply.tokens.tolist() for reply in replies]
     tokens = sum(len(reply.tokens) for reply in replies)
     assert progress[-1] == (len(prompts), len(prompts), f"{tokens:,} tokens")
     assert _run(tiny, []) == []
+
+
+def test_a_reply_depends_on_its_number_and_not_on_which_others_are_asked(tiny):
+    prompts = _mixed_prompts(tiny)
+    whole = [reply.tokens.tolist() for reply in _run(tiny, prompts, DRAWN)]
+    some = (7, 2, 3)
+    again = _run(tiny, [prompts[number] for number in some], DRAWN, some)
+    assert [reply.tokens.tolist() for reply in again] == [whole[number] for number in some]
+    other = _run(tiny, [prompts[number] for number in some], DRAWN)
+    assert [reply.tokens.tolist() for reply in other] != [whole[number] for number in some]
 
 
 def _broken(tiny, problem):
