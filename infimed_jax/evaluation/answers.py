@@ -83,7 +83,7 @@ def matches(parsed: Parsed, sample: Question) -> bool:
     """Whether the reply answers as the gold answer does, or one of its alternatives."""
     if parsed.status != "ok":
         return False
-    return parsed.value == gold_value(sample) or parsed.value in map(normalize, sample.alternatives)
+    return parsed.value == gold_value(sample) or parsed.value in map(open_text, sample.alternatives)
 
 
 def gold_value(sample: Question) -> str:

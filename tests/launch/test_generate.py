@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from infimed_jax.data.sample import Question
+from infimed_jax.data.storage import write_samples
 from infimed_jax.runs.parameters import load_params, save_params
 from infimed_jax.trees import flatten
 from tests.launch.hf_sources import PATCHES, QUESTION, command, picture, write_sources
@@ -131,8 +133,10 @@ def test_mistakes_are_one_line(models, tmp_path, capsys):
 
 def test_an_evaluation_of_another_model_than_the_checkpoints_is_refused(models, tmp_path, capsys):
     """A layer too many would be a copy of the last one, and the score that of no model."""
-    assert command("evaluate", "--checkpoint", models / "checkpoint", "--dataset", tmp_path, "--output", tmp_path,
-                   "model.text.num_layers=3") == 2  # fmt: skip
+    asked = Question("s/test/0", "s", "test", (), kind="yes_no", question="Q?", answer="yes")
+    write_samples(tmp_path / "test", [asked], name="toy")
+    assert command("evaluate", "--checkpoint", models / "checkpoint", "--dataset", tmp_path / "test",
+                   "--output", tmp_path / "out", "model.text.num_layers=3") == 2  # fmt: skip
     assert "of another shape: text.layers.input_layernorm.scale [2, 32]" in capsys.readouterr().err
 
 
