@@ -118,7 +118,7 @@ def slake(folder: Path, questions: int = 4) -> Path:
         image.write_bytes(picture(number))
         rows.append({"img_id": number, "img_name": f"x{number}/source.jpg", "question": f"Is it {number}?",
                      "answer": "Yes", "q_lang": "en", "answer_type": "CLOSED", "qid": number, "location": "Lung",
-                     "modality": "CT", "base_type": "vqa", "content_type": "Presence", "triple": ["vhead"]})  # fmt: skip
+                     "modality": "CT", "base_type": "vqa", "content_type": "Presence", "triple": []})  # fmt: skip
     (folder / "test.json").write_text(json.dumps(rows))
     return folder
 
