@@ -98,10 +98,11 @@ class Images:
             raise Unusable(IMAGE_ADDRESS, name[:200])
         if local:
             data = self._exact(local)
+            plain = local.replace("\\", "/").strip()
             if data is None:
-                data = self._alike(local.replace("\\", "/"))
-            if data is None and "%" in local:
-                data = self._alike(unquote(local.replace("\\", "/")))
+                data = self._alike(plain)
+            if data is None and "%" in plain:
+                data = self._alike(unquote(plain))
             if data is not None:
                 return data
             if self.folders and all(_inside(folder, local) is None for folder in self.folders):

@@ -255,16 +255,18 @@ def answers(value: Any) -> tuple[str, ...]:
 
 
 _YES_NO = ("no", "yes")
-_LIST = re.compile(r"\[\s*['\"].*\]", re.DOTALL)
+_LIST = re.compile(r"\[\s*['\"].*\]|\(\s*['\"].*\)", re.DOTALL)
+_NO_COMMA = re.compile(r"(?<=['\"])\s+(?=['\"])")
+"""Between the texts of an array as NumPy prints it, which Python would join."""
 
 
 def _literal_list(literal: str) -> list[str]:
-    """A Python list of strings: parsed as a literal, never evaluated. Empty for anything else."""
+    """A Python list or tuple of strings: parsed as a literal, never evaluated. Empty for anything else."""
     try:
-        value = ast.literal_eval(literal.strip()) if len(literal) < 20_000 else []
+        value = ast.literal_eval(_NO_COMMA.sub(", ", literal.strip())) if len(literal) < 20_000 else []
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return []
-    return value if isinstance(value, list) and all(isinstance(each, str) for each in value) else []
+    return list(value) if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value) else []
 
 
 def need(row: Row, field: str, reason: str) -> str:
@@ -338,8 +340,10 @@ def choice_sample(
     options = without_letters(tuple(options))
     if not 2 <= len(options) <= len(LETTERS) or len(letter) != 1 or letter not in LETTERS[: len(options)]:
         raise Unusable(NOT_AN_OPTION)
+    if not options[LETTERS.index(letter)]:
+        raise Unusable(NOT_AN_OPTION, "its option is empty")
     meta = dict(meta)
-    if len(set(options)) < len(options):
+    if len({option.casefold() for option in options}) < len(options):
         meta[EQUAL_OPTIONS] = "true"
     question = without_marks(question, len(images), _known_language(meta))
     return Question(id, source, split, images, "choice", question, letter, options, meta=meta)

@@ -54,7 +54,10 @@ def turns_of(row: Row) -> tuple[list[tuple[str, list[str]]], list[Any]]:
         role = _ROLES.get(name.lower())
         if role is None:
             raise Unusable(NO_ROLE, name[:40])
-        spoken.append((role, _pieces(turn.get("value", turn.get("content")), images)))
+        pieces = _pieces(turn.get("value", turn.get("content")), images)
+        if role == "assistant" and (thoughts := text(turn.get("reasoning_content") or turn.get("reasoning"))):
+            pieces.insert(0, f"<think>{thoughts}</think>")
+        spoken.append((role, pieces))
     if system := text(row.get("system")):
         own = spoken.pop(0)[1] if spoken[0][0] == "system" else []
         spoken.insert(0, ("system", [system, *(["\n\n", *own] if own and own != [system] else [])]))

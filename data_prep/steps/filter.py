@@ -73,7 +73,9 @@ _FINDING = (
 _AI = r"(?:[\w-]+ ){0,2}(?:ai|artificial intelligence|language model)\b(?!-)"
 """One who speaks; an AI-detected finding is a finding."""
 _OF_ONESELF = (
-    r"(?: [\w-]+){0,6}?[,;:]? (?:(?:i|we|my)\b|[^.!?]{0,80}\b(?:cannot|can't|unable|not (?:able|possible)|beyond my)\b)"
+    r"(?: (?:assistant|model|language|system|chatbot|bot|program|developed|trained|created|designed|without)\b"
+    r"(?: [\w-]+){0,6}?)?"
+    r"(?:[,;:]? (?:i|we|my)\b|[,;:] [^.!?]{0,80}\b(?:cannot|can't|unable|not (?:able|possible)|beyond my)\b)"
 )
 _REFUSALS = re.compile(
     "|".join(
@@ -89,7 +91,7 @@ _REFUSALS = re.compile(
             r"^(?:很|非常|十分)?(?:抱歉|对不起|對不起|遗憾)[,，。!！:： ]*(?:但|我|作为|由于|无法|不能)",
             r"^(?:我|作为(?:一个|一名)?(?:ai|人工智能)[^。]{0,20})(?:无法|不能|無法)(?:回答|提供|协助|帮助|查看|处理|识别|看到)",
             r"^作为(?:一个|一名|一款)?(?:ai|人工智能|语言模型|大模型)(?:语言模型|模型|助手|系统|程序)?[,，、。:： ]*"
-            r"(?:我|本|无法|不能|没有)",
+            r"(?:我|本(?:人|模型|系统|助手)|无法|不能|没有)",
             rf"^(?:lo siento|lo lamento|perdón)\b{_THEN}no (?:puedo|podemos)\b",
             rf"^(?:désolée?|je suis désolée?|je regrette)\b{_THEN}je ne (?:peux|puis|suis pas en mesure)\b",
             rf"^(?:es tut mir leid|tut mir leid|entschuldigung|leider)\b{_THEN}(?:kann ich|ich kann)\b"
@@ -120,8 +122,8 @@ _WORDS = re.compile(r"\w+")
 _REPEATS = 5
 """Times that a run of words comes back to back before the text counts as repeating."""
 _RUN = re.compile(r"(.{1,60}?)\1{9,}", re.DOTALL)
-_CODE, _LONGEST_CODE = re.compile(r"[A-Za-z0-9._:/-]+"), 64
-"""Numbers, identifiers and sequences, which repeat by chance or by nature; a DICOM UID has 64 characters."""
+_CODE, _LONGEST_CODE = re.compile(r"[A-Za-z0-9._:/-]+|[0-9\s.,;|/-]+"), 64
+"""Numbers, rows of them, identifiers and sequences repeat by chance or by nature; a DICOM UID has 64 characters."""
 _SHORT, _LONG, _PLAIN = 80, 400, 1.9
 """Bytes below which text is not compressed, bytes from which its compression counts, and prose's own compression."""
 _REPLACED = "\ufffd"

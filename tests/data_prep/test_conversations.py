@@ -63,6 +63,8 @@ def test_a_closed_think_block_before_a_reply_is_its_reasoning():
     assert turns[1] == Turn("assistant", ("Pneumothorax.",), "The edge is visible.")
     assert turns[3] == Turn("assistant", ("No <b>.",))
     assert made(spoken("Q", "<think></think>A"), 0)[1] == Turn("assistant", ("A",))
+    apart = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "reasoning_content": "The edge."}]
+    assert made(apart, 0)[1] == Turn("assistant", ("A",), "The edge.")
     for reply in ("<think>The edge", "The edge.</think>A", "A <think>b</think>", "<think>a</think>b<think>c</think>"):
         with pytest.raises(Unusable, match="think block that is not closed, or not at the start"):
             made(spoken("Q", reply), 0)

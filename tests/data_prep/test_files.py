@@ -68,6 +68,7 @@ def test_names_in_another_spelling_are_found_where_one_file_is_meant(tmp_path):
     for name in (
         "Deep\\Gr\u00fcn 1.JPG",
         "deep/gr\u00fcn 1.jpg",
+        " Deep/Gr\u00fcn 1.JPG\n",
         "Deep/Gru\u0308n 1.JPG",
         "Deep/Gr%C3%BCn%201.JPG",
         "file://" + str(tmp_path / "Deep" / "Gr\u00fcn 1.JPG"),

@@ -111,6 +111,9 @@ ANSWERS = [
     "The primer is ATATATATATATATATATATATAT.",
     "The UID is 1.2.1.2.1.2.1.2.1.2.1.2.1.2.1.2.1.2.1.2.1.2.1.2.",
     "Scores: 0, 0, 0, 0, 0, 0.",
+    "0.0 0.0 0.0 0.0 0.0 0.0 0.0 0.0 0.0 0.0 0.0",
+    "As an AI score of 0.9 suggests, malignancy cannot be excluded.",
+    "作为AI辅助诊断结果，本例提示肺炎。",
 ]
 
 

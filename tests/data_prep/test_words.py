@@ -34,6 +34,9 @@ ID = "mine/train/00000"
         (np.array([1.0, 2.5]), ("1", "2.5")),
         ("['8.4', '8.40']", ("8.4", "8.40")),
         ('["yes"]', ("yes",)),
+        ("['8.4' '8.40']", ("8.4", "8.40")),
+        ("('8.4', '8.40')", ("8.4", "8.40")),
+        ("('quoted')", ("('quoted')",)),
         ("[10, 20]", ("[10, 20]",)),
         ("['a', 3]", ("['a', 3]",)),
         ("['unclosed]", ("['unclosed]",)),
@@ -153,6 +156,8 @@ def test_letters_before_options_are_removed_once(options, bare):
 def test_a_gold_letter_whose_option_fell_away_is_none_and_equal_options_are_marked():
     with pytest.raises(Unusable, match="none of the options"):
         choice_sample(ID, (b"x",), "Which?", ("a", "b", ""), "C", {})
+    with pytest.raises(Unusable, match=r"none of the options.*its option is empty"):
+        choice_sample(ID, (b"x",), "Which?", ("a", "", "b"), "B", {})
     assert choice_sample(ID, (b"x",), "Which?", ("a", "b", "b"), "A", {}).meta == {"equal_options": "true"}
     assert choice_sample(ID, (b"x",), "Which?", ("a", "b"), "A", {}).meta == {}
 
