@@ -58,9 +58,9 @@ def turns_of(row: Row) -> tuple[list[tuple[str, list[str]]], list[Any]]:
         if role == "assistant" and (thoughts := text(turn.get("reasoning_content") or turn.get("reasoning"))):
             pieces.insert(0, f"<think>{thoughts}</think>")
         spoken.append((role, pieces))
-    if system := text(row.get("system")):
+    if system := split_marks(text(row.get("system"))):
         own = spoken.pop(0)[1] if spoken[0][0] == "system" else []
-        spoken.insert(0, ("system", [system, *(["\n\n", *own] if own and own != [system] else [])]))
+        spoken.insert(0, ("system", [*system, *(["\n\n", *own] if own and own != system else [])]))
     return spoken, images
 
 
