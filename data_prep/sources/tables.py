@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.reading.faults import DAMAGED_FILE, NO_IMAGE, NO_TEXT, NOT_UNICODE, Unusable
-from data_prep.reading.files import Images, NoFiles, find_files, shard_name
+from data_prep.reading.files import Images, NoFiles, as_list, find_files, shard_name
 from data_prep.reading.parquet import parquet_rows
 from data_prep.reading.parts import even_parts, parts_of
 from data_prep.reading.rows import WHOLE, Part, Row
@@ -148,16 +148,21 @@ def _tfds_rows(source: Any, image: str, part: Part) -> Iterator[Row | Unusable]:
         try:
             row = source[number]
             row |= {name: np.float32(row[name]) for name in short if isinstance(row[name], float)}
-            yield {
-                name: value.decode() if isinstance(value, bytes) and name != image else value
-                for name, value in row.items()
-            }
+            yield {name: value if name == image else _decoded(value) for name, value in row.items()}
         except UnicodeDecodeError:
             yield Unusable(NOT_UNICODE, f"record {number}")
         except MemoryError:
             raise
         except Exception:  # protobuf's, the reader's, and those of the features
             yield Unusable(DAMAGED_FILE, f"record {number}")
+
+
+def _decoded(value: Any) -> Any:
+    """Bytes as text, in a list as well. Raises UnicodeDecodeError."""
+    if isinstance(value, bytes):
+        return value.decode()
+    is_list = isinstance(value, list) or (isinstance(value, np.ndarray) and value.dtype == object)
+    return [_decoded(each) for each in as_list(value)] if is_list else value
 
 
 _QA_OPTIONS = (

@@ -148,7 +148,12 @@ def test_tfds_values_of_any_type_and_lists_of_images(tmp_path):
 
     images = tfds.features.Sequence(tfds.features.Image())
     features = tfds.features.FeaturesDict(
-        {"image": images, "question": tfds.features.Text(), "answer": tfds.features.Scalar(np.float32)}
+        {
+            "image": images,
+            "question": tfds.features.Text(),
+            "answer": tfds.features.Scalar(np.float32),
+            "said": tfds.features.Sequence(tfds.features.Text()),
+        }
     )
     template = tfds.core.ShardedFileTemplate(
         data_dir=tmp_path, dataset_name="my_set", split="train", filetype_suffix="array_record"
@@ -159,6 +164,7 @@ def test_tfds_values_of_any_type_and_lists_of_images(tmp_path):
         example.features.feature["image"].bytes_list.value.extend(pictures)
         example.features.feature["question"].bytes_list.value.append(b"Q")
         example.features.feature["answer"].float_list.value.append(answer)
+        example.features.feature["said"].bytes_list.value.extend([b"left", "l\u00e0".encode()])
         writer.write(example.SerializeToString())
     writer.close()
     split = tfds.core.SplitInfo(name="train", shard_lengths=[2], num_bytes=1, filename_template=template)
@@ -167,6 +173,8 @@ def test_tfds_values_of_any_type_and_lists_of_images(tmp_path):
     )
     whole, tenths = SOURCES["tfds"].read(tmp_path, "train")
     assert (whole.answer, tenths.answer) == ("3", "2.3") and whole.images == tenths.images == pictures
+    source, _ = with_options(SOURCES["tfds"], {"answer": "said"})
+    assert [(row.answer, row.alternatives) for row in source.read(tmp_path, "train")] == [("left", ("l\u00e0",))] * 2
 
 
 def test_tfds_errors_name_the_thing(prepared, tmp_path):
