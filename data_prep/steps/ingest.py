@@ -210,11 +210,11 @@ def _by_reason(skipped: Iterable[dict[str, Any]]) -> dict[str, int]:
 
 
 def _first(skipped: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """For each reason, the record that it struck first, and what is known of it, such as a path."""
+    """For each reason, the record that it struck first, and what is known of it, such as a path; in one line."""
     first: dict[str, str] = {}
     for fault in skipped:
         first.setdefault(fault["reason"], ", ".join(filter(None, (fault["id"], fault["detail"]))))
-    return first
+    return {reason: "".join(c if c.isprintable() else "?" for c in place) for reason, place in first.items()}
 
 
 def _ingest_piece(

@@ -77,3 +77,24 @@ def test_without_a_split_all_that_have_files_are_made_and_the_others_told(tmp_pa
     made = ["test", "test.json", "train", "train.json"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == made
     assert main([*arguments, "--split", "validation"]) == 2  # asked for by name it is an error
+
+
+def test_what_is_skipped_names_the_first_record_and_a_name_of_ones_own_is_taken(tmp_path, capsys):
+    talk = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "<image>SECRET"}]
+    rows = [{"conversations": talk}, {"image": "gone\n\u001b[31m.png", "conversations": talk}]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    arguments = ["data", "ingest", "--source", "llava_json", "--input", str(tmp_path), "--split", "train"]
+    arguments += ["--output", str(tmp_path.parent / "named")]
+    assert main([*arguments, "--name", "clinic_a"]) == 0
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        "train: 1 samples, unknown",
+        "  skipped, image missing: 1 (first: clinic_a/train/00001, gone??[31m.png)",
+        "  kept, with misplaced marks: 1",
+    ]
+    for name in ("vqa_rad", "A b"):
+        assert main([*arguments, "--name", name]) == 2
+        assert f"--name {name!r}".replace("'vqa_rad'", "vqa_rad") in capsys.readouterr().err
+    (tmp_path / "train.json").write_text(json.dumps(rows[1:]))
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "image missing first at llava_json/train/00000, gone??[31m.png" in error and error.count("\n") == 1
