@@ -13,11 +13,15 @@ if TYPE_CHECKING:
 ENDPOINT, BUDGET = (f"data_prep.llm.settings:{kind}" for kind in ("Endpoint", "Budget"))
 
 
-def add_endpoint(parser: argparse.ArgumentParser) -> None:
-    """Options of the endpoint; the local one is the default, and an outside one must be named."""
+def add_endpoint(parser: argparse.ArgumentParser, one_of: argparse._MutuallyExclusiveGroup | None = None) -> None:
+    """Options of the endpoint; the local one is the default, and an outside one must be named.
+
+    With `one_of`, the endpoint is one choice among others, and always named.
+    """
     group = parser.add_argument_group("endpoint")
-    group.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible base address [port 8000 of this machine]")
-    group.add_argument("--model", required=True, help="the model's name there")
+    default = "" if one_of else " [port 8000 of this machine]"
+    (one_of or group).add_argument("--endpoint", metavar="URL", help=f"OpenAI-compatible base address{default}")
+    group.add_argument("--model", required=one_of is None, default="", help="the model's name there")
     group.add_argument("--private-endpoint", action="store_true",
                        help="trust a host in a private network; otherwise it counts as outside")  # fmt: skip
     add_fields(group, ENDPOINT, ("key_variable", "concurrency", "timeout", "attempts", "image_side"))

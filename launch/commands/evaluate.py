@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from infimed_jax.errors import UserError
 from launch.cli.arguments import add_command, add_settings
+from launch.cli.endpoint import add_endpoint, endpoint_of
 from launch.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from infimed_jax.data.sample import Sample
     from infimed_jax.evaluation.respondents import Respondent, Terms
     from infimed_jax.evaluation.run import Evaluation
+    from infimed_jax.progress import Report
     from infimed_jax.sampling.policy import Policy
 
 
@@ -29,6 +31,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     who.add_argument("--hf", type=Path, help="a folder in Hugging Face format")
     who.add_argument("--predictions", type=Path, metavar="FILE.jsonl",
                      help='replies of any model, {"id": …, "response": …} a line')  # fmt: skip
+    add_endpoint(p, who)
     p.add_argument("--lenient", action="store_true",
                    help="pass over unknown ids, repeated ids and null responses of --predictions")  # fmt: skip
     p.add_argument("--dataset", type=Path, action="append", default=[],
@@ -73,10 +76,12 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError(f"--limit {args.limit} counts questions: it must not be negative")
     if args.predictions and (args.settings or args.blind):
         raise UserError("--predictions are replies that were given: settings and --blind change nothing of them")
+    if args.model and not args.endpoint:
+        raise UserError("--model is the name of a model at --endpoint: give its address too")
     import jax
 
     from infimed_jax import config
-    from infimed_jax.evaluation.respondents import PolicyRespondent, Predictions, Terms
+    from infimed_jax.evaluation.respondents import Terms
     from infimed_jax.evaluation.run import evaluate
     from infimed_jax.evaluation.table import macro_line, write_results
     from infimed_jax.sampling.policy import Policy
@@ -84,26 +89,19 @@ def evaluate(args: argparse.Namespace) -> None:
     grading, sets = _sets(args)
     folder = args.checkpoint or args.hf
     policy = Policy.open(folder, args.settings, export=args.hf is not None) if folder else None
-    sampling = policy.config.sampling if policy else config.Sampling()
+    sampling = policy.config.sampling if policy else config.load([], args.settings).sampling
     terms = Terms(sampling, args.protocol, args.reasoning, not args.blind, grading, args.all_images)
     results: dict[str, Evaluation] = {}
     for name, questions in sets.items():
         if policy:
             _warn_learnt(args, policy, questions)
         with progress_bar("evaluate", "questions") as bar:
-            if policy:
-                key = jax.random.key(policy.config.train.seed)
-                respondent: Respondent = PolicyRespondent(
-                    policy, terms, key, lambda done, total, _, bar=bar: bar(done, total, "")
-                )
-            else:
-                respondent = Predictions(args.predictions, args.lenient)
             results[name] = evaluate(
                 questions,
-                respondent,
+                _respondent(args, policy, terms, lambda done, total, _, bar=bar: bar(done, total, "")),
                 terms,
                 folder=args.output / name if len(sets) > 1 else args.output,
-                name=str(folder or args.predictions),
+                name=str(folder or args.predictions or f"{args.model} at {args.endpoint}"),
             )
         if jax.process_index() == 0:
             _print(results[name], f"{name}, " if len(sets) > 1 else "")
@@ -112,6 +110,20 @@ def evaluate(args: argparse.Namespace) -> None:
             print(macro_line(results))
         write_results(args.output, results, _provenance(policy, terms))
         print(f"Outputs: {args.output}")
+
+
+def _respondent(args: argparse.Namespace, policy: Policy | None, terms: Terms, report: Report) -> Respondent:
+    import jax
+
+    from infimed_jax.evaluation.respondents import PolicyRespondent, Predictions
+
+    if policy:
+        return PolicyRespondent(policy, terms, jax.random.key(policy.config.train.seed), report)
+    if args.predictions:
+        return Predictions(args.predictions, args.lenient)
+    from data_prep.llm.respond import EndpointRespondent
+
+    return EndpointRespondent(endpoint_of(args), args.output.with_name(f"{args.output.name}.calls"), terms, report)
 
 
 def _sets(args: argparse.Namespace) -> tuple[str, dict[str, _Set]]:
