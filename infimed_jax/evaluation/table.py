@@ -67,12 +67,18 @@ def macro_line(results: Mapping[str, Evaluation]) -> str:
     return f"mean of {len(results)}: {mean:.1%} [{low:.1%}, {high:.1%}]"
 
 
-def write_results(folder: Path, results: Mapping[str, Evaluation], provenance: Mapping[str, Any]) -> None:
-    """`results.json` with every summary, the mean, a model-index block and `provenance`; `results.csv`, a set a row."""
+def write_results(
+    folder: Path, results: Mapping[str, Evaluation], provenance: Mapping[str, Any], judged: Mapping[str, Any]
+) -> None:
+    """`results.json` with every summary, what a judge said of its open questions, the mean, a model-index block and
+    `provenance`; `results.csv`, a set a row."""
     mean, low, high = macro_mean([result.accuracy for result in results.values()])
     values = {
         "mean": {"of": len(results), "accuracy": mean, "interval": [low, high]},
-        "sets": {name: result.summary() for name, result in results.items()},
+        "sets": {
+            name: result.summary() | ({"judge": judged[name]} if name in judged else {})
+            for name, result in results.items()
+        },
         "provenance": dict(provenance),
         "model_index": [_index_entry(name, result) for name, result in results.items()],
     }

@@ -29,10 +29,14 @@ def add_endpoint(parser: argparse.ArgumentParser, one_of: argparse._MutuallyExcl
     add_fields(group, BUDGET, ("prompt_price", "reply_price", "image_tokens"))
 
 
-def endpoint_of(args: argparse.Namespace) -> Endpoint:
-    """UserError where the settings contradict themselves, or an outside endpoint lacks https or a budget."""
+def endpoint_of(args: argparse.Namespace, url: str = "", model: str = "") -> Endpoint:
+    """The endpoint of the options, or another one of that address and model.
+
+    UserError where the settings contradict themselves, or an outside endpoint lacks https or a budget.
+    """
     from data_prep.llm.settings import LOCAL, Budget, Endpoint
 
     budget = build(Budget, args, prefix="budget_")
-    given = {"url": args.endpoint or LOCAL, "private": args.private_endpoint, "budget": budget}
+    given = {"url": url or args.endpoint or LOCAL, "private": args.private_endpoint, "budget": budget}
+    given |= {"model": model} if model else {}
     return build(Endpoint, args, given=given)

@@ -32,6 +32,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     who.add_argument("--predictions", type=Path, metavar="FILE.jsonl",
                      help='replies of any model, {"id": …, "response": …} a line')  # fmt: skip
     add_endpoint(p, who)
+    judge = p.add_argument_group("judge of open questions, with the endpoint's options")
+    judge.add_argument("--judge-endpoint", metavar="URL", help="OpenAI-compatible base address of the judge")
+    judge.add_argument("--judge-model", default="", help="the model's name there")
+    judge.add_argument("--judge-repeats", type=int, default=1,
+                       help="verdicts on each reply; several are drawn, and give a spread [%(default)s]")  # fmt: skip
     p.add_argument("--lenient", action="store_true",
                    help="pass over unknown ids, repeated ids and null responses of --predictions")  # fmt: skip
     p.add_argument("--dataset", type=Path, action="append", default=[],
@@ -76,6 +81,8 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError(f"--limit {args.limit} counts questions: it must not be negative")
     if args.predictions and (args.settings or args.blind):
         raise UserError("--predictions are replies that were given: settings and --blind change nothing of them")
+    if bool(args.judge_endpoint) != bool(args.judge_model) or args.judge_repeats < 1:
+        raise UserError("a judge needs --judge-endpoint, --judge-model and at least one of --judge-repeats")
     if args.model and not args.endpoint:
         raise UserError("--model is the name of a model at --endpoint: give its address too")
     import jax
@@ -92,6 +99,7 @@ def evaluate(args: argparse.Namespace) -> None:
     sampling = policy.config.sampling if policy else config.load([], args.settings).sampling
     terms = Terms(sampling, args.protocol, args.reasoning, not args.blind, grading, args.all_images)
     results: dict[str, Evaluation] = {}
+    judged: dict[str, Any] = {}
     for name, questions in sets.items():
         if policy:
             _warn_learnt(args, policy, questions)
@@ -104,11 +112,14 @@ def evaluate(args: argparse.Namespace) -> None:
                 name=str(folder or args.predictions or f"{args.model} at {args.endpoint}"),
             )
         if jax.process_index() == 0:
-            _print(results[name], f"{name}, " if len(sets) > 1 else "")
+            label, place = (f"{name}, ", args.output / name) if len(sets) > 1 else ("", args.output)
+            _print(results[name], label)
+            if args.judge_endpoint:
+                judged[name] = _judge(args, results[name], place, label)
     if jax.process_index() == 0:
         if len(results) > 1:
             print(macro_line(results))
-        write_results(args.output, results, _provenance(policy, terms))
+        write_results(args.output, results, _provenance(policy, terms), judged)
         print(f"Outputs: {args.output}")
 
 
@@ -124,6 +135,37 @@ def _respondent(args: argparse.Namespace, policy: Policy | None, terms: Terms, r
     from data_prep.llm.respond import EndpointRespondent
 
     return EndpointRespondent(endpoint_of(args), args.output.with_name(f"{args.output.name}.calls"), terms, report)
+
+
+def _judge(args: argparse.Namespace, result: Evaluation, folder: Path, label: str) -> dict[str, Any]:
+    """What the judge says of the open questions: printed, written to `judged.jsonl`, and returned as a summary."""
+    from data_prep.llm.judge import expected_tokens, judge, open_questions
+    from infimed_jax.files import to_json, write_text
+
+    endpoint = endpoint_of(args, url=args.judge_endpoint, model=args.judge_model)
+    records, protocol = open_questions(result), result.terms.protocol
+    if not records:
+        print(f"{label}judge: no open question")
+        return {}
+    tokens = expected_tokens(records, protocol, args.judge_repeats)
+    price = endpoint.budget.price(tokens, 0)
+    cost = f", {price:,.2f} in the currency of the prices" if price else ""
+    print(f"{label}judge: {len(records) * args.judge_repeats:,} verdicts, about {tokens:,} tokens{cost}")
+    judged, account = judge(
+        records, protocol, endpoint, args.output.with_name(f"{args.output.name}.calls"), args.judge_repeats
+    )
+    write_text(folder / "judged.jsonl", "".join(to_json(row) + "\n" for row in judged.rows()))
+    summary = judged.summary
+    if summary["accuracy"] is None:
+        print(f"{label}judge {endpoint.model}: no verdict on {len(records):,} open questions")
+    else:
+        low, high = summary["interval"]
+        print(
+            f"{label}judge {endpoint.model}: {summary['accuracy']:.1%} of {len(records):,} open questions "
+            f"[{low:.1%}, {high:.1%}], by rule {summary['rule_accuracy']:.1%}; agrees with the rule on "
+            f"{summary['agreement']:.1%}; {summary['null']:,} verdicts null"
+        )
+    return summary | {"model": endpoint.model, "account": dict(account)}
 
 
 def _sets(args: argparse.Namespace) -> tuple[str, dict[str, _Set]]:

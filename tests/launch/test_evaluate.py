@@ -16,6 +16,7 @@ from infimed_jax.evaluation.run import GROUPS
 from infimed_jax.runs.history import stage_entry
 from infimed_jax.runs.parameters import load_params, save_params
 from infimed_jax.trees import flatten
+from tests.data_prep import loopback as lo
 from tests.launch.hf_sources import PATCHES, command, picture, write_sources
 
 LONG = "does the enlarged left lobe press on any of the large vessels nearby"
@@ -201,3 +202,26 @@ def test_a_question_of_a_benchmark_that_cannot_be_read_is_not_left_out(tmp_path,
     )
     error = capsys.readouterr().err
     assert "slake/test/00002: image missing" in error and "x2/source.jpg" in error and error.count("\n") == 1
+
+
+def test_a_judge_stands_beside_the_rule(tmp_path, capsys):
+    published = slake(tmp_path / "slake")
+    rows = json.loads((published / "test.json").read_text())
+    (published / "test.json").write_text(json.dumps([row | {"answer": "Lung", "answer_type": "OPEN"} for row in rows]))
+    texts = enumerate(("lung", "a lobe", "", "x"))
+    file = replies(tmp_path / "p.jsonl", {f"slake/test/{n:05d}": text for n, text in texts})
+    arguments = ("--predictions", file, "--benchmark", f"slake={published}", "--output", tmp_path / "out")
+
+    def judge(body, _):
+        return lo.say(json.dumps({"same": "x" not in json.loads(body["messages"][1]["content"])["reply"]}))
+
+    with lo.serve(judge) as server:
+        assert command("evaluate", *arguments, "--judge-endpoint", server.url, "--judge-model", "wise") == 0
+    printed = capsys.readouterr().out
+    assert "judge: 4 verdicts, about " in printed and "judge wise: 50.0% of 4 open questions [" in printed
+    assert "by rule 25.0%; agrees with the rule on 75.0%; 0 verdicts null" in printed
+    judged = [json.loads(line)["judge"] for line in (tmp_path / "out" / "judged.jsonl").read_text().splitlines()]
+    assert judged == [[True], [True], [False], [False]]
+    assert json.loads((tmp_path / "out/results.json").read_text())["sets"]["slake"]["judge"]["agreement"] == 0.75
+    assert command("evaluate", *arguments, "--judge-endpoint", server.url) == 2
+    assert "a judge needs --judge-endpoint, --judge-model" in capsys.readouterr().err

@@ -76,9 +76,7 @@ def test_replies_that_came_are_kept_where_others_fail(tmp_path):
         return lo.say("yes") if healthy or "Q1" not in asked(body) else lo.status(400)
 
     with lo.serve(answer) as server:
-        with pytest.raises(
-            UserError, match=r"not answer 1 questions \(1 status 400\); .* asks these again"
-        ):
+        with pytest.raises(UserError, match=r"not answer 1 questions \(1 status 400\); .* asks these again"):
             ask(server, tmp_path)
         before = len(server.requests)
         healthy.append(True)
