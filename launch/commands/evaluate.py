@@ -46,8 +46,8 @@ def add(commands: argparse._SubParsersAction) -> None:
                    "how the questions of --dataset are asked and graded [by the mark of each question's adapter]; see "
                    "infimed_jax/evaluation/benchmarks")  # fmt: skip
     p.add_argument("--output", type=Path, required=True,
-                   help="folder for results.json, results.csv and, of each set, replies.jsonl, scores.jsonl and "
-                   "summary.json; the same command goes on after a stop")  # fmt: skip
+                   help="folder for report.html, results.json, results.csv and, of each set, replies.jsonl, "
+                   "scores.jsonl and summary.json; the same command goes on after a stop")  # fmt: skip
     p.add_argument("--protocol", default="strict", help="strict, medevalkit-fixed or medevalkit-2025-06 [%(default)s]")
     p.add_argument("--reasoning", action="store_true", help="ask for reasoning and a boxed answer")
     p.add_argument("--blind", action="store_true", help="the control: the same questions without their images")
@@ -59,6 +59,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--contamination", type=Path, action="append", default=[], metavar="REPORT",
                    help="a report of `data decontaminate` on the checkpoint's training data, repeatable: "
                    "also print the accuracy of the questions that it lists")  # fmt: skip
+    p.add_argument("--page-images", choices=("cleared", "all", "none"), default="cleared",
+                   help="images on the page: of sources that may be passed on, all, or none [%(default)s]")  # fmt: skip
     p.add_argument("--limit", type=int, default=0, help="ask only the first LIMIT questions of each set [all]")
     add_settings(p, files=False)
 
@@ -88,6 +90,7 @@ def evaluate(args: argparse.Namespace) -> None:
     import jax
 
     from infimed_jax import config
+    from infimed_jax.evaluation.page import write_evaluation_page
     from infimed_jax.evaluation.respondents import Terms
     from infimed_jax.evaluation.run import evaluate
     from infimed_jax.evaluation.table import macro_line, write_results
@@ -119,7 +122,10 @@ def evaluate(args: argparse.Namespace) -> None:
     if jax.process_index() == 0:
         if len(results) > 1:
             print(macro_line(results))
-        write_results(args.output, results, _provenance(policy, terms), judged)
+        facts = _provenance(policy, terms)
+        write_results(args.output, results, facts, judged)
+        images = _images(args.page_images, results, sets)
+        write_evaluation_page(args.output / "report.html", results, judged, images, facts)
         print(f"Outputs: {args.output}")
 
 
@@ -232,6 +238,21 @@ def _readable(sources: Sequence[Source], folder: Path, split: str) -> Source:
         except NoFiles as error:
             absent.append(str(error))
     raise UserError("; ".join(absent))
+
+
+def _images(which: str, results: dict[str, Evaluation], sets: dict[str, _Set]) -> dict[str, bytes]:
+    """The first image of each case that the page shows, of those that may be shown."""
+    from data_prep.sources import SOURCES
+    from infimed_jax.evaluation.page import draw_cases
+
+    images: dict[str, bytes] = {}
+    for name, result in results.items() if which != "none" else ():
+        wanted = {record.id for record in draw_cases(result)}
+        for sample in sets[name]:
+            cleared = sample.source in SOURCES and SOURCES[sample.source].allow_external_api
+            if sample.id in wanted and sample.images and (which == "all" or cleared):
+                images[sample.id] = sample.images[0]
+    return images
 
 
 def _warn_learnt(args: argparse.Namespace, policy: Policy, questions: _Set) -> None:
