@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from dataclasses import dataclass
 
 from infimed_jax.errors import UserError
 
 GIB = 2**30
+_DESCRIPTION = 1024
+"""Bytes that a device takes at least where a machine is described to a compiler."""
 
 
 @dataclass(frozen=True)
@@ -110,4 +113,9 @@ def parse_topology(name: str) -> Topology:
     devices = math.prod(sides) * chip.devices_per_chip
     if devices == 0:
         raise UserError(f"--topology {name!r} has no devices")
+    if (needed := devices * _DESCRIPTION) > (there := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        raise UserError(
+            f"--topology {name!r}: to describe {devices:,} devices takes {needed / GIB:,.0f} GiB, and this machine has "
+            f"{there / GIB:,.0f}: name fewer"
+        )
     return Topology(name, kind, devices)

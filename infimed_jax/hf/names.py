@@ -107,6 +107,9 @@ class Match:
 def match(found: Mapping[str, Found], architecture: str, model: Model, parts: Iterable[str], where: str) -> Match:
     """Pair every tensor of `model`'s `parts` with one of `found`; UserError names everything that does not fit."""
     parts = tuple(parts)
+    layers = max(weight.layers for weight in weights(model) if weight.part in parts)
+    if layers > len(found):  # before a name is made for each
+        raise UserError(f"{where}: its settings say {layers:,} layers, and its weights are {len(found):,} tensors")
     wanted = by_key(t for t in tensors(model) if t.weight.part in parts)
     out, spellings = dropped(model), family_of(model).hugging_face.spellings[architecture]
     sources: dict[Tensor, str] = {}

@@ -20,6 +20,7 @@ import jax
 import yaml
 
 from infimed_jax import config
+from infimed_jax.cost.limits import refuse_sizes
 from infimed_jax.data.chat import Tokenizer, load_tokenizer
 from infimed_jax.errors import Interrupted, UserError, one_line
 from infimed_jax.files import lock, make_folder, write_json
@@ -90,7 +91,8 @@ def open_run(cfg: config.Config, on_step: OnStep | None = None) -> Iterator[Run]
     if not cfg.train.output:
         raise config.ConfigError("train.output is empty: name the run's folder")
     mesh = run_mesh(cfg)
-    pieces = micro_batches(cfg.train, mesh)  # refuses what does not split, before anything is written
+    refuse_sizes(cfg, mesh)  # as the next line, before anything is written
+    pieces = micro_batches(cfg.train, mesh)
     tokenizer = load_tokenizer(cfg.data.tokenizer)
     folder = Path(cfg.train.output)
     make_folder(folder)
