@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from infimed_jax.errors import UserError, disk_refusal
+
+log = logging.getLogger(__name__)
 
 
 def make_folder(folder: Path) -> None:
@@ -40,7 +43,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         yield part
         part.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file: write() knows none
+            error.filename = str(path)
         part.unlink(missing_ok=True)
         raise
 
@@ -56,8 +61,8 @@ def lock(folder: Path, output: Path) -> int:
     except BlockingIOError as error:
         os.close(handle)
         raise UserError(f"another run is writing {output}: wait for it, or choose another output folder") from error
-    except OSError:
-        pass
+    except OSError as error:
+        log.warning("%s cannot be locked (%s): start no second run on %s", folder, error.strerror, output)
     return handle
 
 
@@ -69,7 +74,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     try:
         yield part
         part.rename(folder)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(folder)
         shutil.rmtree(part, ignore_errors=True)
         raise
 

@@ -1,13 +1,15 @@
 """Files that appear whole or not at all."""
 
 import errno
+import fcntl
 import json
+import logging
 import math
 
 import pytest
 
 from infimed_jax.errors import UserError, describe
-from infimed_jax.files import make_folder, open_whole, to_json, write_json, write_text
+from infimed_jax.files import lock, make_folder, open_whole, to_json, whole_folder, write_json, write_text
 
 
 def test_a_folder_is_made_with_its_parents_and_left_empty(tmp_path):
@@ -70,3 +72,21 @@ def test_a_number_that_is_not_finite_is_null_and_the_rest_stays(tmp_path):
     assert to_json({"b": "ä", "a": 0.1}, sort_keys=True) == json.dumps({"b": "ä", "a": 0.1}, sort_keys=True)
     write_json(tmp_path / "a.json", math.nan)
     assert (tmp_path / "a.json").read_text() == "null\n"
+
+
+def test_a_full_disk_that_names_no_file_is_reported_with_the_path(tmp_path):
+    for whole, name in ((open_whole, "a.txt"), (whole_folder, "b")):
+        with pytest.raises(OSError) as refused, whole(tmp_path / name):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        assert describe(refused.value).startswith(f"{tmp_path / name}: no space left on device; ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_locks_is_reported_and_not_fatal(tmp_path, monkeypatch, caplog):
+    def refuse(handle, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert lock(tmp_path, tmp_path) >= 0
+    assert f"{tmp_path} cannot be locked (No locks available)" in caplog.text

@@ -74,6 +74,8 @@ def render_card(
         f"- `{hf.architecture}`, {parameters:,} parameters in {dtype}: {first}",
         *(f"- {line}" for line in others),
         "- One image stands before the question; of several, each follows a text part with its number, `<image_1>: `.",
+        "- In a user's text, transformers and serving engines read `<|im_end|>` and other control tokens as tokens; "
+        "training read them as plain text. Remove them from untrusted text before it is rendered.",
     ]
     if model.visual_tokens != exported:
         lines.append(

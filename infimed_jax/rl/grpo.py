@@ -157,7 +157,8 @@ def _row(cfg: config.Config, number: int, metrics: Row, seconds: float) -> Row:
 def _announce(run: Run, plan: Plan, pool: Questions) -> None:
     layout = plan.layout
     run.announce(run.cfg.grpo.steps)
-    log.info("questions: %d, longest prompt %d tokens; left out: %s", len(pool.numbers), pool.longest, pool.dropped)
+    dropped = ", ".join(f"{count} {reason}" for reason, count in pool.dropped.items()) or "none"
+    log.info("questions: %d, longest prompt %d tokens; left out: %s", len(pool.numbers), pool.longest, dropped)
     log.info(
         "update: %d completions in at most %d rows of %d tokens and %d images, %d rows at once; %s",
         run.cfg.grpo.update_prompts * run.cfg.grpo.group_size,

@@ -51,7 +51,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         reported = 0.0
-        while not self._stop.wait(self._seconds / 10):
+        while not self._stop.wait(min(self._seconds / 10, threading.TIMEOUT_MAX)):
             since, doing = self._last
             if since != reported and time.monotonic() - since > self._seconds:
                 reported = since
@@ -80,9 +80,9 @@ def skipped_in_a_row(rows: Sequence[Row], updates: int) -> int:
 def stop_requests() -> Iterator[Callable[[int], bool]]:
     """Yield `asked(step) -> bool`, with the same answer in every process.
 
-    In one process the first Ctrl-C or SIGTERM is a request, a second Ctrl-C stops at once. In several, JAX's preemption
-    service carries one process's SIGTERM to all and chooses the step; its own handler must stay in place. A request
-    that came after the last step raises Interrupted at the end of the block, so that none is lost.
+    In one process the first Ctrl-C or SIGTERM is a request, a second of either stops at once. In several, JAX's
+    preemption service carries one process's SIGTERM to all and chooses the step; its own handler must stay in place. A
+    request that came after the last step raises Interrupted at the end of the block, so that none is lost.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
@@ -93,7 +93,7 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
     received = list(signals.early)  # one that was lost while the run started stops it after its first step
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if received and number == signal.SIGINT:
+        if received:
             raise KeyboardInterrupt
         received.append(number)
 

@@ -76,7 +76,9 @@ def _by_hand(given: Mapping[str, str | int | None]) -> Processes:
     coordinator, number, count = given.values()
     if not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}", str(coordinator)):
         raise UserError(f"--coordinator {coordinator!r} must be HOST:PORT, the address of process 0")
-    if count < 1 or not 0 <= number < count:
+    if count < 1:
+        raise UserError(f"--num-processes {count} must be at least 1: the number of all processes of the run")
+    if not 0 <= number < count:
         raise UserError(f"--process-id {number} must lie in [0, {count - 1}], one for each of --num-processes {count}")
     return Processes("command line", coordinator, number, count)
 

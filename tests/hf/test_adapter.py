@@ -61,6 +61,7 @@ def test_peft_finds_every_adapter_and_no_other_place(adapted, model, tokenizer_f
     }
     assert (folder / "adapter/README.md").read_text() == (folder / "README.md").read_text()
     assert "LoRA adapters (rank 3, alpha 5)" in (folder / "README.md").read_text()
+    assert "transformers and serving engines read `<|im_end|>`" in (folder / "README.md").read_text()
     assert json.loads((folder / "export.json").read_text())["adapter"]["tensors"] == len(written)
 
 

@@ -51,7 +51,8 @@ def test_by_hand():
         (("--num-processes", "2"), "--coordinator"),
         (("--coordinator", "h", "--process-id", "0", "--num-processes", "2"), "HOST:PORT"),
         (("--coordinator", "h:1", "--process-id", "2", "--num-processes", "2"), r"\[0, 1\]"),
-        (("--coordinator", "h:1", "--process-id", "0", "--num-processes", "0"), "--process-id 0"),
+        (("--coordinator", "h:1", "--process-id", "0", "--num-processes", "-1"), "-1 must be at least 1"),
+        (("--coordinator", "h:1", "--process-id", "0", "--num-processes", "0"), "--num-processes 0 must"),
     ],
 )
 def test_options_that_do_not_belong_together(arguments, word):

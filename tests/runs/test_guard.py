@@ -29,10 +29,12 @@ def test_a_step_that_answers_says_it_in_its_own_words():
             raise Interrupted("mine")
 
 
-def test_a_second_ctrl_c_stops_at_once():
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_stops_at_once(first, second):
     with pytest.raises(KeyboardInterrupt), stop_requests():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(first)
+        signal.raise_signal(second)
 
 
 def test_a_signal_whose_interrupt_was_lost_while_the_run_started_stops_it(monkeypatch):
@@ -99,3 +101,9 @@ def test_it_says_nothing_when_off_or_when_the_run_has_ended():
         assert not watchdog._thread.is_alive() or watchdog._stop.is_set()
 
     assert _heard(run) == []
+
+
+def test_a_timeout_beyond_what_a_thread_can_wait_leaves_the_watchdog_alive():
+    with Watchdog(1e308) as watchdog:
+        watchdog._thread.join(0.2)  # it ended at once with an OverflowError
+        assert watchdog._thread.is_alive()
